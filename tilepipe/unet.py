@@ -1,0 +1,227 @@
+"""The U-Net of arXiv:1505.04597, in 2D and in 3D (arXiv:1606.06650), and its checkpoint file.
+
+Shape suffixes: ``B`` batch, ``C`` channels, ``S`` the spatial axes (``y x`` or ``z y x``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tilepipe.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    PerAxis = int | Sequence[int]
+    Layers = dict[int, Callable[..., nn.Module]]
+
+CONVOLUTION: Layers = {2: nn.Conv2d, 3: nn.Conv3d}
+UP_CONVOLUTION: Layers = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+BATCH_NORM: Layers = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+MAX_POOL: Layers = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+DROPOUT: Layers = {2: nn.Dropout2d, 3: nn.Dropout3d}
+
+
+class UNet(nn.Module):
+    """Two convolutions per level; down by max pooling, up by up-convolution, skips concatenated.
+
+    Takes ``(B, in_channels, *S)`` and returns logits ``(B, classes, *S')``. With the defaults it
+    is the paper's network: 23 convolutional layers, no padding, 572 voxels to 388. Options are
+    plain JSON values, so that ``UNet(**architecture)`` builds the network of a checkpoint again.
+
+    ``ndim`` is the number of spatial axes, 2 or 3. ``base`` is the channels of the first level;
+    each further level has twice as many. ``depth`` counts the levels; there is one pooling less.
+    ``padding="valid"`` loses the border and crops the skips round their centre; ``"same"`` pads
+    with zeros and crops nothing, so kernels must be odd, and each size must divide by the product
+    of the pools (RuntimeError from torch otherwise). With ``batch_norm`` each 3x3 convolution is
+    normalised and has no bias. ``kernels`` gives each level's convolution, ``pools`` the pooling
+    and up-convolution between each level and the next: one number, or one for each axis.
+    ``dropout`` is the share of channels dropped in training at the end of the contracting path,
+    where the authors' published network has it: after the two deepest levels. Options that make
+    no network raise BadRequest.
+
+    >>> UNet(base=2, depth=3)(torch.zeros(1, 1, 44, 52)).shape
+    torch.Size([1, 2, 4, 12])
+    """
+
+    def __init__(
+        self,
+        *,
+        ndim: int = 2,
+        in_channels: int = 1,
+        classes: int = 2,
+        base: int = 64,
+        depth: int = 5,
+        padding: str = "valid",
+        batch_norm: bool = False,
+        kernels: Sequence[PerAxis] | None = None,
+        pools: Sequence[PerAxis] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check(ndim, depth, padding, {"in_channels": in_channels, "classes": classes, "base": base})
+        kernel_sizes = _per_level("kernels", kernels, 3, ndim=ndim, levels=depth)
+        pool_sizes = _per_level("pools", pools, 2, ndim=ndim, levels=depth - 1)
+        if padding == "same" and any(k % 2 == 0 for kernel in kernel_sizes for k in kernel):
+            raise BadRequest(
+                f"kernels (={kernels}) must be odd where padding is 'same'; use 'valid' or odd ones"
+            )
+        if not 0 <= dropout < 1:
+            raise BadRequest(f"dropout (={dropout}) must lie in 0:1; 0 drops nothing")
+        channels = [base * 2**level for level in range(depth)]
+        inputs = [in_channels, *channels]
+        same = padding == "same"
+        self.down = nn.ModuleList(
+            _block(inputs[i], channels[i], kernel_sizes[i], same, batch_norm) for i in range(depth)
+        )
+        self.pool = nn.ModuleList(MAX_POOL[ndim](size) for size in pool_sizes)
+        self.up = nn.ModuleList(
+            UP_CONVOLUTION[ndim](channels[i + 1], channels[i], pool_sizes[i], pool_sizes[i])
+            for i in range(depth - 1)
+        )
+        self.merge = nn.ModuleList(
+            _block(2 * channels[i], channels[i], kernel_sizes[i], same, batch_norm)
+            for i in range(depth - 1)
+        )
+        self.dropout = DROPOUT[ndim](dropout) if dropout else nn.Identity()
+        self.head = CONVOLUTION[ndim](base, classes, 1)
+        self.classes = classes
+        initialise(self)
+
+    def forward(self, image_BCS: Tensor) -> Tensor:
+        """Return the logits ``(B, classes, *S')`` of ``image_BCS``."""
+        deepest = len(self.down) - 1
+        here, skips = image_BCS, []
+        for level, block in enumerate(self.down):
+            here = block(here)
+            if level >= deepest - 1:
+                here = self.dropout(here)
+            if level < deepest:
+                skips.append(here)
+                here = self.pool[level](here)
+        for level in reversed(range(deepest)):
+            here = self.up[level](here)
+            here = torch.cat((_crop(skips[level], here), here), dim=1)
+            here = self.merge[level](here)
+        logits: Tensor = self.head(here)
+        return logits
+
+
+def initialise(network: nn.Module) -> None:
+    """Draw all convolution weights with deviation ``sqrt(2 / N)``; biases become 0.
+
+    N is the number of inputs of one output voxel (the paper, section 3; He et al. 2015). For an
+    up-convolution whose stride is its kernel that is its input channels.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            inputs = layer.in_channels * math.prod(layer.kernel_size)
+        elif isinstance(layer, nn.ConvTranspose2d | nn.ConvTranspose3d):
+            inputs = layer.in_channels
+        else:
+            continue
+        nn.init.normal_(layer.weight, std=math.sqrt(2 / inputs))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def save_checkpoint(
+    path: str | Path,
+    network: nn.Module,
+    *,
+    architecture: Mapping[str, object],
+    normalize: str,
+    labels: Sequence[str],
+    provenance: Mapping[str, object],
+) -> None:
+    """Write a checkpoint that ``torch.load(path, weights_only=True)`` reads; whole or not at all.
+
+    A file that is there is replaced. ``architecture`` is what ``UNet(**architecture)`` was built
+    with. ``normalize`` is what the network expects done to the voxels first: ``none``,
+    ``scale:A,B`` (value * A + B), ``percentile:LO,HI`` or ``zscore``. ``labels`` names the classes
+    in the order of the channels; BadRequest where their number differs. ``provenance`` says where
+    the weights come from: versions, seed, steps, measures.
+    """
+    path = Path(path)
+    classes = architecture.get("classes", 2)
+    if len(labels) != classes:
+        raise BadRequest(
+            f"labels (={list(labels)}) must name each of the {classes} classes; give one per class"
+        )
+    content = {
+        "tilepipe": 1,
+        "architecture": {"name": "unet", **architecture},
+        "weights": {
+            name: weight.detach().cpu().contiguous()
+            for name, weight in network.state_dict().items()
+        },
+        "normalize": normalize,
+        "labels": list(labels),
+        "provenance": dict(provenance),
+    }
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _block(
+    inputs: int, channels: int, kernel: tuple[int, ...], same: bool, batch_norm: bool
+) -> nn.Sequential:
+    """Return convolution, ReLU, convolution, ReLU; with batch normalisation before each ReLU."""
+    ndim = len(kernel)
+    border = tuple(k // 2 for k in kernel) if same else (0,) * ndim
+    layers: list[nn.Module] = []
+    for before in (inputs, channels):
+        layers.append(
+            CONVOLUTION[ndim](before, channels, kernel, padding=border, bias=not batch_norm)
+        )
+        if batch_norm:
+            layers.append(BATCH_NORM[ndim](channels))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def _crop(skip_BCS: Tensor, like_BCS: Tensor) -> Tensor:
+    """Return the middle of ``skip_BCS``, of the size of ``like_BCS``; one that fits stays."""
+    for axis in range(2, skip_BCS.dim()):
+        size = like_BCS.shape[axis]
+        start = (skip_BCS.shape[axis] - size) // 2
+        if skip_BCS.shape[axis] > size:
+            skip_BCS = skip_BCS.narrow(axis, start, size)
+    return skip_BCS
+
+
+def _check(ndim: int, depth: int, padding: str, counts: Mapping[str, int]) -> None:
+    if ndim not in (2, 3):
+        raise BadRequest(f"ndim (={ndim}) must be 2 or 3")
+    if padding not in ("valid", "same"):
+        raise BadRequest(f"padding (={padding!r}) must be 'valid' or 'same'")
+    for name, value in {**counts, "depth": depth}.items():
+        if value < 1:
+            raise BadRequest(f"{name} (={value}) must be at least 1")
+
+
+def _per_level(
+    name: str, given: Sequence[PerAxis] | None, default: int, *, ndim: int, levels: int
+) -> list[tuple[int, ...]]:
+    """Return one tuple of ``ndim`` sizes for each level."""
+    sizes: Sequence[PerAxis] = [default] * levels if given is None else given
+    if len(sizes) != levels:
+        raise BadRequest(f"{name} (={given}) must have {levels} entries, one for each level")
+    full = [(size,) * ndim if isinstance(size, int) else tuple(size) for size in sizes]
+    if any(len(size) != ndim or min(size) < 1 for size in full):
+        raise BadRequest(
+            f"{name} (={given}) must have, in each entry, one number or {ndim}, each at least 1"
+        )
+    return full
