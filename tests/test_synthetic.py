@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import imagecodecs
 import numpy as np
@@ -16,6 +16,9 @@ from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.overlay import FOUND, GAP, MISSED, WRONG, dice, write_overlay
 from tilepipe.synthetic import nuclei, write_synthetic
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SHAPES = {2: (1700, 900), 3: (70, 110, 230)}
 WHOLE = {ndim: nuclei(Region.whole(shape), shape=shape, seed=5) for ndim, shape in SHAPES.items()}
@@ -69,6 +72,15 @@ def test_seeds_differ_and_each_nucleus_is_in_one_piece_and_place(ndim: int):
     for number in numbers[1 :: max(1, len(numbers) // 20)]:
         extent = [np.ptp(axis) for axis in np.nonzero(truth == number)]
         assert max(extent) < 2 * synthetic.NUCLEUS_CELL
+
+
+def test_no_seed_is_a_shift_of_another():
+    near = [nuclei(Region.whole((400, 400)), shape=(400, 400), seed=seed)[1] > 0 for seed in (5, 6)]
+    cell = synthetic.NUCLEUS_CELL
+    for rows in range(-4, 5):
+        for columns in range(-4, 5):
+            shifted = np.roll(near[0], (rows * cell, columns * cell), axis=(0, 1))
+            assert dice(shifted, near[1]) < 0.5
 
 
 def test_no_threshold_finds_the_nuclei():

@@ -260,7 +260,7 @@ def _cat(operation: Operation) -> Reading:
 
 
 def _reduction(operation: Operation) -> Reading:
-    """Sums, means and extremes: pointwise unless an axis of the image is among the reduced."""
+    """Read sums, means and extremes: pointwise unless an axis of the image is among the reduced."""
     rank, dims = len(operation.shape(operation.source)), operation.dims[operation.source]
     reduced = [d % rank for d in operation.window("dim", 1, range(rank))]
     if set(reduced) & set(dims):
@@ -272,7 +272,7 @@ def _reduction(operation: Operation) -> Reading:
 
 
 def _along_dimension(operation: Operation) -> Reading:
-    """Softmax and running sums: pointwise unless their dimension is an axis of the image."""
+    """Read softmax and running sums: pointwise unless their dimension is an axis of the image."""
     if operation.number("dim", -1) % len(operation.shape()) in operation.dims[operation.source]:
         return operation.whole(f"{operation.name} along an axis of the image")
     return operation.pointwise()
@@ -338,7 +338,7 @@ def _permute(operation: Operation) -> Reading:
 
 
 def _reshape(operation: Operation) -> Reading:
-    """Reshapes that leave each axis of the image whole, found by what lies before and after it."""
+    """Read reshapes that leave each axis of the image whole, found by what lies round it."""
     old, new = operation.shape(operation.source), operation.shape()
     dims = []
     for d in operation.dims[operation.source]:

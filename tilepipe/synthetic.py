@@ -158,21 +158,20 @@ def write_synthetic(
     chunks = tuple(chunks) if chunks else tuple(min(edge, n) for n in shape)
     if len(chunks) != len(shape) or min(chunks) < 1:
         raise BadRequest(f"chunks (={chunks}) must be {len(shape)} sizes of at least 1")
-    targets = []
-    for place, dtype in ((path, np.uint8), (labels_path, np.uint32)):
-        if place is None:
-            continue
+    places = [str(place) for place in (path, labels_path) if place is not None]
+    for place in places:
         if Path(place).exists():
             raise BadRequest(f"path (={place}) must not be there yet; remove it or name another")
-        targets.append(
-            zarr.create_array(
-                store=str(place),
-                shape=shape,
-                chunks=chunks,
-                dtype=dtype,
-                dimension_names=("z", "y", "x")[-len(shape) :],
-            )
+    targets = [
+        zarr.create_array(
+            store=place,
+            shape=shape,
+            chunks=chunks,
+            dtype=dtype,
+            dimension_names=("z", "y", "x")[-len(shape) :],
         )
+        for place, dtype in zip(places, ("uint8", "uint32"), strict=False)
+    ]
     for tile in TileGrid(shape, chunks):
         image, truth = nuclei(tile.write, shape=shape, seed=seed)
         targets[0].set_basic_selection(tile.write.slices, image)
@@ -188,8 +187,7 @@ def _block(
     truth = np.zeros(region.shape, np.uint32)
     if region.size == 0:
         return signal.astype(np.uint8), truth
-    nearest = np.ones(region.shape, np.float32)
-    grain = _grain(len(region.shape))
+    nearest, grain = np.ones(region.shape, np.float32), _grain(len(region.shape))
     for nucleus in _nuclei(region, lattice, seed):
         box = nucleus.shape.box()
         seen = box.intersect(region)
@@ -243,8 +241,7 @@ def _camera(signal: Floats, region: Region, seed: int) -> NDArray[np.uint8]:
     deviation += np.float32(READ_NOISE * READ_NOISE / 16)
     np.sqrt(deviation, out=deviation)
     deviation *= noise.astype(np.float32) - np.float32(32)
-    signal = signal + deviation
-    signal += np.float32(DARK + 0.5)
+    signal = signal + deviation + np.float32(DARK + 0.5)
     np.clip(signal, np.float32(0), np.float32(255), out=signal)
     return signal.astype(np.uint8)
 
@@ -256,7 +253,7 @@ def _nuclei(region: Region, lattice: tuple[int, ...], seed: int) -> Iterator[_Nu
     crowd = _field_at(cells * NUCLEUS_CELL, DENSITY_CELL, seed, layer=10)
     table = _grain(cells.shape[1]).shape[0] - 2 * NUCLEUS_CELL
     for cell, u, crowded in zip(cells.tolist(), random.tolist(), crowd.tolist(), strict=True):
-        if u[0] > 0.1 + 1.0 * crowded:
+        if u[0] > 0.1 + crowded:
             continue
         radius = 8 + 7 * u[1]
         radii = (radius * (0.7 + 0.3 * u[2]), radius, radius * (0.62 + 0.38 * u[3]))
@@ -338,8 +335,9 @@ def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _hash(seed: int, layer: int, *axes: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return 64 random bits for each point; ``axes`` are its coordinates, of one shape."""
-    key = (seed * 0x9E3779B97F4A7C15 + (layer + 1) * 0xD1B54A32D192ED03) % 2**64
-    bits = np.full(axes[0].shape, key, np.uint64)
+    key = np.array([seed % 2**64, layer], np.uint64) + np.uint64(1)
+    first, second = _mix(_mix(key) + key)  # mixed, or a seed would be another one's shift
+    bits = np.full(axes[0].shape, first ^ (second >> np.uint64(1)), np.uint64)
     for axis in axes:
         bits = _mix(bits + axis.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return bits
@@ -397,6 +395,5 @@ def _grain(ndim: int) -> Floats:
     for axis in range(ndim):
         for width in (3, 5):
             table = np.stack([np.roll(table, shift, axis) for shift in range(width)]).mean(axis=0)
-    table = (table - table.mean()) / (2.5 * table.std())
-    grain: Floats = np.clip(table, -1, 1).astype(np.float32)
+    grain: Floats = np.clip((table - table.mean()) / (2.5 * table.std()), -1, 1).astype(np.float32)
     return grain

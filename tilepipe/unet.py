@@ -93,7 +93,7 @@ class UNet(nn.Module):
         )
         self.dropout = DROPOUT[ndim](dropout) if dropout else nn.Identity()
         self.head = CONVOLUTION[ndim](base, classes, 1)
-        self.classes = classes
+        self.crops = not same
         initialise(self)
 
     def forward(self, image_BCS: Tensor) -> Tensor:
@@ -109,7 +109,8 @@ class UNet(nn.Module):
                 here = self.pool[level](here)
         for level in reversed(range(deepest)):
             here = self.up[level](here)
-            here = torch.cat((_crop(skips[level], here), here), dim=1)
+            skip = _crop(skips[level], here) if self.crops else skips[level]
+            here = torch.cat((skip, here), dim=1)
             here = self.merge[level](here)
         logits: Tensor = self.head(here)
         return logits
@@ -193,12 +194,11 @@ def _block(
 
 
 def _crop(skip_BCS: Tensor, like_BCS: Tensor) -> Tensor:
-    """Return the middle of ``skip_BCS``, of the size of ``like_BCS``; one that fits stays."""
+    """Return the middle of ``skip_BCS``, of the size of ``like_BCS``."""
     for axis in range(2, skip_BCS.dim()):
         size = like_BCS.shape[axis]
         start = (skip_BCS.shape[axis] - size) // 2
-        if skip_BCS.shape[axis] > size:
-            skip_BCS = skip_BCS.narrow(axis, start, size)
+        skip_BCS = skip_BCS.narrow(axis, start, size)
     return skip_BCS
 
 

@@ -1,0 +1,304 @@
+"""Model files: checkpoints, exported programs, TorchScript and plain state dicts, never unpickled.
+
+Shapes are ``batch, channels, (z,) y, x``; the network is in evaluation mode, on the CPU, as saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from tilepipe.cost import Cost, measure_cost
+from tilepipe.errors import BadRequest
+from tilepipe.network import first_line
+from tilepipe.program import load_program, load_tensors
+from tilepipe.unet import UNet
+
+if TYPE_CHECKING:
+    from tilepipe.geometry import Shape
+
+log = logging.getLogger(__name__)
+
+
+class _Head(nn.Module):
+    """A network that returns several tensors, with one of them chosen."""
+
+    def __init__(self, network: nn.Module, head: int) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return output number ``head``, counted through nested tuples, lists and dicts."""
+        outputs = list(_tensors(self.network(image)))
+        if self.head >= len(outputs):
+            raise ValueError(f"head (={self.head}) must be below the {len(outputs)} outputs")
+        return outputs[self.head]
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+@dataclass(eq=False, slots=True)
+class Model:
+    """A network ready to run, with what its file says of it."""
+
+    path: str
+    kind: str
+    """"checkpoint", "exported program", "TorchScript" or "state dict"."""
+    module: nn.Module
+    digest: str
+    """sha256 of everything that decides the weights and the architecture."""
+    axes: int
+    """Spatial axes of the input: 2 or 3."""
+    channels: int
+    """Channels of the input."""
+    fixed: Shape | None = None
+    """The only input size that an exported program of fixed size takes."""
+    normalize: str | None = None
+    labels: tuple[str, ...] = ()
+    provenance: Mapping[str, object] = field(default_factory=dict)
+    _meta: nn.Module | None = None
+
+    @property
+    def exportable(self) -> bool:
+        """Whether `torch.export` can be tried; TorchScript is probed instead."""
+        return self.kind != "TorchScript"
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(tensor.numel() for tensor in self.module.parameters())
+
+    def on_meta(self) -> nn.Module:
+        """Return a copy of the network without memory, to run on shapes alone."""
+        if self._meta is None:
+            if self.kind == "TorchScript":
+                head = cast("_Head", self.module).head
+                self._meta = _Head(_load_script(self.path, "meta"), head).eval()
+            else:
+                self._meta = copy.deepcopy(self.module).to("meta")
+        return self._meta
+
+    def output_shape(self, shape: Shape) -> Shape | None:
+        """Return the spatial output shape for a spatial input ``shape``; None if it is refused."""
+        try:
+            return self._try(shape)[2:]
+        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError):
+            return None
+
+    def classes(self, shape: Shape) -> int:
+        """Return the channels of the output for a spatial input ``shape`` that is accepted."""
+        return self._try(shape)[1]
+
+    def refusal(self, shape: Shape) -> str:
+        """Return why the network does not take this spatial input ``shape``."""
+        try:
+            self._try(shape)
+        except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+            return first_line(error)
+        return ""
+
+    def _try(self, shape: Shape) -> Shape:
+        image = torch.empty((1, self.channels, *shape), device="meta", dtype=self.dtype)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return tuple(self.on_meta()(image).shape)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Return the multiply-adds and the memory of one pass over a spatial input ``shape``."""
+        image = torch.empty((1, self.channels, *shape), device="meta", dtype=self.dtype)
+        return measure_cost(self.on_meta(), image)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the network's weights."""
+        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(kinds, torch.float32)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    network: str | None = None,
+    network_args: Mapping[str, object] | None = None,
+    head: int = 0,
+) -> Model:
+    """Load a model file, as any of the four kinds that the README lists.
+
+    ``network`` (``package.module:factory`` or ``file.py:factory``) builds the architecture of a
+    plain state dict, with ``network_args``. Raises `BadRequest` with one line otherwise.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadRequest(f"model (={path}) must be a file; there is none")
+    if not path.stat().st_size:
+        raise BadRequest(f"model (={path}) is empty")
+    if head < 0:
+        raise BadRequest(f"head (={head}) must not be negative")
+    content = path.read_bytes()
+    digest = hashlib.sha256(content)
+    names = _archive_names(content)
+    facts: dict[str, object] = {}
+    shape: Shape | None = None
+    try:
+        if any(name.endswith("constants.pkl") for name in names) and any(
+            "/code/" in name for name in names
+        ):
+            kind, module = "TorchScript", _load_script(path, "cpu")
+        elif any(re.search(r"(^|/)models/[^/]+\.json$|exported_program\.json$", n) for n in names):
+            kind, (module, shape) = "exported program", load_program(path, content)
+        else:
+            saved = load_tensors(path, content)
+            if not isinstance(saved, Mapping):
+                raise BadRequest(f"model (={path}) holds a {type(saved).__name__}, not weights")
+            if "tilepipe" in saved:
+                kind, (module, facts) = "checkpoint", _load_checkpoint(path, saved)
+            else:
+                kind = "state dict"
+                module = _load_state_dict(path, saved, network, network_args or {})
+                digest.update(f"{network} {json.dumps(network_args, sort_keys=True)}".encode())
+                if network and network.split(":")[0].endswith(".py"):
+                    digest.update(Path(network.rsplit(":", 1)[0]).read_bytes())
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, BadRequest):
+            raise
+        raise BadRequest(f"model (={path}) cannot be read: {first_line(error)}") from error
+    if network is not None and kind != "state dict":
+        raise BadRequest(
+            f"network (={network}) is for state dicts; {path} is a {kind}: leave it out"
+        )
+    digest.update(f"head {head}".encode())
+    module = _Head(module, head).eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, **facts)  # type: ignore[arg-type]
+    _find_input(model, shape)
+    return model
+
+
+def _archive_names(content: bytes) -> list[str]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.namelist()
+    except zipfile.BadZipFile:
+        return []
+
+
+def _load_script(path: str | Path, device: str) -> nn.Module:
+    with warnings.catch_warnings():  # torch.jit is deprecated; files of its kind live on
+        warnings.simplefilter("ignore")
+        return cast("nn.Module", torch.jit.load(str(path), map_location=device))
+
+
+def _load_checkpoint(
+    path: Path, saved: Mapping[str, object]
+) -> tuple[nn.Module, dict[str, object]]:
+    architecture = dict(cast("Mapping[str, object]", saved["architecture"]))
+    if (name := architecture.pop("name")) != "unet":
+        raise BadRequest(f"model (={path}) has the unknown architecture {name!r}; known: unet")
+    module = UNet(**architecture)  # type: ignore[arg-type]
+    _fill(path, module, cast("Mapping[str, torch.Tensor]", saved["weights"]))
+    return module, {
+        "normalize": saved.get("normalize"),
+        "labels": tuple(cast("list[str]", saved.get("labels") or [])),
+        "provenance": saved.get("provenance") or {},
+    }
+
+
+def _load_state_dict(
+    path: Path, saved: Mapping[str, object], network: str | None, arguments: Mapping[str, object]
+) -> nn.Module:
+    for key in ("state_dict", "model_state_dict", "model", "weights"):
+        inner = saved.get(key)
+        if isinstance(inner, Mapping):
+            saved = cast("Mapping[str, object]", inner)
+    weights = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    if not weights:
+        raise BadRequest(f"model (={path}) holds no weights")
+    if network is None:
+        raise BadRequest(
+            f"model (={path}) is a state dict of {len(weights)} tensors without its architecture;"
+            " give it with --network package.module:factory or file.py:factory"
+        )
+    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
+    module = _build(network, arguments)
+    _fill(path, module, weights)
+    return module
+
+
+def _build(network: str, arguments: Mapping[str, object]) -> nn.Module:
+    """Call the user's factory."""
+    place, _, name = network.rpartition(":")
+    if not place or not name:
+        raise BadRequest(
+            f"network (={network}) must read package.module:factory or file.py:factory"
+        )
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            if spec is None or spec.loader is None:
+                raise ImportError(place)
+            package = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(package)
+        else:
+            package = importlib.import_module(place)
+        factory = cast("Callable[..., object]", getattr(package, name))
+        module = factory(**arguments)
+    except (ImportError, OSError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise BadRequest(f"network (={network}) cannot be built: {first_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise BadRequest(f"network (={network}) gave a {type(module).__name__}, not an nn.Module")
+    return module
+
+
+def _fill(path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    try:
+        module.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        detail = detail.split(": ", 1)[-1][:300]
+        raise BadRequest(f"model (={path}) does not fit the network: {detail}") from None
+
+
+def _find_input(model: Model, shape: Shape | None) -> None:
+    """Find the number of axes and channels that the network reads, by trying its own weights."""
+    if shape is not None:
+        if len(shape) not in (4, 5) or shape[0] > 1 or not shape[1]:
+            raise BadRequest(
+                f"model (={model.path}) was exported for inputs of shape {shape};"
+                " export it for batch 1, fixed channels and 2 or 3 axes"
+            )
+        model.axes, model.channels = len(shape) - 2, shape[1]
+        model.fixed = shape[2:] if all(shape[2:]) else None
+        return
+    weights = [p for p in model.module.parameters() if p.ndim in (4, 5)]
+    tried = dict.fromkeys((p.ndim - 2, int(n)) for p in weights for n in p.shape[1::-1])
+    for axes, channels in tried:
+        model.axes, model.channels = axes, channels
+        if any(model.output_shape((size,) * axes) for size in range(256, 256 + 64)):
+            return
+    if not weights:
+        raise BadRequest(f"model (={model.path}) has no convolution in 2 or 3 dimensions")
+    model.axes, model.channels = next(iter(tried))

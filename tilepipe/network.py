@@ -1,0 +1,194 @@
+"""A network's graph at one size and its index arithmetic, and what forbids tiling.
+
+The network is exported on ``meta`` tensors, without memory, so every crop, pad and size in it is
+a number. Walking the rules of its operations from the output to the input says what a region of
+the output reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from tilepipe.operations import Flattened, NoRule, Operation, Reading, read_operation, shape_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from tilepipe.geometry import Shape
+
+log = logging.getLogger(__name__)
+
+
+class NotExported(Exception):
+    """The network cannot be exported; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation on the image, with what it reads."""
+
+    node: fx.Node
+    reading: Reading
+    place: str
+    """Where in the network: layer and class, or the line of the user's code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The operations between a network's input and output, in order, at one input size."""
+
+    nodes: tuple[Node, ...]
+    source: fx.Node
+    output: fx.Node
+    shape: tuple[int, ...]
+    """Input shape with batch and channels."""
+    troubles: tuple[str, ...]
+    """What stands against tiling, with the layer; empty for a network of finite context."""
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Output shape with batch and channels."""
+        return shape_of(self.output)
+
+
+def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
+    """Export a network that lies on ``meta`` at an input ``shape`` with batch and channels."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    example = torch.empty(shape, dtype=dtype, device="meta")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, (example,), strict=False)
+    except Exception as error:
+        # torch.export raises whatever the traced code and its own parts raise.
+        raise NotExported(first_line(error)) from error
+    return _read_graph(program.graph, program.graph_signature.user_inputs[0], shape)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _read_graph(graph: fx.Graph, source_name: object, shape: tuple[int, ...]) -> Graph:
+    """Read every operation that lies between the image and the output."""
+    source = next(node for node in graph.nodes if node.name == source_name)
+    output = next(node for node in graph.nodes if node.op == "output").args[0]
+    while isinstance(output, tuple | list):
+        output = output[0]
+    dims: dict[fx.Node, tuple[int, ...]] = {source: tuple(range(2, len(shape)))}
+    flattened: set[fx.Node] = {source}
+    nodes: list[Node] = []
+    troubles: list[str] = []
+    for node in _ancestors(graph, output):
+        if node.op != "call_function" or not flattened & set(node.all_input_nodes):
+            continue
+        flattened.add(node)  # it depends on the image
+        if not any(before in dims for before in node.all_input_nodes):
+            continue  # the image's axes are lost before it
+        place = _place(node)
+        try:
+            reading = read_operation(Operation.of(node, dims))
+        except Flattened as reason:
+            troubles.append(f"{reason} ({place})")
+            continue
+        except NoRule as reason:
+            raise NoRule(f"{reason} ({place})") from None
+        dims[node] = reading.dims
+        nodes.append(Node(node, reading, place))
+        troubles += [f"{why} ({place})" for why in (reading.unbounded, reading.lattice) if why]
+    if not isinstance(output, fx.Node) or dims.get(output) != dims[source]:
+        troubles.append("the output has lost the image's axes")
+    return Graph(tuple(nodes), source, output, shape, tuple(dict.fromkeys(troubles)))
+
+
+def _ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:
+    """Return the nodes that the output depends on, in the graph's order."""
+    wanted, stack = {output}, [output]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in wanted:
+                wanted.add(node)
+                stack.append(node)
+    return [node for node in graph.nodes if node in wanted]
+
+
+def _place(node: fx.Node) -> str:
+    """Say where an operation comes from: its layer, else the last line of the user's code."""
+    stack = [(str(v[0]), str(v[1])) for v in (node.meta.get("nn_module_stack") or {}).values()]
+    if stack and stack[-1][0]:
+        name, kind = stack[-1]
+        return f"layer {name}, {kind.rsplit('.', 1)[-1]}"
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    return f"in {lines[-1]!r}" if lines else f"node {node.name}"
+
+
+def walk(graph: Graph, axis: int, start: int, stop: int) -> tuple[int, int]:
+    """Return the input rows that output rows ``start:stop`` along ``axis`` read.
+
+    Rows outside the image are counted as far as the operations' padding reaches. Operations
+    without finite context count as pointwise: `Graph.troubles` names them.
+    """
+    need = {graph.output: (start, stop)}
+    for item in reversed(graph.nodes):
+        if item.node not in need:
+            continue
+        for access in item.reading.accesses:
+            rows = need[item.node]
+            if not item.reading.unbounded:
+                rows = access.rules[axis].need(*rows)
+            lo, hi = need.get(access.source, rows)
+            need[access.source] = min(lo, rows[0]), max(hi, rows[1])
+    return need[graph.source]
+
+
+def strides(graph: Graph, axis: int) -> Iterator[tuple[Node, Fraction]]:
+    """Yield every operation with the input voxels between two rows of its output.
+
+    Where two paths meet with different strides, both are given.
+    """
+    known: dict[fx.Node, Fraction | None] = {graph.source: Fraction(1)}
+    for item in graph.nodes:
+        found: set[Fraction] = set()
+        for access in item.reading.accesses:
+            before, rule = known.get(access.source), access.rules[axis]
+            if before is None:
+                continue
+            if item.reading.lattice:
+                rows = shape_of(access.source)[2 + axis], shape_of(item.node)[2 + axis]
+                found.add(before * Fraction(*rows))
+            elif item.reading.unbounded:
+                found.add(before)
+            elif rule.num:
+                found.add(before * rule.num / rule.den)
+        known[item.node] = min(found, default=None)
+        for stride in found:
+            yield item, stride
+
+
+def lattice(graph: Graph) -> tuple[Shape, tuple[str, ...]]:
+    """Return the step per axis, and the operations that no lattice fits at this size."""
+    steps, misfits = [], []
+    for axis in range(len(graph.shape) - 2):
+        step, seen = 1, dict[fx.Node, Fraction]()
+        for item, stride in strides(graph, axis):
+            # A step longer than any real network's is a ratio of two sizes, not a lattice.
+            if stride.numerator > 256 or seen.setdefault(item.node, stride) != stride:
+                misfits.append(f"sizes that do not divide meet here ({item.place})")
+            else:
+                step = math.lcm(step, stride.numerator)
+        if seen.get(graph.output, 1) != 1:
+            misfits.append("the output is at another resolution than the input")
+        steps.append(step)
+    return tuple(steps), tuple(dict.fromkeys(misfits))

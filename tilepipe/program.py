@@ -1,0 +1,95 @@
+"""Archives of torch, read without running anything that they say.
+
+`torch.load` can unpickle, and `torch.export.load` unpickles and evaluates parts of its archives.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from typing import TYPE_CHECKING
+
+import torch
+
+from tilepipe.errors import BadRequest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+_OPERATION = re.compile(r"torch\.ops\.(aten|higher_order|prims|_c10d_functional)\.\w+(\.\w+)?"
+                        r"|_operator\.\w+|math\.\w+|torch\.sym_\w+")  # fmt: skip
+_EXPRESSION = re.compile(r"[\w\s+\-*/%(),<>=!&|~.]*")
+_CALLABLE = {"Mul", "Add", "Rational", "Float", "Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "Max", "Min", "Eq", "Ne", "Ge",
+             "Gt", "Le", "Lt", "And", "Or", "Not", "Integer", "Symbol", "Pow", "TruncToInt",
+             "IntTrueDiv", "FloatTrueDiv", "ToFloat", "RoundToInt", "Where", "ModularIndexing",
+             "PowByNatural", "CeilToInt", "FloorToInt", "Abs"}  # fmt: skip
+
+
+def load_tensors(path: Path, content: bytes) -> object:
+    """Read what `torch.save` wrote, if it is tensors and plain values only."""
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a pickled object ({named[1]})" if named else "no tensors that can be read"
+        raise BadRequest(
+            f"model (={path}) holds {what}; unpickling runs code, so save network.state_dict()"
+            " instead and give its factory with --network"
+        ) from None
+
+
+def load_program(path: Path, content: bytes) -> tuple[nn.Module, tuple[int, ...]]:
+    """Load a `torch.export` archive, and its input shape with 0 for each size that may change.
+
+    `torch.export.load` unpickles and evaluates parts of its archives, so they are read first:
+    tensors, ATen calls and plain arithmetic are all that they may hold.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            if name.endswith(".json"):
+                _check_program_json(path, json.loads(archive.read(name)))
+            elif name.endswith(".pt") and archive.getinfo(name).file_size:
+                load_tensors(path, archive.read(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.load(io.BytesIO(content))
+    signature = program.graph_signature
+    if len(signature.user_inputs) != 1:
+        raise BadRequest(
+            f"model (={path}) takes {len(signature.user_inputs)} inputs; one is needed"
+        )
+    inputs = {node.name: node for node in program.graph.nodes}
+    shape = inputs[str(signature.user_inputs[0])].meta["val"].shape
+    return program.module(), tuple(n if isinstance(n, int) else 0 for n in shape)
+
+
+def _check_program_json(path: Path, value: object) -> None:
+    """Refuse pickles, calls outside ATen and expressions that are more than arithmetic."""
+    if isinstance(value, list):
+        for item in value:
+            _check_program_json(path, item)
+        return
+    if not isinstance(value, dict):
+        return
+    stored = str(value.get("path_name", ""))
+    target, expression = value.get("target"), value.get("expr_str")
+    refused = ""
+    if value.get("use_pickle") or stored.startswith(("custom_obj", "opaque_obj")):
+        refused = "a pickled tensor or object"
+    elif isinstance(target, str) and "inputs" in value and not _OPERATION.fullmatch(target):
+        refused = f"a call of {target}"
+    elif isinstance(expression, str):
+        expression = re.sub(r"'\w+'", "", expression)  # the name of a symbol
+        called = set(re.findall(r"([A-Za-z_]\w*)\s*\(", expression))
+        if "__" in expression or not _EXPRESSION.fullmatch(expression) or called - _CALLABLE:
+            refused = f"the expression {expression[:40]!r}"
+    if refused:
+        raise BadRequest(f"model (={path}) holds {refused}; it is not loaded")
+    for item in value.values():
+        _check_program_json(path, item)
