@@ -96,7 +96,7 @@ class Model:
         if self._meta is None:
             if self.kind == "TorchScript":
                 head = cast("_Head", self.module).head
-                self._meta = _Head(_load_script(self.path, "meta"), head).eval()
+                self._meta = _Head(_load_script(self.path, "meta").eval(), head)
             else:
                 self._meta = copy.deepcopy(self.module).to("meta")
         return self._meta
@@ -125,6 +125,14 @@ class Model:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return tuple(self.on_meta()(image).shape)
+
+    def script_activation(self) -> str:
+        """Return "sigmoid" or "softmax" where a TorchScript network ends in it, else ""."""
+        script = cast("_Head", self.module).network
+        if not isinstance(script, torch.jit.ScriptModule):
+            return ""
+        last = str(next(iter(script.inlined_graph.outputs())).node().kind())
+        return last.removeprefix("aten::") if last in ("aten::sigmoid", "aten::softmax") else ""
 
     def cost(self, shape: Shape) -> Cost:
         """Return the multiply-adds and the memory of one pass over a spatial input ``shape``."""
@@ -190,11 +198,23 @@ def load_model(
             f"network (={network}) is for state dicts; {path} is a {kind}: leave it out"
         )
     digest.update(f"head {head}".encode())
-    module = _Head(module, head).eval()
+    if kind != "exported program":  # which is in the mode that it was exported in
+        module.eval()
+    module = _Head(module, head)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, **facts)  # type: ignore[arg-type]
     _find_input(model, shape)
+    return model
+
+
+def wrap(module: nn.Module, *, head: int = 0) -> Model:
+    """Return a model of a network that is already in memory, in evaluation mode."""
+    digest = hashlib.sha256(f"head {head}".encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0)
+    _find_input(model, None)
     return model
 
 

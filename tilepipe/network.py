@@ -127,8 +127,8 @@ def _ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:
 def _place(node: fx.Node) -> str:
     """Say where an operation comes from: its layer, else the last line of the user's code."""
     stack = [(str(v[0]), str(v[1])) for v in (node.meta.get("nn_module_stack") or {}).values()]
-    if stack and stack[-1][0]:
-        name, kind = stack[-1]
+    name, kind = stack[-1] if stack else ("", "")
+    if name := name.removeprefix("network").removeprefix("."):
         return f"layer {name}, {kind.rsplit('.', 1)[-1]}"
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     return f"in {lines[-1]!r}" if lines else f"node {node.name}"
@@ -150,7 +150,7 @@ def walk(graph: Graph, axis: int, start: int, stop: int) -> tuple[int, int]:
                 rows = access.rules[axis].need(*rows)
             lo, hi = need.get(access.source, rows)
             need[access.source] = min(lo, rows[0]), max(hi, rows[1])
-    return need[graph.source]
+    return need.get(graph.source, (start, stop))
 
 
 def strides(graph: Graph, axis: int) -> Iterator[tuple[Node, Fraction]]:
@@ -188,7 +188,11 @@ def lattice(graph: Graph) -> tuple[Shape, tuple[str, ...]]:
                 misfits.append(f"sizes that do not divide meet here ({item.place})")
             else:
                 step = math.lcm(step, stride.numerator)
-        if seen.get(graph.output, 1) != 1:
-            misfits.append("the output is at another resolution than the input")
         steps.append(step)
     return tuple(steps), tuple(dict.fromkeys(misfits))
+
+
+def activation(graph: Graph) -> str:
+    """Return "sigmoid" or "softmax" where the network ends in it, else an empty string."""
+    name = str(graph.nodes[-1].node.target) if graph.nodes else ""
+    return next((known for known in ("sigmoid", "softmax") if f".{known}" in name), "")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Context, Shape
-from tilepipe.network import Graph, NotExported, export, lattice, walk
+from tilepipe.geometry import Context, Shape, ceil_to
+from tilepipe.network import Graph, NotExported, activation, export, lattice, walk
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 
@@ -48,6 +48,18 @@ class Profile:
     """Why no tiling is exact, naming the layers; empty where tiling is exact."""
     method: str
     """"graph" (index arithmetic) or "probe" (NaN propagation)."""
+    activation: str = ""
+    """"sigmoid" or "softmax" where the network ends in it; else it gives logits."""
+
+    @property
+    def lead(self) -> Shape:
+        """Voxels that a window begins before what it answers for: no padding is seen there."""
+        return tuple(
+            offset + ceil_to(max(0, before - offset), step)
+            for offset, before, step in zip(
+                self.offset, self.context.before, self.context.step, strict=True
+            )
+        )
 
     @property
     def axes(self) -> int:
@@ -122,6 +134,7 @@ def _probed(model: Model) -> Profile:
         fixed=False,
         troubles=troubles,
         method="probe",
+        activation=model.script_activation(),
     )
     return _smallest(model, found, size)
 
@@ -154,11 +167,19 @@ def _profile(graph: Graph, shape: Shape, *, fixed: bool) -> Profile:
         fixed=fixed,
         troubles=graph.troubles or misfits,
         method="graph",
+        activation=activation(graph),
     )
 
 
 def _smallest(model: Model, found: Profile, shape: Shape) -> Profile:
     """Find the smallest size on the lattice of ``shape`` along each axis, by bisection."""
+    grown = tuple(n + s for n, s in zip(shape, found.context.step, strict=True))
+    if model.output_shape(grown) != tuple(n - s for n, s in zip(grown, found.shrink, strict=True)):
+        raise BadRequest(
+            f"model (={model.path}) gives an output of another resolution than its input"
+            f" ({shape} to {model.output_shape(shape)}, {grown} to {model.output_shape(grown)});"
+            " add upsampling to it"
+        )
     smallest = []
     for axis, (size, step) in enumerate(zip(shape, found.context.step, strict=True)):
         low, high = -1, size // step  # in steps: refused, accepted

@@ -1,0 +1,282 @@
+"""Small networks that hold every operation the project claims, for the laws to be tested on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tilepipe.model import Model, wrap
+from tilepipe.unet import UNet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def valid_unet() -> nn.Module:
+    return UNet(ndim=2, base=2, depth=4)
+
+
+def paper_unet() -> nn.Module:
+    return UNet(ndim=2, base=2, depth=5)
+
+
+def same_unet() -> nn.Module:
+    return UNet(ndim=2, base=2, depth=4, padding="same", batch_norm=True)
+
+
+def valid_unet_3d() -> nn.Module:
+    return UNet(ndim=3, base=2, depth=3)
+
+
+def anisotropic_unet_3d() -> nn.Module:
+    return UNet(
+        ndim=3,
+        base=2,
+        depth=3,
+        kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+        pools=((1, 2, 2), (1, 2, 2)),
+    )
+
+
+def same_unet_3d() -> nn.Module:
+    return UNet(ndim=3, base=2, depth=3, padding="same")
+
+
+class Upsampling(nn.Module):
+    """Depth 3, zero-padded, upsampled by ``mode``, as most published U-Nets."""
+
+    def __init__(self, mode: str, *, axes: int = 2, align: bool | None = None) -> None:
+        super().__init__()
+        conv = nn.Conv2d if axes == 2 else nn.Conv3d
+        self.mode, self.align, self.axes = mode, align, axes
+        self.down = nn.ModuleList(
+            conv(a, b, 3, padding=1) for a, b in ((1, 3), (3, 4), (4, 5), (5, 6))
+        )
+        self.up = nn.ModuleList(conv(a, b, 3, padding=1) for a, b in ((11, 4), (8, 3), (6, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        pool = F.max_pool2d if self.axes == 2 else F.max_pool3d
+        for level, layer in enumerate(self.down):
+            x = torch.tanh(layer(x if level == 0 else pool(x, 2)))
+            skips.append(x)
+        x = skips.pop()
+        for layer in self.up:
+            skip = skips.pop()
+            x = F.interpolate(x, scale_factor=2.0, mode=self.mode, align_corners=self.align)
+            pads = [
+                edge
+                for d in range(x.ndim - 1, 1, -1)
+                for edge in (
+                    (skip.shape[d] - x.shape[d]) // 2,
+                    -(-(skip.shape[d] - x.shape[d]) // 2),
+                )
+            ]
+            x = layer(torch.cat([skip, F.pad(x, pads)], dim=1))
+        return x
+
+
+class Residual(nn.Module):
+    """A 7x7 stem of stride 2, padded 3x3 pooling, residual blocks, additive fusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(2, 4, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.block = nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1), nn.ELU(), nn.Conv2d(4, 4, 3, padding=1)
+        )
+        self.shrink = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.skip = nn.Conv2d(4, 6, 1, stride=2)
+        self.up = nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1)
+        self.up2 = nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1)
+        self.up3 = nn.ConvTranspose2d(4, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.stem(x)
+        b = self.pool(a)
+        b = b + self.block(b)
+        c = self.shrink(b) + self.skip(b)
+        d = F.silu(self.up(F.dropout(c, 0.5, self.training))) + b
+        return self.up3(self.up2(d) + a)
+
+
+class Attention(nn.Module):
+    """Attention gates on the skips, average pooling, and a softmax at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 4, 3, padding=1)
+        self.two = nn.Conv2d(4, 6, 3, padding=1)
+        self.three = nn.Conv2d(6, 6, 3, padding=1)
+        self.gate, self.gate_skip = nn.Conv2d(6, 3, 1), nn.Conv2d(6, 3, 1, stride=1)
+        self.out = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.relu(self.one(x))
+        b = torch.relu(self.two(F.avg_pool2d(a, 2)))
+        c = torch.relu(self.three(F.avg_pool2d(b, 3, stride=2, padding=1)))
+        up = F.interpolate(c, scale_factor=2, mode="nearest")
+        gate = torch.sigmoid(self.gate(up) + self.gate_skip(b)).mean(dim=1, keepdim=True)
+        both = torch.cat(
+            [F.interpolate(t, scale_factor=2, mode="nearest") for t in (up, b * gate)], 1
+        )
+        return torch.softmax(self.out(torch.cat([a, both], dim=1)), dim=1)
+
+
+class Even(nn.Module):
+    """Even kernels, dilation, groups, stride 3, 'same' padding by name, reflect padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even = nn.Conv2d(1, 4, 2)
+        self.wide = nn.Conv2d(4, 4, 3, dilation=3, groups=2)
+        self.same = nn.Conv2d(4, 4, 4, padding="same", dilation=2)
+        self.reflect = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+        self.third = nn.Conv2d(4, 4, 3, stride=3)
+        self.up = nn.ConvTranspose2d(4, 2, 5, stride=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.wide(F.gelu(self.even(x))))
+        x = self.reflect(F.hardtanh(self.same(x)))
+        return self.up(self.third(x))
+
+
+class Modern(nn.Module):
+    """Channels-last normalisation, pixel shuffle, and a linear layer over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 4, stride=4)
+        self.deep = nn.Conv2d(8, 8, 7, padding=3, groups=8)
+        self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.out = nn.Conv2d(8, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.mix(F.gelu(self.norm(self.deep(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(F.pixel_shuffle(self.out(x + y), 2), 2)
+
+
+class Restoring(nn.Module):
+    """Three convolutions without padding, as in restoration; returns two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv3d(1, 3, 3),
+            nn.PReLU(),
+            nn.Conv3d(3, 3, (1, 5, 3)),
+            nn.Softplus(),
+            nn.Conv3d(3, 1, 1),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layers(x)
+        return y, y * 2
+
+
+class GroupNormed(nn.Module):
+    """No finite context: statistics over the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.one(x))
+
+
+class Squeezing(nn.Module):
+    """No finite context: the mean of the whole image weighs the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.weigh = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return x * torch.sigmoid(self.weigh(x.mean(dim=(2, 3))))[:, :, None, None]
+
+
+class Rolling(nn.Module):
+    """An operation without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.roll(self.one(x), 1, dims=2)
+
+
+class Shrinking(nn.Module):
+    """An output of half the resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 2, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x)
+
+
+def bilinear() -> nn.Module:
+    return Upsampling("bilinear", align=False)
+
+
+def trilinear() -> nn.Module:
+    return Upsampling("trilinear", axes=3, align=False)
+
+
+def nearest() -> nn.Module:
+    return Upsampling("nearest")
+
+
+def bicubic() -> nn.Module:
+    return Upsampling("bicubic", align=False)
+
+
+def align_corners() -> nn.Module:
+    return Upsampling("bilinear", align=True)
+
+
+FLAT: dict[str, Callable[[], nn.Module]] = {
+    "valid unet": valid_unet,
+    "same unet": same_unet,
+    "bilinear": bilinear,
+    "nearest": nearest,
+    "bicubic": bicubic,
+    "residual": Residual,
+    "attention": Attention,
+    "even": Even,
+    "modern": Modern,
+}
+"""2D networks that tile exactly."""
+SOLID: dict[str, Callable[[], nn.Module]] = {
+    "valid unet 3d": valid_unet_3d,
+    "anisotropic": anisotropic_unet_3d,
+    "same unet 3d": same_unet_3d,
+    "trilinear": trilinear,
+    "restoring": Restoring,
+}
+"""3D networks that tile exactly."""
+PADDED = ("same unet", "bilinear", "nearest", "bicubic", "residual", "attention",
+          "same unet 3d", "trilinear")  # fmt: skip
+"""Those of them that pad their input and accept ``boundary="network"``."""
+
+
+def build(name: str, *, seed: int = 0) -> Model:
+    """Return a network of the zoo in float64 with random weights and statistics."""
+    torch.manual_seed(seed)
+    module = (FLAT | SOLID)[name]().double().eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    return wrap(module)

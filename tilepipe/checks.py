@@ -1,0 +1,178 @@
+"""What a volume, a network and the options must agree on; each refusal is one line."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import psutil
+
+from tilepipe.errors import BadRequest
+from tilepipe.geometry import Shape, ceil_to
+from tilepipe.network import NotExported, export, lattice
+from tilepipe.options import comma
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tilepipe.model import Model
+    from tilepipe.options import Options
+    from tilepipe.profile import Profile
+    from tilepipe.volume import Volume
+
+
+def check_match(volume: Volume, model: Model) -> None:
+    """Refuse a network of more axes, or of other channels, than the volume has."""
+    shape = comma(volume.shape)
+    if model.axes > len(volume.shape):
+        raise BadRequest(
+            f"model (={model.path}) reads {model.axes} axes; the volume {volume.axes} (={shape})"
+            f" has {len(volume.shape)}: give its axes with --axes or use a 2D network"
+        )
+    if model.axes == 3 and volume.axes[-3] != "z":
+        raise BadRequest(
+            f"model (={model.path}) reads zyx; the volume's axes are {volume.axes} (={shape})"
+        )
+    if model.channels != volume.channels:
+        found = f"{volume.channels} channels" if volume.has_channels else "no channel axis"
+        assumed = ", assumed" if volume.axes_assumed else ""
+        raise BadRequest(
+            f"model (={model.path}) reads {model.channels} channels; the volume (axes"
+            f" {volume.axes}{assumed}, shape {shape}) has {found}: say which axis is c with"
+            " --axes, or use another network"
+        )
+
+
+def check_exact(model: Model, profile: Profile, options: Options) -> None:
+    """Refuse a network that no tiling makes exact, unless ``inexact`` is asked for."""
+    if profile.troubles and not options.inexact:
+        raise BadRequest(
+            f"model (={model.path}) cannot be tiled exactly: {profile.troubles[0]};"
+            " replace that layer, or accept seams with --inexact"
+        )
+
+
+def check_write(model: Model, profile: Profile, options: Options) -> None:
+    """Refuse an answer that the network does not give."""
+    if options.write == "logits" and profile.activation:
+        raise BadRequest(
+            f"write (=logits) needs a network that ends before its {profile.activation};"
+            f" {model.path} gives probabilities: ask for those"
+        )
+    if options.threshold is not None and profile.classes > 1:
+        raise BadRequest(
+            f"threshold (={options.threshold}) is for networks of one output channel;"
+            f" {model.path} has {profile.classes}, whose largest decides: leave it out"
+        )
+
+
+def find_limit(model: Model, profile: Profile, shape: Shape, options: Options) -> Shape | None:
+    """Return the size that the network is run on with its own boundary, else None.
+
+    It is the volume's, padded with zeros after its end if the network does not accept that.
+    """
+    if options.boundary == "mirror":
+        return None
+    if any(profile.shrink):
+        raise BadRequest(
+            f"boundary (=network) needs a network that pads its input; {model.path} consumes"
+            f" {comma(profile.shrink)} voxels: use mirror"
+        )
+    limit = tuple(_next_accepted(model, profile, axis, n) for axis, n in enumerate(shape))
+    if not model.exportable or profile.fixed:
+        return limit
+    try:
+        graph = export(model.on_meta(), (1, model.channels, *limit))
+    except NotExported as error:
+        raise BadRequest(f"boundary (=network) at {comma(limit)} voxels: {error}") from error
+    step, misfits = lattice(graph)
+    if (misfits or step != profile.context.step) and not options.inexact:
+        why = misfits[0] if misfits else f"its step is {comma(step)} there"
+        raise BadRequest(
+            f"boundary (=network) cannot be tiled exactly on {comma(limit)} voxels: {why};"
+            " use mirror, or crop the volume to a multiple of"
+            f" {comma(profile.context.step)}"
+        )
+    return limit
+
+
+def _next_accepted(model: Model, profile: Profile, axis: int, length: int) -> int:
+    """Return the smallest size from ``length`` on that the network takes along one axis."""
+    if profile.fixed:
+        step, smallest = profile.context.step[axis], profile.smallest[axis]
+        return max(smallest, smallest + ceil_to(length - smallest, step))
+    last = profile.accepted(axis, length)
+    others = [profile.accepted(a, 256) for a in range(profile.axes)]
+    for size in range(length, last):
+        others[axis] = size
+        if model.output_shape(tuple(others)) == tuple(others):
+            return size
+    return last
+
+
+def check_sizes(
+    step: Shape, shape: Shape, *, tile: Shape | None, chunks: Shape, shards: Shape | None
+) -> None:
+    """Refuse sizes off the lattice, and tiles that share a write unit with their neighbours."""
+    unit = shards or chunks
+    for axis, (length, multiple) in enumerate(zip(shape, step, strict=True)):
+        for name, sizes in (("tile", tile), ("shards", shards), ("chunks", chunks)):
+            if sizes is None or sizes[axis] >= length:
+                continue  # one tile, chunk or shard covers the axis
+            if sizes[axis] % multiple:
+                below, above = sizes[axis] // multiple * multiple, ceil_to(sizes[axis], multiple)
+                near = f"{below} or {above}" if below else f"{above}"
+                raise BadRequest(
+                    f"{name} (={comma(sizes)}) along axis {axis} must be a multiple of the"
+                    f" network's step (={multiple}); nearest: {near}"
+                )
+        if shards and shards[axis] % chunks[axis]:
+            raise BadRequest(
+                f"shards (={comma(shards)}) along axis {axis} must be a multiple of the chunks"
+                f" (={comma(chunks)})"
+            )
+        if tile and tile[axis] < length and tile[axis] % unit[axis]:
+            name = "shards" if shards else "chunks"
+            raise BadRequest(
+                f"tile (={comma(tile)}) along axis {axis} must be a multiple of the {name}"
+                f" (={comma(unit)}), or two tiles write into one; nearest:"
+                f" {max(unit[axis], tile[axis] // unit[axis] * unit[axis])}"
+            )
+
+
+def check_rank(volume: Volume, options: Options) -> None:
+    """Refuse sizes for another number of axes than the volume has."""
+    for name, sizes in (
+        ("tile", options.tile), ("chunks", options.chunks), ("shards", options.shards)
+    ):  # fmt: skip
+        if sizes is not None and len(sizes) != len(volume.shape):
+            raise BadRequest(
+                f"{name} (={comma(sizes)}) must have one size for each of the axes {volume.axes}"
+                f" (={comma(volume.shape)})"
+            )
+
+
+def notices(volume: Volume, model: Model, profile: Profile, options: Options) -> Iterator[str]:
+    """Yield what the user should know although nothing is refused."""
+    if volume.axes_assumed:
+        yield f"the source does not say its axes: {volume.axes} is assumed (--axes overrides)"
+    if options.normalize is None and model.normalize is None:
+        yield "neither the model nor --normalize says how to scale grey values: used as they are"
+    if model.axes < len(volume.shape):
+        yield f"a {model.axes}D network on {volume.axes}: applied slice by slice"
+    if profile.method == "probe":
+        yield "the context was measured by probing: the model's graph cannot be read"
+    if profile.troubles:
+        yield f"INEXACT: windows will show seams, since {profile.troubles[0]}"
+
+
+def cores() -> int:
+    """Return the CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_memory(workers: int) -> int:
+    """Return the bytes a worker may use where nothing is said: 4 GB, or its share of half."""
+    return min(4 << 30, int(psutil.virtual_memory().total) // (2 * workers))

@@ -1,0 +1,271 @@
+"""OME-Zarr image metadata and the JSON of Zarr nodes, as plain values; no array is opened here.
+
+Reads OME 0.4 (Zarr v2) and 0.5 (Zarr v3), and the older 0.1 to 0.3 where they say the same.
+Source: the NGFF specification, https://ngff.openmicroscopy.org.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tilepipe.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+AXES = "tzyxc"
+"""The axes a volume may have, one letter each."""
+_TYPES = {"t": "time", "c": "channel"}
+_NAMES = {"channel": "c", "time": "t", "s": "c"}
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The metadata of one Zarr array or group."""
+
+    kind: Literal["array", "group"]
+    """What the node is."""
+    zarr_format: Literal[2, 3]
+    """Version of the Zarr format."""
+    metadata: dict[str, object]
+    """What says how voxels are stored (``zarr.json`` without attributes, or ``.zarray``)."""
+    attributes: dict[str, object]
+    """The user's attributes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Multiscale:
+    """One image of an OME-Zarr group."""
+
+    version: str
+    """Version of the OME metadata; ``?`` where it is not said."""
+    axes: tuple[str, ...] | None
+    """One letter or name per dimension, ``c`` among them; None where the metadata has none."""
+    units: tuple[str | None, ...] | None
+    """Unit per dimension, None where unknown."""
+    paths: tuple[str, ...]
+    """The arrays, full resolution first, relative to the group."""
+    scales: tuple[tuple[float, ...] | None, ...]
+    """Per array, the size of a voxel per dimension, in ``units``; None where it is not said."""
+
+
+def read_node(folder: Path) -> Node | None:
+    """Return the metadata of the Zarr node in ``folder``; None where there is no node.
+
+    Version 3 wins where both are there. Raises BadRequest for metadata that is not JSON.
+    """
+    if (folder / "zarr.json").is_file():
+        metadata = _read_json(folder / "zarr.json")
+        attributes = _mapping(metadata.pop("attributes", {}), folder / "zarr.json")
+        metadata.pop("consolidated_metadata", None)
+        kind = metadata.get("node_type")
+        if kind == "array":
+            return Node("array", 3, metadata, attributes)
+        if kind == "group":
+            return Node("group", 3, metadata, attributes)
+        raise BadRequest(f"metadata (={folder / 'zarr.json'}) must say node_type array or group")
+    v2_attributes = folder / ".zattrs"
+    if (folder / ".zarray").is_file():
+        attributes = _read_json(v2_attributes) if v2_attributes.is_file() else {}
+        return Node("array", 2, _read_json(folder / ".zarray"), attributes)
+    if (folder / ".zgroup").is_file():
+        attributes = _read_json(v2_attributes) if v2_attributes.is_file() else {}
+        return Node("group", 2, _read_json(folder / ".zgroup"), attributes)
+    return None
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        return _mapping(json.loads(path.read_bytes()), path)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BadRequest):
+            raise
+        raise BadRequest(f"metadata (={path}) must be JSON; it is corrupt: {error}") from error
+    except OSError as error:
+        raise BadRequest(f"metadata (={path}) cannot be read: {error}") from error
+
+
+def _mapping(value: object, path: Path) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise BadRequest(f"metadata (={path}) must be a JSON object; it is corrupt")
+    return value
+
+
+def parse_multiscale(attributes: Mapping[str, object]) -> Multiscale | None:
+    """Return the first image of a group's attributes; None where they hold no image.
+
+    Scales of the dataset and of the whole multiscale are multiplied. Raises ValueError for
+    metadata that breaks the specification, saying what.
+    """
+    ome = attributes.get("ome")
+    holder = ome if isinstance(ome, dict) else attributes
+    if "multiscales" not in holder:
+        return None
+    images = holder["multiscales"]
+    if not isinstance(images, list) or not images or not isinstance(images[0], dict):
+        raise ValueError("multiscales must be a list of images")
+    image = images[0]
+    datasets = image.get("datasets")
+    if not isinstance(datasets, list) or not datasets:
+        raise ValueError("datasets must be a list of arrays")
+    axes, units = _parse_axes(image.get("axes"))
+    common = _parse_scale(image.get("coordinateTransformations"), axes)
+    paths, scales = [], []
+    for dataset in datasets:
+        path = dataset.get("path") if isinstance(dataset, dict) else None
+        if not isinstance(path, str):
+            raise ValueError("each dataset must have a path")
+        paths.append(_inside(path))
+        own = _parse_scale(dataset.get("coordinateTransformations"), axes)
+        scales.append(_multiply(own, common))
+    version = str(holder.get("version", image.get("version", "?")))
+    return Multiscale(version, axes, units, tuple(paths), tuple(scales))
+
+
+def _parse_axes(
+    value: object,
+) -> tuple[tuple[str, ...] | None, tuple[str | None, ...] | None]:
+    """Return names and units; version 0.3 has bare names, older ones nothing."""
+    if value is None:
+        return None, None
+    if not isinstance(value, list):
+        raise ValueError("axes must be a list")
+    names, units = [], []
+    for axis in value:
+        entry = {"name": axis} if isinstance(axis, str) else axis
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise ValueError("each axis must have a name")
+        name, unit = entry["name"].lower(), entry.get("unit")
+        kind = entry.get("type")
+        if name not in AXES and isinstance(kind, str):
+            name = _NAMES.get(kind, name)
+        names.append(_NAMES.get(name, name))
+        units.append(unit if isinstance(unit, str) else None)
+    return tuple(names), tuple(units)
+
+
+def _parse_scale(value: object, axes: tuple[str, ...] | None) -> tuple[float, ...] | None:
+    """Return the product of all scale transformations; None where there is none."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise ValueError("coordinateTransformations must be a list")
+    scale: tuple[float, ...] | None = None
+    for entry in value:
+        if not isinstance(entry, dict):
+            raise ValueError("each coordinate transformation must be an object")
+        numbers = entry.get("scale")
+        if entry.get("type") != "scale" or numbers is None:
+            continue
+        if (
+            not isinstance(numbers, list)
+            or (axes is not None and len(numbers) != len(axes))
+            or not all(
+                isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)
+                for n in numbers
+            )
+            or not all(n > 0 for n in numbers)
+        ):
+            raise ValueError(f"scale (={numbers}) must be one positive number per axis")
+        scale = _multiply(scale, tuple(float(n) for n in numbers))
+    return scale
+
+
+def _multiply(
+    first: tuple[float, ...] | None, second: tuple[float, ...] | None
+) -> tuple[float, ...] | None:
+    if first is None or second is None:
+        return second if first is None else first
+    if len(first) != len(second):
+        raise ValueError("all scales must have one number per axis")
+    return tuple(a * b for a, b in zip(first, second, strict=True))
+
+
+def _inside(path: str) -> str:
+    """Return a dataset's path; raises ValueError for one that leaves the group's folder."""
+    parts = path.replace("\\", "/").split("/")
+    if path.startswith(("/", "\\")) or ".." in parts or ":" in path or "\0" in path:
+        raise ValueError(f"dataset path (={path}) leaves the image's folder")
+    return path
+
+
+def parent_image(path: Path) -> tuple[Multiscale | None, int]:
+    """Return the image of which the array ``path`` is a resolution, and which; else None."""
+    try:
+        node = read_node(path.parent)
+        image = None if node is None else parse_multiscale(node.attributes)
+    except (OSError, ValueError):
+        return None, 0
+    if image is None or path.name not in image.paths:
+        return None, 0
+    return image, image.paths.index(path.name)
+
+
+def no_array(path: Path) -> str:
+    """Return why a folder is no volume, naming up to five that it holds."""
+    found = []
+    for count, (folder, names, files) in enumerate(os.walk(path)):
+        names.sort()
+        if count == 0 and not names and not files:
+            return f"source (={path}) is an empty folder"
+        try:
+            node = read_node(Path(folder))
+            image = node is not None and parse_multiscale(node.attributes) is not None
+        except ValueError:
+            continue
+        if node is not None and (node.kind == "array" or image):
+            found.append(str(Path(folder).relative_to(path)))
+            names.clear()
+        if len(found) > 5 or count > 1000:
+            break
+    if not found:
+        return f"source (={path}) must be a Zarr array or image; the folder holds none"
+    listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    return f"source (={path}) is a group, not an array; name one inside it: {listed}"
+
+
+def dimension_names(node: Node, path: Path) -> tuple[str, ...] | None:
+    """Return the axes that the array itself states; None where it says nothing of use."""
+    stated = node.metadata.get("dimension_names") or node.attributes.get("_ARRAY_DIMENSIONS")
+    if not isinstance(stated, list):
+        return None
+    names = [str(name).lower() if isinstance(name, str) else "" for name in stated]
+    names = [_NAMES.get(name, name) for name in names]
+    known = [len(name) == 1 and name in AXES for name in names]
+    if not any(known):
+        return None
+    if not all(known):
+        raise BadRequest(f"source (={path}) has axes {stated}; name them with axes (of {AXES})")
+    return tuple(names)
+
+
+def image_attributes(
+    *,
+    axes: str,
+    scale: Sequence[float],
+    units: Sequence[str | None],
+    name: str,
+    version: Literal["0.4", "0.5"],
+) -> dict[str, object]:
+    """Return the OME attributes of a group whose only resolution is the array ``0``.
+
+    ``axes``, ``scale`` and ``units`` are per dimension, the channel axis among them.
+    """
+    described = []
+    for letter, unit in zip(axes, units, strict=True):
+        axis = {"name": letter, "type": _TYPES.get(letter, "space")}
+        described.append(axis if unit is None or letter == "c" else {**axis, "unit": unit})
+    transformations = [{"type": "scale", "scale": [float(n) for n in scale]}]
+    image: dict[str, object] = {
+        "name": name,
+        "axes": described,
+        "datasets": [{"path": "0", "coordinateTransformations": transformations}],
+    }
+    if version == "0.4":
+        return {"multiscales": [{"version": "0.4", **image}]}
+    return {"ome": {"version": "0.5", "multiscales": [image]}}

@@ -1,0 +1,93 @@
+"""What may be asked of a segmentation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tilepipe.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tilepipe.geometry import Shape
+
+CHOICES = {
+    "write": ("labels", "probabilities", "logits", "values"),
+    "boundary": ("mirror", "network"),
+    "strategy": ("auto", "direct"),
+    "precision": ("float32", "bfloat16", "float16", "float64"),
+    "ome_version": ("0.5", "0.4"),
+}
+"""What each of these options may be; the first is the default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What may be asked of a segmentation. None leaves a choice to the plan.
+
+    Sizes are voxels in the order of the volume's axes, without channels.
+    """
+
+    axes: str | None = None
+    """Axes of the source, such as ``czyx``, where its file does not say them."""
+    level: int = 0
+    """Resolution of an OME-Zarr or TIFF pyramid; 0 is the full one."""
+    network: str | None = None
+    """``package.module:factory`` or ``file.py:factory`` that builds a state dict's network."""
+    network_args: Mapping[str, object] | None = None
+    head: int = 0
+    """Which of several output tensors."""
+    write: str = "labels"
+    """``labels``, ``probabilities``, ``logits``, or ``values``: the network's output as it is."""
+    threshold: float | None = None
+    """Probability above which a network of one output channel says 1; 0.5 by default."""
+    normalize: str | None = None
+    """``none``, ``scale:A,B``, ``percentile:LO,HI`` or ``zscore``; by default the model's own."""
+    boundary: str = "mirror"
+    """``mirror``, or ``network``: the network's own padding at the volume's border."""
+    tile: Shape | None = None
+    memory: int | None = None
+    """Bytes per worker."""
+    strategy: str = "auto"
+    """``auto`` or ``direct``: windows that overlap by the context."""
+    threads: int | None = None
+    """Compute threads per worker; part of the plan, since rounding depends on it."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    precision: str = "float32"
+    """``float32``, ``bfloat16``, ``float16``, or ``float64`` to measure rounding."""
+    chunks: Shape | None = None
+    shards: Shape | None = None
+    ome_version: str = "0.5"
+    inexact: bool = False
+    """Run a network that no tiling makes exact in windows all the same."""
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise BadRequest(f"{name} (={value}) must be one of {', '.join(choices)}")
+        for name in ("tile", "chunks", "shards"):
+            sizes = getattr(self, name)
+            if sizes is not None and min(sizes, default=0) <= 0:
+                raise BadRequest(f"{name} (={comma(sizes)}) must be positive along every axis")
+        for name in ("memory", "threads"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise BadRequest(f"{name} (={value}) must be positive")
+        if self.threshold is not None:
+            if not (math.isfinite(self.threshold) and 0 <= self.threshold <= 1):
+                raise BadRequest(f"threshold (={self.threshold}) must lie between 0 and 1")
+            if self.write != "labels":
+                raise BadRequest(f"threshold (={self.threshold}) is for labels, not {self.write}")
+
+
+def comma(sizes: Shape) -> str:
+    """Return sizes as they are given on the command line.
+
+    >>> comma((64, 128))
+    '64,128'
+    """
+    return ",".join(map(str, sizes))

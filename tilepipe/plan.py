@@ -1,0 +1,319 @@
+"""Everything that is decided before the first voxel is read: all checks and all costs."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from tilepipe import __version__, checks
+from tilepipe.geometry import Context, Shape, TileGrid
+from tilepipe.model import load_model
+from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.options import Options
+from tilepipe.predict import PRECISIONS, find_device, label_type
+from tilepipe.profile import Profile, find_profile
+from tilepipe.tiling import Tiling, choose, choose_chunks, choose_shards, floor_work, work
+from tilepipe.volume import Volume, open_volume
+from tilepipe.windows import Windows, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tilepipe.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The volume that is read."""
+
+    path: str
+    identity: str
+    kind: str
+    axes: str
+    """Without channels; the order of all sizes in the plan."""
+    shape: Shape
+    channels: int
+    dtype: str
+    scale: tuple[float, ...]
+    units: tuple[str | None, ...]
+    chunks: Shape
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The model that is run."""
+
+    path: str
+    kind: str
+    digest: str
+    parameters: int
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is written for each voxel."""
+
+    channels: int
+    """Values per voxel; labels have one, and no channel axis."""
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return {"uint8": 1, "uint16": 2, "float64": 8}.get(self.dtype, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the machine's memory and cores decide, if the user does not."""
+
+    tile: Shape
+    window: Shape
+    """Voxels that one call of the network answers for at most, per axis of the network."""
+    chunks: Shape
+    shards: Shape | None
+    threads: int
+    device: str
+    """``cpu`` or ``cuda``."""
+
+    @property
+    def unit(self) -> Shape:
+        """The write unit: what has exactly one writer."""
+        return self.shards or self.chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the work will take."""
+
+    tiles: int
+    calls: int
+    """Windows given to the network."""
+    multiply_adds: int
+    floor: int
+    """Multiply-adds of one pass over the whole mirrored volume."""
+    memory: int
+    """Expected peak bytes of one worker."""
+    read_bytes: int
+    """Decoded from the source: halos and whole chunks included, uncompressed."""
+    write_bytes: int
+    """Uncompressed."""
+    files: int
+    """Chunk or shard files where none is empty."""
+
+    @property
+    def recompute(self) -> float:
+        """Halo recompute: multiply-adds above the floor, over the floor."""
+        return self.multiply_adds / max(self.floor, 1) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A segmentation as it will be done; plain values only."""
+
+    options: Options
+    source: Source
+    model: Network
+    target: str
+    profile: Profile
+    limit: Shape | None
+    """With the network's own boundary: the size that the network is run on."""
+    answer: Answer
+    normalize: str
+    normalization: Normalization | None
+    """None until the volume has been read once, where the rule needs that."""
+    sizes: Sizes
+    strategy: str
+    costs: Costs
+    notices: tuple[str, ...]
+
+    @property
+    def grid(self) -> TileGrid:
+        """The tiles, in volume coordinates."""
+        return TileGrid(self.source.shape, self.sizes.tile)
+
+    @property
+    def windows(self) -> Windows:
+        """How each tile is cut into windows."""
+        return Windows(self.profile, self.sizes.window, self.limit)
+
+    @property
+    def context(self) -> Context:
+        """The network's context, along the volume's axes."""
+        return self.profile.context.with_leading(len(self.source.shape) - self.profile.axes)
+
+    def identity(self) -> dict[str, object]:
+        """Return all that the result's bytes depend on: the ground of the ledger's fingerprint."""
+        options = self.options
+        return {
+            "source": self.source.identity,
+            "model": self.model.digest,
+            "write": options.write,
+            "threshold": options.threshold,
+            "normalize": self.normalize,
+            "boundary": options.boundary,
+            "precision": options.precision,
+            "inexact": options.inexact,
+            "ome_version": options.ome_version,
+            "strategy": self.strategy,
+            "sizes": _plain(asdict(self.sizes)),
+        }
+
+    def asdict(self) -> dict[str, object]:
+        """Return the plan as plain values for JSON."""
+        return cast("dict[str, object]", _plain({"tilepipe": __version__, **asdict(self)}))
+
+
+def plan(
+    source: str | Path,
+    *,
+    model: str | Path,
+    output: str | Path | None = None,
+    options: Options | None = None,
+    workers: int = 1,
+    earlier: Mapping[str, object] | None = None,
+) -> Plan:
+    """Decide how a volume is segmented; touches nothing.
+
+    ``earlier`` is the `Plan.identity` of a run that may go on: sizes that its machine chose and
+    that ``options`` leave open are kept. Raises `BadRequest` for what cannot work.
+    """
+    options = options or Options()
+    volume = open_volume(source, axes=options.axes, level=options.level)
+    network = load_model(
+        model, network=options.network, network_args=options.network_args, head=options.head
+    )
+    checks.check_rank(volume, options)
+    checks.check_match(volume, network)
+    profile = find_profile(network)
+    checks.check_exact(network, profile, options)
+    checks.check_write(network, profile, options)
+    inner = volume.shape[len(volume.shape) - profile.axes :]
+    limit = checks.find_limit(network, profile, inner, options)
+    answer = _answer(profile, options)
+    tiling = Tiling(
+        model=network,
+        profile=profile,
+        shape=volume.shape,
+        limit=limit,
+        voxel_bytes=volume.dtype.itemsize * volume.channels,
+        answer_bytes=answer.itemsize * answer.channels,
+        ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
+    )
+    sizes = _sizes(tiling, volume, options, workers, earlier)
+    normalize = options.normalize or network.normalize or "none"
+    rule = parse(normalize)
+    return Plan(
+        options=options,
+        source=_source(volume),
+        model=_network(network),
+        target=str(output) if output is not None else default_target(source),
+        profile=profile,
+        limit=limit,
+        answer=answer,
+        normalize=normalize,
+        normalization=None if rule.needs_pass else resolve(rule, volume),
+        sizes=sizes,
+        strategy="direct",
+        costs=_costs(tiling, volume, sizes),
+        notices=tuple(checks.notices(volume, network, profile, options)),
+    )
+
+
+def default_target(source: str | Path) -> str:
+    """Return ``volume-segmented.zarr`` beside the source, out of any Zarr that it lies in.
+
+    >>> default_target("data/volume.zarr/em/raw")
+    'data/volume-segmented.zarr'
+    """
+    path = Path(source)
+    for folder in (path, *path.parents):
+        if folder.suffix == ".zarr":
+            path = folder
+    name = re.sub(r"(\.ome)?\.(zarr|tiff?|svs|btf|n5)$", "", path.name, flags=re.IGNORECASE)
+    return str(path.with_name(f"{name}-segmented.zarr"))
+
+
+def _plain(value: object) -> object:
+    """Return the value as JSON gives it back: tuples as lists."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _answer(profile: Profile, options: Options) -> Answer:
+    if options.write == "labels":
+        return Answer(1, str(label_type(profile.classes)).removeprefix("torch."))
+    return Answer(profile.classes, "float64" if options.precision == "float64" else "float32")
+
+
+def _source(volume: Volume) -> Source:
+    return Source(
+        path=volume.path,
+        identity=volume.identity,
+        kind=volume.kind,
+        axes=volume.axes,
+        shape=volume.shape,
+        channels=volume.channels,
+        dtype=str(volume.dtype),
+        scale=volume.scale,
+        units=volume.units,
+        chunks=volume.chunks,
+        nbytes=volume.nbytes,
+    )
+
+
+def _network(model: Model) -> Network:
+    return Network(model.path, model.kind, model.digest, model.parameters, model.labels)
+
+
+def _sizes(
+    tiling: Tiling,
+    volume: Volume,
+    options: Options,
+    workers: int,
+    earlier: Mapping[str, object] | None,
+) -> Sizes:
+    """Choose tile, window and write unit; a run that goes on keeps those it began with."""
+    kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
+    device = find_device(options.device).split(":")[0]
+    if options.device == "auto":
+        device = str(kept.get("device", device))
+    threads = options.threads or cast("int", kept.get("threads") or 0)
+    threads = threads or max(1, checks.cores() // workers)
+    tile = options.tile or _kept(kept, "tile")
+    chunks = options.chunks or _kept(kept, "chunks") or choose_chunks(tiling, options.tile)
+    shards = options.shards or _kept(kept, "shards")
+    if shards is None and options.chunks is None and options.tile is None and not kept:
+        shards = choose_shards(tiling, chunks) if options.ome_version != "0.4" else None
+    checks.check_sizes(tiling.step, volume.shape, tile=tile, chunks=chunks, shards=shards)
+    memory = options.memory or checks.default_memory(workers)
+    window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None
+    if window is None or tile is None:
+        tile, window, _ = choose(tiling, shards or chunks, volume.chunks, memory, tile)
+    return Sizes(tile, window, chunks, shards, threads, device)
+
+
+def _kept(kept: Mapping[str, object], name: str) -> Shape | None:
+    sizes = cast("list[int] | None", kept.get(name))
+    return tuple(sizes) if sizes else None
+
+
+def _costs(tiling: Tiling, volume: Volume, sizes: Sizes) -> Costs:
+    found = work(tiling, sizes.tile, sizes.window, volume.chunks)
+    box = whole(tiling.profile, volume.shape[tiling.leading :], tiling.limit)
+    return Costs(
+        tiles=len(TileGrid(volume.shape, sizes.tile)),
+        calls=found.windows,
+        multiply_adds=found.multiply_adds,
+        floor=floor_work(tiling, box.shape),
+        memory=found.memory,
+        read_bytes=found.read_voxels * tiling.voxel_bytes,
+        write_bytes=math.prod(volume.shape) * tiling.answer_bytes,
+        files=len(TileGrid(volume.shape, sizes.unit)),
+    )

@@ -1,0 +1,237 @@
+"""The sizes that cost least: windows, tiles and write units, by work and within memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tilepipe.errors import BadRequest
+from tilepipe.geometry import Shape, TileGrid, ceil_to
+from tilepipe.windows import Windows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tilepipe.cost import Cost
+    from tilepipe.model import Model
+    from tilepipe.profile import Profile
+
+PROCESS = 400 << 20
+"""Bytes of a process that has loaded torch, zarr and dask and does nothing yet."""
+KERNELS = 150 << 20
+"""Bytes that the library of kernels keeps for itself."""
+SPREAD = 1.25
+"""Memory taken over bytes alive: what the allocator cannot use again. Measured, 1.0 to 1.2."""
+SLOTS = 3
+"""Tiles in flight in a worker: one is read, one computed, one written."""
+GAIN = 1.03
+"""A larger window must save at least this much work."""
+CHUNK_EDGES = {1: (16, 256, 256), 2: (1024, 1024), 3: (128, 128, 128)}
+"""Chunk edges: for slices, planes and volumes of small numbers; about 1 to 2 MB."""
+SHARD_CHUNKS = 16384
+"""Chunks above which an array is written in shards, to be kind to file systems."""
+SHARD_BYTES = 64 << 20
+"""Size of a shard, before compression, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """What does not depend on the sizes that are chosen."""
+
+    model: Model
+    profile: Profile
+    shape: Shape
+    """Voxels of the volume, leading axes first."""
+    limit: Shape | None
+    """With the network's own boundary: the size that it is run on, per axis of the network."""
+    voxel_bytes: int
+    """Bytes of a voxel of the source, with all its channels."""
+    answer_bytes: int
+    """Bytes of a voxel of the target, with all its channels."""
+    ratio: float = 1.0
+    """Bytes of a number in the network, over those of the model's own type."""
+    costs: dict[Shape, Cost] = field(default_factory=dict)
+
+    @property
+    def leading(self) -> int:
+        """Axes in front of those that the network is run along."""
+        return len(self.shape) - self.profile.axes
+
+    @property
+    def step(self) -> Shape:
+        """Step per axis of the volume."""
+        return (1,) * self.leading + self.profile.context.step
+
+    def cost(self, shape: Shape) -> Cost:
+        """Return the cost of one window of this input shape."""
+        if shape not in self.costs:
+            self.costs[shape] = self.model.cost(shape)
+        return self.costs[shape]
+
+    def windows(self, size: Shape) -> Windows:
+        """Return the windows that answer for ``size`` voxels each."""
+        return Windows(self.profile, size, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a choice of tile and window costs."""
+
+    multiply_adds: int
+    windows: int
+    memory: int
+    """Peak bytes of one worker; of its device where the network runs on one."""
+    read_voxels: int
+    """Voxels decoded from storage, whole chunks counted."""
+
+
+def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
+    """Count the work of a choice exactly, from the windows along each axis."""
+    windows, leading = tiling.windows(window), tiling.leading
+    sizes: list[Counter[int]] = []
+    decoded = widest = 1
+    for axis, (length, edge, chunk) in enumerate(zip(tiling.shape, tile, chunks, strict=True)):
+        counter, along, most = Counter[int](), 0, 0
+        for start in range(0, length, edge):
+            spans = [(start, min(start + edge, length), 0, 0)]
+            if axis >= leading:
+                spans = windows.along(axis - leading, *spans[0][:2])
+                counter.update(b - a for a, b, _, _ in spans)
+            low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+            along += _decoded(low, high, length, chunk)
+            most = max(most, high - low)
+        decoded, widest = decoded * along, widest * most
+        sizes.append(counter)
+    planes = math.prod(tiling.shape[:leading])
+    total = number = peak = 0
+    for chosen in itertools.product(*(c.items() for c in sizes[leading:])):
+        count = planes * math.prod(n for _, n in chosen)
+        cost = tiling.cost(tuple(size for size, _ in chosen))
+        total += count * cost.multiply_adds
+        number += count
+        peak = max(peak, int(cost.peak * tiling.ratio))
+    buffers = SLOTS * (widest * tiling.voxel_bytes + math.prod(tile) * tiling.answer_bytes)
+    weights = sum(p.nbytes for p in tiling.model.module.parameters())
+    memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + 2 * weights
+    return Work(total, number, memory, decoded)
+
+
+def _decoded(low: int, high: int, length: int, chunk: int) -> int:
+    """Return the voxels in the chunks that hold the mirrored range ``low:high`` of an axis."""
+    first, last = max(0, low), min(length, high)
+    if low < 0:
+        last = max(last, min(length, 1 - low))
+    if high > length:
+        first = min(first, max(0, 2 * (length - 1) - high + 1))
+    return min(length, ceil_to(last, chunk)) - first // chunk * chunk
+
+
+def choose_chunks(tiling: Tiling, tile: Shape | None) -> Shape:
+    """Return chunk edges: multiples of the step that divide the tile, where one is given."""
+    rank = len(tiling.shape)
+    edges = CHUNK_EDGES[2 if rank == 2 else 3 if not tiling.leading else 1]
+    edges = (1,) * (rank - len(edges)) + edges
+    if tiling.answer_bytes > 2:
+        edges = tuple(edge // 2 if edge > 16 else edge for edge in edges)
+    chosen = []
+    for axis, (edge, step, length) in enumerate(zip(edges, tiling.step, tiling.shape, strict=True)):
+        chunk = ceil_to(edge, step)
+        if tile is not None:
+            divisors = [d for d in range(step, tile[axis] + 1, step) if tile[axis] % d == 0]
+            chunk = max((d for d in divisors if d <= chunk), default=tile[axis])
+        chosen.append(min(chunk, ceil_to(length, step)))
+    return tuple(chosen)
+
+
+def choose_shards(tiling: Tiling, chunks: Shape) -> Shape | None:
+    """Return shard edges where chunks alone would make too many files, else None."""
+    counts = TileGrid(tiling.shape, chunks).counts
+    if math.prod(counts) <= SHARD_CHUNKS:
+        return None
+    shards = list(chunks)
+    while math.prod(shards) * tiling.answer_bytes * 2 <= SHARD_BYTES:
+        growable = [a for a in range(len(shards)) if shards[a] < tiling.shape[a]]
+        if not growable:
+            break
+        shards[min(growable, key=lambda a: shards[a])] *= 2
+    return tuple(shards)
+
+
+def choose(
+    tiling: Tiling, unit: Shape, chunks: Shape, memory: int, tile: Shape | None
+) -> tuple[Shape, Shape, Work]:
+    """Return tile, window and their work: the least work that fits, no larger than it pays.
+
+    ``unit`` is the write unit, ``chunks`` the source's, ``memory`` in bytes per worker. Raises
+    `BadRequest` where not even the smallest window fits.
+    """
+    fitting: list[tuple[Shape, Shape, Work]] = []
+    smallest: Work | None = None
+    for window in _candidates(tiling, tile or tiling.shape):
+        chosen = tile or _tile(tiling, unit, window)
+        size = window[tiling.leading :]
+        found = work(tiling, chosen, size, chunks)
+        smallest = found if smallest is None or found.memory < smallest.memory else smallest
+        if found.memory > memory:
+            break
+        fitting.append((chosen, size, found))
+    if not fitting:
+        assert smallest is not None
+        raise BadRequest(
+            f"memory (={describe_bytes(memory)}) must hold the smallest tile"
+            f" (={describe_bytes(smallest.memory)}); give more with --memory"
+            + (" or a smaller --tile" if tile else "")
+        )
+    least = min(w.multiply_adds for _, _, w in fitting)
+    return next(choice for choice in fitting if choice[2].multiply_adds <= GAIN * least)
+
+
+def _candidates(tiling: Tiling, room: Shape) -> Iterator[Shape]:
+    """Yield windows from small to large: cubes on the lattice, cut to the room there is."""
+    if tiling.profile.fixed:
+        yield tuple(ceil_to(n, s) for n, s in zip(room, tiling.step, strict=True))
+        return
+    seen = set()
+    for power in range(4, 60):
+        for edge in (2**power, 3 * 2 ** (power - 1)):
+            window = tuple(
+                min(ceil_to(edge, step), ceil_to(n, step))
+                for n, step in zip(room, tiling.step, strict=True)
+            )
+            if window not in seen:
+                seen.add(window)
+                yield window
+        if all(w >= n for w, n in zip(window, room, strict=True)):
+            return
+
+
+def _tile(tiling: Tiling, unit: Shape, window: Shape) -> Shape:
+    """Return the tile of a window: whole write units, no more of them than it covers."""
+    return tuple(
+        max(u, w // u * u) if axis >= tiling.leading else u
+        for axis, (u, w) in enumerate(zip(unit, window, strict=True))
+    )
+
+
+def floor_work(tiling: Tiling, size: Shape) -> int:
+    """Return the multiply-adds of one pass over the whole mirrored volume."""
+    planes = math.prod(tiling.shape[: tiling.leading])
+    if not tiling.profile.fixed:
+        return planes * tiling.cost(size).multiply_adds
+    one = tiling.profile.smallest
+    share = tiling.cost(one).multiply_adds / math.prod(one)
+    return int(planes * share * math.prod(size))
+
+
+def describe_bytes(count: float) -> str:
+    """Return a number of bytes as people say it.
+
+    >>> describe_bytes(1_500_000_000)
+    '1.5 GB'
+    """
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    place = min(int(math.log10(count)) // 3, len(units) - 1) if count >= 1 else 0
+    return f"{count / 1000**place:.3g} {units[place]}"

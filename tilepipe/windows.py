@@ -1,0 +1,134 @@
+"""Which boxes of the volume a network is given so that a tile's voxels come out exact.
+
+Every window begins on the network's lattice and has a size that the network accepts; what it
+answers for (``keep``) is far enough from its borders, or lies at the volume's own border.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tilepipe.errors import BadRequest
+from tilepipe.geometry import Region, Shape, ceil_to
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tilepipe.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One call of the network."""
+
+    read: Region
+    """The input, in volume coordinates; outside the volume it is mirrored or zero."""
+    keep: Region
+    """What the window answers for."""
+
+
+Span = tuple[int, int, int, int]
+"""Along one axis: read from, read to, keep from, keep to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How regions of a volume are cut into windows.
+
+    Law: the windows of a region keep each of its voxels exactly once.
+    """
+
+    profile: Profile
+    size: Shape
+    """Voxels that one window answers for at most, per axis of the network; multiples of step."""
+    limit: Shape | None = None
+    """With the network's own boundary: the size of the volume that the network is run on."""
+
+    @property
+    def usable(self) -> Shape:
+        """Voxels that one window answers for, per axis of the network."""
+        profile = self.profile
+        if not profile.fixed:
+            return self.size
+        room = tuple(
+            (size - lead - after) // step * step
+            for size, lead, after, step in zip(
+                profile.smallest, profile.lead, profile.context.after, profile.context.step,
+                strict=True,
+            )
+        )  # fmt: skip
+        if min(room) <= 0:
+            raise BadRequest(
+                f"the program's fixed size (={profile.smallest}) must exceed its context"
+                f" (={profile.context.before} before, {profile.context.after} after);"
+                " export it with dynamic sizes or with a larger one"
+            )
+        return room
+
+    def of(self, region: Region) -> list[Window]:
+        """Return the windows of a region whose start lies on the lattice.
+
+        Along axes in front of the network's own, every window is one voxel thick.
+        """
+        leading = len(region.start) - self.profile.axes
+        edges = list(zip(region.start, region.stop, strict=True))
+        spans = [[(n, n + 1, n, n + 1) for n in range(a, b)] for a, b in edges[:leading]]
+        spans += [self.along(axis, a, b) for axis, (a, b) in enumerate(edges[leading:])]
+        return [_window(chosen) for chosen in itertools.product(*spans)]
+
+    def read(self, region: Region) -> Region:
+        """Return the box that holds the windows of a region."""
+        windows = self.of(region)
+        return Region(
+            tuple(map(min, zip(*(w.read.start for w in windows), strict=True))),
+            tuple(map(max, zip(*(w.read.stop for w in windows), strict=True))),
+        )
+
+    def along(self, axis: int, start: int, stop: int) -> list[Span]:
+        """Return the windows along one axis of the network, from a start on the lattice."""
+        profile, limit = self.profile, self.limit[axis] if self.limit else None
+        step, after = profile.context.step[axis], profile.context.after[axis]
+        lead, usable, spans = profile.lead[axis], self.usable[axis], []
+        while start < stop:
+            end = min(stop, start + usable)
+            begin = start - lead
+            if limit is None:
+                size = profile.accepted(axis, lead + ceil_to(end - start, step) + after)
+                spans.append((begin, begin + size, start, end))
+            else:
+                begin = max(0, begin)
+                want = ceil_to(end, step) + after - begin
+                finish = begin + profile.accepted(axis, want)
+                if finish >= limit:
+                    finish = limit
+                    begin = min(begin, max(0, limit - profile.smallest[axis]) // step * step)
+                    if profile.fixed:
+                        end = stop
+                spans.append((begin, finish, start, end))
+            start = end
+        return spans
+
+
+def _window(spans: Sequence[Span]) -> Window:
+    read_from, read_to, keep_from, keep_to = zip(*spans, strict=True)
+    return Window(Region(read_from, read_to), Region(keep_from, keep_to))
+
+
+def whole(profile: Profile, shape: Shape, limit: Shape | None) -> Region:
+    """Return the box of the one pass that the tiles equal: the reference, said exactly.
+
+    With ``limit`` the network's own boundary; else the volume grown by mirroring, before its
+    start by the lead, after its end by the context and to the next size that is accepted.
+    """
+    if limit is not None:
+        return Region.whole(limit)
+    start = tuple(-lead for lead in profile.lead)
+    size = tuple(
+        profile.accepted(axis, lead + ceil_to(n, step) + after)
+        for axis, (n, lead, step, after) in enumerate(
+            zip(shape, profile.lead, profile.context.step, profile.context.after, strict=True)
+        )
+    )
+    return Region(start, tuple(a + n for a, n in zip(start, size, strict=True)))
