@@ -161,8 +161,9 @@ def _percentiles(
     """Return two percentiles of each channel from a histogram of `BINS` bins."""
     kind = volume.dtype
     if kind.kind in "iu" and kind.itemsize <= 2:
-        edges = [(float(np.iinfo(kind).min), float(np.iinfo(kind).max + 1))] * volume.channels
         bins = 2 ** (8 * kind.itemsize)
+        first = -bins / 2 if kind.kind == "i" else 0.0
+        edges = [(first, first + bins)] * volume.channels
     else:
         low, high = np.full(volume.channels, np.inf), np.full(volume.channels, -np.inf)
         for block in _blocks(volume, progress):

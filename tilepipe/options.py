@@ -17,7 +17,7 @@ CHOICES = {
     "write": ("labels", "probabilities", "logits", "values"),
     "boundary": ("mirror", "network"),
     "strategy": ("auto", "direct"),
-    "precision": ("float32", "bfloat16", "float16", "float64"),
+    "precision": ("float32", "bfloat16", "float16"),
     "ome_version": ("0.5", "0.4"),
 }
 """What each of these options may be; the first is the default."""
@@ -57,7 +57,7 @@ class Options:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     precision: str = "float32"
-    """``float32``, ``bfloat16``, ``float16``, or ``float64`` to measure rounding."""
+    """``float32``, ``bfloat16`` or ``float16``."""
     chunks: Shape | None = None
     shards: Shape | None = None
     ome_version: str = "0.5"

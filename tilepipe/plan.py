@@ -65,7 +65,7 @@ class Answer:
     @property
     def itemsize(self) -> int:
         """Bytes of one value."""
-        return {"uint8": 1, "uint16": 2, "float64": 8}.get(self.dtype, 4)
+        return {"uint8": 1, "uint16": 2}.get(self.dtype, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +249,7 @@ def _plain(value: object) -> object:
 def _answer(profile: Profile, options: Options) -> Answer:
     if options.write == "labels":
         return Answer(1, str(label_type(profile.classes)).removeprefix("torch."))
-    return Answer(profile.classes, "float64" if options.precision == "float64" else "float32")
+    return Answer(profile.classes, "float32")
 
 
 def _source(volume: Volume) -> Source:

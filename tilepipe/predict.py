@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRECISIONS = {
-    "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -69,8 +68,7 @@ class Predictor:
 
     def _finish(self, answer: torch.Tensor) -> torch.Tensor:
         """Turn what the network gives into what is written."""
-        if answer.dtype not in (torch.float32, torch.float64):
-            answer = answer.float()
+        answer = answer.float()
         if self._write in ("logits", "values"):
             return answer
         single = answer.shape[0] == 1

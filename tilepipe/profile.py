@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context, Shape, ceil_to
+from tilepipe.model import load_model
 from tilepipe.network import Graph, NotExported, activation, export, lattice, walk
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tilepipe.model import Model
 
@@ -102,6 +104,18 @@ def find_profile(model: Model) -> Profile:
             f" {SIZES[0]} to {SIZES[-1]} voxels per side: {model.refusal((SIZES[0],) * model.axes)}"
         )
     return best
+
+
+def context(path: str | Path, *, network: str | None = None) -> Context:
+    """Return the context of a model file: voxels before and after, and step, for each axis.
+
+    Raises `BadRequest` where the network has no finite context.
+    """
+    model = load_model(path, network=network)
+    profile = find_profile(model)
+    if profile.troubles:
+        raise BadRequest(f"model (={path}) has no finite context: {profile.troubles[0]}")
+    return profile.context
 
 
 def _sizes(model: Model) -> Iterator[int]:

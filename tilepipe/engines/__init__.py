@@ -1,1 +1,66 @@
-"""x."""
+"""What runs tiles. Engines know tiles by their index; they know no torch and no Zarr.
+
+Every engine is a generator ``run(job, tiles)`` that takes tiles as it needs them, never holds
+more than a bounded window of them, and yields what became of each exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RETRIES = 2
+"""How often a tile that failed is tried again before it is set aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileResult:
+    """A tile whose voxels are in the target."""
+
+    index: int
+    voxels: int
+    nonfinite: int
+    """Values of the source that were not finite."""
+    read_seconds: float
+    compute_seconds: float
+    write_seconds: float
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class TileFailure:
+    """A tile that is set aside."""
+
+    index: int
+    cause: str
+    """One line."""
+    attempts: int
+
+
+class Job(Protocol):
+    """Work on tiles, small enough to be sent to every worker."""
+
+    @property
+    def key(self) -> str:
+        """The same key is the same work: a process opens it once."""
+
+    @property
+    def slots(self) -> int:
+        """Tiles in flight in a process: one is read, one computed, one written."""
+
+    def open(self) -> Callable[[int], TileResult]:
+        """Return what processes a tile by its index, from several threads at once."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error with its causes as one line.
+
+    >>> one_line(ValueError("no such chunk"))
+    'ValueError: no such chunk'
+    """
+    text = " ".join(str(error).split())
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return line if len(line) <= 300 else line[:297] + "..."

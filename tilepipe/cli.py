@@ -1,0 +1,295 @@
+"""The commands. The only module that prints; everything heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import click
+
+from tilepipe import __version__
+from tilepipe.errors import BadRequest, TileError
+from tilepipe.options import CHOICES, Options
+
+if TYPE_CHECKING:
+    from tilepipe.geometry import Shape
+    from tilepipe.segment import Report
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+LINE_SECONDS = 30.0
+"""How often progress is told where there is no terminal."""
+
+
+class Sizes(click.ParamType["Shape"]):
+    """Voxels along each of the volume's axes."""
+
+    name = "Z,Y,X"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Shape:
+        """Return the sizes as a tuple."""
+        try:
+            return tuple(int(part) for part in str(value).strip("()").split(","))
+        except ValueError:
+            self.fail(f"{value!r} must be whole numbers with commas, as in 64,128,128", param, ctx)
+
+
+class Bytes(click.ParamType[int]):
+    """An amount of memory."""
+
+    name = "SIZE"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the number of bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} must be an amount such as 512MB or 4GB", param, ctx)
+        number, unit, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+class Arguments(click.ParamType[dict[str, object]]):
+    """A JSON object."""
+
+    name = "JSON"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, object]:
+        """Return the object as a dict."""
+        try:
+            found = json.loads(str(value))
+        except json.JSONDecodeError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f'{value!r} must be a JSON object, as in {{"base": 16}}', param, ctx)
+        return found
+
+
+def _choice(name: str, text: str) -> Callable[[Command], Command]:
+    choices = CHOICES[name]
+    return click.option(
+        "--" + name.replace("_", "-"),
+        type=click.Choice(choices),
+        default=choices[0],
+        show_default=True,
+        help=text,
+    )
+
+
+_REQUEST = (
+    click.argument("source"),
+    click.option("--model", required=True, metavar="FILE", help="The network."),
+    click.option("-o", "--output", metavar="TARGET", help="An OME-Zarr; beside SOURCE by default."),
+    _choice("write", "What is written for each voxel."),
+    click.option("--threshold", type=float, metavar="X", help="For one output channel. [0.5]"),
+    click.option("--network", metavar="REF", help="module:factory or file.py:factory."),
+    click.option("--network-args", type=Arguments(), help="Arguments of the factory."),
+    click.option("--head", type=int, default=0, metavar="N", help="Which of several outputs."),
+    click.option("--axes", metavar="ZYX", help="Axes of SOURCE, where it does not say them."),
+    click.option("--level", type=int, default=0, metavar="N", help="Of a pyramid; 0 is finest."),
+    click.option(
+        "--normalize",
+        metavar="HOW",
+        help="none, scale:A,B, percentile:LO,HI or zscore, over the whole volume. [the model's]",
+    ),
+    _choice("boundary", "The volume mirrored at its border, or the network's own padding."),
+    click.option("--tile", type=Sizes(), help="Voxels of a tile. [from the memory]"),
+    click.option("--memory", type=Bytes(), help="Of each worker. [4GB, or less if there is less]"),
+    _choice("strategy", "How a tile is computed."),
+    click.option("--threads", type=int, metavar="N", help="Compute threads of each worker."),
+    click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
+    _choice("precision", "Of the network's arithmetic."),
+    click.option("--chunks", type=Sizes(), help="Voxels of the target's chunks."),
+    click.option("--shards", type=Sizes(), help="Voxels of its shards, in multiples of chunks."),
+    _choice("ome_version", "Of the target: 0.5 is Zarr v3, 0.4 is Zarr v2."),
+    click.option("--inexact", is_flag=True, help="Accept seams where no tiling is exact."),
+    click.option("--engine", type=click.Choice(["auto", "serial", "dask"]), default="auto"),
+    click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that already runs."),
+    click.option("--workers", type=int, metavar="N", help="Worker processes. [1, or one per GPU]"),
+)  # fmt: skip
+
+
+def _request(command: Command) -> Command:
+    """Give a command the argument and the options of a segmentation."""
+    for decorate in reversed(_REQUEST):
+        command = decorate(command)
+    return command
+
+
+def _options(values: dict[str, object]) -> Options:
+    """Take the options of a segmentation out of a command's values."""
+    return Options(**{f.name: values.pop(f.name) for f in fields(Options)})  # type: ignore[arg-type]
+
+
+def _refusing(command: Command) -> Command:
+    """Turn what cannot be done into one line and an exit code."""
+
+    @wraps(command)
+    def run(*args: object, **values: object) -> None:
+        try:
+            command(*args, **values)
+        except BadRequest as error:
+            _end(str(error), 2)
+        except TileError as error:
+            _end(str(error), 1)
+        except KeyboardInterrupt:
+            _end("interrupted; run the same command again to go on", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return run  # type: ignore[return-value]
+
+
+def _end(message: str, code: int) -> NoReturn:
+    click.echo(f"tilepipe: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Tell more.")
+def main(verbose: bool) -> None:
+    """Segment images too large for memory, exactly as one pass over the whole would."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="tilepipe: %(message)s"
+    )
+    for chatty in ("distributed", "torch", "tifffile", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+@main.command()
+@_request
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@_refusing
+def segment(source: str, model: str, output: str | None, **values: object) -> None:
+    """Segment SOURCE (Zarr, OME-Zarr, TIFF) with a network into an OME-Zarr.
+
+    Run again after it was stopped, it goes on. Exit code 1: some tiles failed.
+    """
+    from tilepipe.describe import describe_plan, describe_report
+    from tilepipe.segment import segment as run
+
+    options = _options(values)
+    shown = _Progress()
+    report = run(
+        source,
+        model=model,
+        output=output,
+        options=options,
+        planned=lambda plan: click.echo(describe_plan(plan)),
+        progress=shown,
+        **values,  # type: ignore[arg-type]
+    )
+    shown.end()
+    click.echo(describe_report(report))
+    if report.failures:
+        sys.exit(1)
+
+
+@main.command()
+@_request
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_refusing
+def plan(source: str, model: str, output: str | None, as_json: bool, **values: object) -> None:
+    """Show what segmenting SOURCE would do and cost; touches nothing."""
+    from tilepipe.describe import describe_plan
+    from tilepipe.segment import plan_segment
+
+    options = _options(values)
+    made = plan_segment(source, model=model, output=output, options=options, **values)  # type: ignore[arg-type]
+    click.echo(json.dumps(made.asdict(), indent=1) if as_json else describe_plan(made))
+
+
+@main.command()
+@click.argument("file")
+@click.option("--network", metavar="REF", help="module:factory or file.py:factory.")
+@click.option("--network-args", type=Arguments(), help="Arguments of the factory.")
+@click.option("--head", type=int, default=0, metavar="N", help="Which of several outputs.")
+@click.option("--axes", metavar="ZYX", help="Axes of a volume that does not say them.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_refusing
+def inspect(
+    file: str,
+    network: str | None,
+    network_args: dict[str, object] | None,
+    head: int,
+    axes: str | None,
+    as_json: bool,
+) -> None:
+    """Describe a model, a volume, or an output and how far it is."""
+    from tilepipe.inspect import inspect as describe
+
+    found, text = describe(file, network=network, network_args=network_args, head=head, axes=axes)
+    click.echo(json.dumps(found, indent=1) if as_json else text)
+
+
+@main.command()
+@click.option("--size", type=int, default=1024, show_default=True, help="Pixels of each side.")
+@click.option("-o", "--output", default="demo", show_default=True, help="A folder for the results.")
+@_refusing
+def demo(size: int, output: str) -> None:
+    """Make an image of nuclei, segment it in tiles and compare it with the truth."""
+    from tilepipe.demo import demo as run
+
+    shown = _Progress()
+    for line in run(Path(output), size=size, progress=shown):
+        shown.end()
+        click.echo(line)
+
+
+class _Progress:
+    """A bar on a terminal; without one, a line now and then."""
+
+    def __init__(self) -> None:
+        self._bar: click._termui_impl.ProgressBar[int] | None = None
+        self._told, self._shown, self._text = time.monotonic(), 0, ""
+
+    def __call__(self, report: Report) -> None:
+        """Show how far a segmentation is."""
+        finished = report.done + len(report.failures)
+        rate = report.voxels / max(report.seconds, 1e-9) / 1e6
+        if sys.stderr.isatty():
+            if self._bar is None:
+                if report.dashboard:
+                    click.echo(f"dashboard      {report.dashboard}", err=True)
+                self._bar = click.progressbar(
+                    length=report.tiles - report.before,
+                    label="segmenting",
+                    show_pos=True,
+                    item_show_func=lambda _: self._text,
+                    file=sys.stderr,
+                )
+                self._bar.__enter__()
+            self._text = f"{rate:.3g} megavoxels/s" + (
+                f", {len(report.failures)} failed" if report.failures else ""
+            )
+            self._bar.update(finished - self._shown, finished)
+            self._shown = finished
+        elif time.monotonic() - self._told > LINE_SECONDS:
+            self._told = time.monotonic()
+            left = report.seconds / finished * report.left
+            click.echo(
+                f"{report.before + finished} of {report.tiles} tiles, {rate:.3g} megavoxels/s,"
+                f" about {left:.0f} s left",
+                err=True,
+            )
+
+    def end(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None

@@ -1,0 +1,124 @@
+"""Plans, models, volumes and outputs in words, for people; JSON is for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tilepipe.options import comma
+from tilepipe.tiling import describe_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tilepipe.model import Model
+    from tilepipe.plan import Plan
+    from tilepipe.profile import Profile
+    from tilepipe.segment import Report
+    from tilepipe.volume import Volume
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return what will be done and what it costs, a line for each matter."""
+    source, sizes, costs, context = plan.source, plan.sizes, plan.costs, plan.context
+    grid = " x ".join(map(str, plan.grid.counts))
+    chunks = comma(sizes.chunks) + (f" in shards of {comma(sizes.shards)}" if sizes.shards else "")
+    amplified = costs.read_bytes / max(source.nbytes, 1)
+    rows = [
+        ("source", f"{source.path} ({source.kind}, {source.dtype})"),
+        ("axes", f"{source.axes} = {comma(source.shape)}{_channels(source.channels)}"),
+        ("model", f"{plan.model.path} ({plan.model.kind}, {plan.model.parameters:,} weights)"),
+        ("grey values", plan.normalize),
+        ("context", f"{comma(context.before)} before, {comma(context.after)} after"),
+        ("step", comma(context.step)),
+        ("boundary", plan.options.boundary),
+        ("tile", f"{comma(sizes.tile)}, {costs.tiles} of them ({grid})"),
+        ("window", f"{comma(sizes.window)}, the network is called {costs.calls:,} times"),
+        ("strategy", plan.strategy),
+        (
+            "compute",
+            f"{sizes.device}, {plan.options.precision}, {sizes.threads} threads per worker",
+        ),
+        ("memory", f"{describe_bytes(costs.memory)} per worker, expected"),
+        ("multiply-adds", f"{costs.multiply_adds:.4g}, {costs.recompute:.1%} above one whole pass"),
+        ("reads", f"{describe_bytes(costs.read_bytes)}, {amplified:.2f} times the source"),
+        ("writes", f"{describe_bytes(costs.write_bytes)} before compression, {costs.files} files"),
+        ("target", f"{plan.target} ({plan.options.write}, {plan.answer.dtype}, chunks {chunks})"),
+    ]
+    return _table(rows) + "".join(f"\nnote: {notice}" for notice in plan.notices)
+
+
+def describe_model(model: Model, profile: Profile) -> str:
+    """Return what tiling needs to know of a model."""
+    context = profile.context
+    how = "read from the graph" if profile.method == "graph" else "measured by probing"
+    sizes = [
+        f"{n}" if profile.fixed else f"{n} + {s}k" if s > 1 else f"{n} and more"
+        for n, s in zip(profile.smallest, context.step, strict=True)
+    ]
+    rows = [
+        ("model", f"{model.path} ({model.kind})"),
+        ("weights", f"{model.parameters:,}"),
+        ("input", f"{profile.axes}D, {profile.channels} channels, sizes {', '.join(sizes)}"),
+        ("output", f"{profile.classes} channels{_ends(profile)}, {comma(profile.shrink)} smaller"),
+        ("context", f"{comma(context.before)} before, {comma(context.after)} after ({how})"),
+        ("step", comma(context.step)),
+        ("grey values", model.normalize or "not said"),
+        ("labels", ", ".join(model.labels) or "not said"),
+        ("exact tiling", "no" if profile.troubles else "yes"),
+    ]
+    return _table(rows) + "".join(f"\nno finite context: {why}" for why in profile.troubles)
+
+
+def describe_volume(volume: Volume) -> str:
+    """Return shape, type and storage of a volume."""
+    units = [
+        f"{size:g} {unit or ''}".strip()
+        for size, unit in zip(volume.scale, volume.units, strict=True)
+    ]
+    assumed = " (assumed)" if volume.axes_assumed else ""
+    shards = f" in shards of {comma(volume.shards)}" if volume.shards else ""
+    rows = [
+        ("volume", f"{volume.path} ({volume.kind})"),
+        ("axes", f"{volume.axes}{assumed} = {comma(volume.shape)}{_channels(volume.channels)}"),
+        ("type", f"{volume.dtype}, {describe_bytes(volume.nbytes)}"),
+        ("chunks", comma(volume.chunks) + shards),
+        ("voxel", " x ".join(units)),
+    ]
+    return _table(rows)
+
+
+def describe_report(report: Report) -> str:
+    """Return how a segmentation went."""
+    rate = report.voxels / max(report.seconds, 1e-9) / 1e6
+    lines = [
+        f"{report.before + report.done} of {report.tiles} tiles done"
+        + (f", {report.before} of them before" if report.before else "")
+        + f"; {report.voxels / 1e6:.4g} megavoxels in {report.seconds:.1f} s ({rate:.3g} per s)"
+    ]
+    if report.done:
+        busy = report.read_seconds, report.compute_seconds, report.write_seconds
+        lines.append(
+            "seconds in tiles: {:.1f} reading, {:.1f} computing, {:.1f} writing".format(*busy)
+        )
+    if report.nonfinite:
+        lines.append(f"{report.nonfinite} values of the source are NaN or infinite: taken as 0")
+    if report.failures:
+        lines.append(
+            f"{len(report.failures)} tiles failed; run the same command to try them again:"
+        )
+        lines += [f"  tile {failure.index}, {failure.cause}" for failure in report.failures[:20]]
+        if len(report.failures) > 20:
+            lines.append(f"  and {len(report.failures) - 20} more, in the output's ledger")
+    return "\n".join(lines)
+
+
+def _channels(count: int) -> str:
+    return f", {count} channels" if count > 1 else ""
+
+
+def _ends(profile: Profile) -> str:
+    return f" after a {profile.activation}" if profile.activation else ""
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<14}{value}" for name, value in rows)

@@ -1,0 +1,45 @@
+"""The engine of one process, and the oracle for the others."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+from tilepipe.engines import RETRIES, Job, TileFailure, TileResult, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+def run(
+    job: Job, tiles: Iterable[int], *, retries: int = RETRIES
+) -> Iterator[TileResult | TileFailure]:
+    """Process tiles in this process, as many at once as the job has slots.
+
+    What fails is tried again after the tiles that are already begun. Closing the generator, or
+    an interrupt, lets the tiles in flight end and begins no others.
+    """
+    process, source = job.open(), iter(tiles)
+    running: dict[Future[TileResult], int] = {}
+    again, attempts = deque[int](), dict[int, int]()
+    with ThreadPoolExecutor(job.slots, thread_name_prefix="tilepipe-tile") as pool:
+        while True:
+            while len(running) < job.slots:
+                index = again.popleft() if again else next(source, None)
+                if index is None:
+                    break
+                running[pool.submit(process, index)] = index
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index = running.pop(future)
+                attempts[index] = attempts.get(index, 0) + 1
+                error = future.exception()
+                if error is None:
+                    del attempts[index]
+                    yield future.result()
+                elif attempts[index] > retries:
+                    yield TileFailure(index, one_line(error), attempts.pop(index))
+                else:
+                    again.append(index)

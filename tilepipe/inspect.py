@@ -1,0 +1,72 @@
+"""The story of ``tilepipe inspect``: what a file is, in words and as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from tilepipe.describe import describe_model, describe_volume
+from tilepipe.errors import BadRequest
+from tilepipe.ledger import Ledger
+from tilepipe.target import read_attributes
+from tilepipe.volume import open_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MODELS = (".pt", ".pth", ".pt2", ".ckpt", ".ts")
+"""Names of model files; everything else is looked at as a volume first."""
+
+
+def inspect(
+    path: str | Path,
+    *,
+    network: str | None = None,
+    network_args: Mapping[str, object] | None = None,
+    head: int = 0,
+    axes: str | None = None,
+) -> tuple[dict[str, object], str]:
+    """Return a model, a volume or an output as plain values and as text."""
+    path = Path(path)
+    if not path.exists():
+        raise BadRequest(f"file (={path}) must be a model, a volume or an output; there is none")
+    if path.suffix in MODELS:
+        from tilepipe.model import load_model
+        from tilepipe.profile import find_profile
+
+        model = load_model(path, network=network, network_args=network_args, head=head)
+        profile = find_profile(model)
+        facts = {"model": str(path), "kind": model.kind, "digest": model.digest,
+                 "parameters": model.parameters, "normalize": model.normalize,
+                 "labels": list(model.labels), "provenance": dict(model.provenance)}  # fmt: skip
+        return {**facts, **asdict(profile)}, describe_model(model, profile)
+    volume = open_volume(path, axes=axes)
+    values: dict[str, object] = {
+        "volume": volume.path, "kind": volume.kind, "axes": volume.axes,
+        "axes_assumed": volume.axes_assumed, "shape": volume.shape, "channels": volume.channels,
+        "dtype": str(volume.dtype), "chunks": volume.chunks, "shards": volume.shards,
+        "scale": volume.scale, "units": volume.units, "nbytes": volume.nbytes,
+    }  # fmt: skip
+    made, text = _output(path)
+    return {**values, **made}, "\n".join(filter(None, [describe_volume(volume), text]))
+
+
+def _output(path: Path) -> tuple[dict[str, object], str]:
+    """Describe how far an output of ours is, and with what it was made."""
+    try:
+        attributes = read_attributes(path)
+    except BadRequest:
+        return {}, ""
+    ledger = Ledger.open(path, write=False)
+    plan = cast("Mapping[str, Mapping[str, object]]", attributes.get("plan") or {})
+    lines = [f"made from      {plan['source']['path']}", f"with           {plan['model']['path']}"]
+    values: dict[str, object] = {"made_with": attributes}
+    if ledger is not None:
+        with ledger:
+            failed = ledger.failures
+            lines.append(f"tiles          {ledger.done} of {ledger.tiles} done")
+            lines += [f"failed         tile {failure.index}, {failure.cause}" for failure in failed]
+            values |= {"tiles": ledger.tiles, "done": ledger.done}
+            values["failures"] = [asdict(failure) for failure in failed]
+    return values, "\n".join(lines)

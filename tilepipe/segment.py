@@ -1,0 +1,344 @@
+"""The story of ``tilepipe segment``: plan, create the output, run the tiles, keep the ledger."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from tilepipe import __version__
+from tilepipe.engines import TileFailure, TileResult, serial
+from tilepipe.errors import BadRequest
+from tilepipe.ledger import Ledger, fingerprint
+from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.options import Options
+from tilepipe.plan import Plan, default_target, plan
+from tilepipe.target import check_target, create_target, read_attributes, update_attributes
+from tilepipe.tiling import describe_bytes
+from tilepipe.volume import open_volume
+from tilepipe.worker import SegmentJob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("auto", "serial", "dask")
+COMPRESSED = {"labels": 0.1}
+"""Share of its size that an answer is expected to take on disk; 0.9 where nothing is said."""
+
+
+@dataclass(slots=True)
+class Report:
+    """How a segmentation goes, and went."""
+
+    plan: Plan
+    tiles: int
+    """Tiles of the whole volume."""
+    before: int
+    """Tiles that an earlier run had finished."""
+    done: int = 0
+    """Tiles finished by this run."""
+    voxels: int = 0
+    """Voxels of those."""
+    nonfinite: int = 0
+    """Values that were NaN or infinite in the source, and taken as 0 after normalization."""
+    seconds: float = 0.0
+    read_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    write_seconds: float = 0.0
+    failures: list[TileFailure] = field(default_factory=list)
+    dashboard: str | None = None
+    """Address of the Dask dashboard, where there is one."""
+
+    @property
+    def left(self) -> int:
+        """Tiles neither finished nor set aside."""
+        return self.tiles - self.before - self.done - len(self.failures)
+
+
+def segment(
+    source: str | Path,
+    *,
+    model: str | Path,
+    output: str | Path | None = None,
+    options: Options | None = None,
+    engine: str = "auto",
+    scheduler: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    planned: Callable[[Plan], None] | None = None,
+    progress: Callable[[Report], None] | None = None,
+) -> Report:
+    """Segment a volume into an OME-Zarr: the answer of one pass over the whole mirrored image.
+
+    Runs again where an earlier run of the same plan was stopped. ``planned`` is told the plan
+    before anything is written, ``progress`` the report after every tile. Tiles that fail are
+    retried, then set aside in ``Report.failures`` while the rest goes on.
+
+    Raises `BadRequest`, before anything is written, for what cannot work.
+    """
+    options = options or Options()
+    count = choose_workers(engine, scheduler, workers, options)
+    made, earlier = _plan(source, model, output, options, count, overwrite=overwrite)
+    if planned is not None:
+        planned(made)
+    made = _normalized(made, earlier)
+    with _ledger(made, earlier, overwrite=overwrite) as ledger:
+        report = Report(made, ledger.tiles, ledger.done)
+        _run(report, ledger, count=count, scheduler=scheduler, progress=progress)
+        if ledger.done == ledger.tiles:
+            update_attributes(made.target, {"state": "done", "nonfinite": report.nonfinite})
+    return report
+
+
+def plan_segment(
+    source: str | Path,
+    *,
+    model: str | Path,
+    output: str | Path | None = None,
+    options: Options | None = None,
+    engine: str = "auto",
+    scheduler: str | None = None,
+    workers: int | None = None,
+) -> Plan:
+    """Return the plan that `segment` would make, with all its refusals; touches nothing."""
+    options = options or Options()
+    count = choose_workers(engine, scheduler, workers, options)
+    return _plan(source, model, output, options, count, overwrite=False)[0]
+
+
+def _plan(
+    source: str | Path,
+    model: str | Path,
+    output: str | Path | None,
+    options: Options,
+    count: int,
+    *,
+    overwrite: bool,
+) -> tuple[Plan, dict[str, object] | None]:
+    """Make the plan, and return what the ledger of an earlier run keeps, if there was one."""
+    target = str(output) if output is not None else default_target(source)
+    check_target(target, source)
+    earlier = None if overwrite else _earlier(target)
+    kept = cast("Mapping[str, object]", (earlier or {}).get("identity") or {})
+    made = plan(
+        source, model=model, output=target, options=options, workers=count or 1, earlier=kept
+    )
+    _check_same(target, kept, made.identity())
+    _check_disk(made)
+    return made, earlier
+
+
+def choose_workers(
+    engine: str,
+    scheduler: str | None,
+    workers: int | None,
+    options: Options,
+) -> int:
+    """Return how many worker processes there will be; 0 for this process alone."""
+    if engine not in ENGINES:
+        raise BadRequest(f"engine (={engine}) must be one of {', '.join(ENGINES)}")
+    if workers is not None and workers <= 0:
+        raise BadRequest(f"workers (={workers}) must be positive")
+    if engine == "serial" and (scheduler or (workers or 1) > 1):
+        raise BadRequest("engine (=serial) has one worker; leave out --workers and --scheduler")
+    if scheduler is not None:
+        return workers or 1
+    if engine == "serial":
+        return 0
+    return workers or _useful_workers(options) or (1 if engine == "dask" else 0)
+
+
+def _useful_workers(options: Options) -> int:
+    """Return the number of worker processes that pays: one for each of several GPUs, else none.
+
+    On a CPU one process with all cores is as fast as several with their share (see the
+    benchmarks), takes less memory and starts at once.
+    """
+    import torch
+
+    if options.device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.device_count() if torch.cuda.device_count() > 1 else 0
+    return 0
+
+
+def _earlier(target: str) -> dict[str, object] | None:
+    """Return the plan of a run that wrote to this target before, None where there was none."""
+    if not Path(target).exists():
+        return None
+    ledger = Ledger.open(target, write=False)
+    if ledger is not None:
+        with ledger:
+            return ledger.plan
+    try:
+        begun = read_attributes(target).get("state") == "created"
+    except BadRequest:
+        return None  # create_target says what lies there
+    if not begun:
+        raise BadRequest(
+            f"output (={target}) exists without the ledger of its run; name another, or replace"
+            " it with --overwrite"
+        )
+    return None
+
+
+def _check_same(target: str, kept: Mapping[str, object], asked: Mapping[str, object]) -> None:
+    if not kept:
+        return
+    changed = [name for name in asked if kept.get(name) != asked[name]]
+    if "sizes" in changed:
+        old, new = (cast("Mapping[str, object]", d.get("sizes") or {}) for d in (kept, asked))
+        changed.remove("sizes")
+        changed += [name for name in new if old.get(name) != new[name]]
+    if changed:
+        raise BadRequest(
+            f"output (={target}) was begun with another plan (other {', '.join(changed)}); go on"
+            " with the same options, name another output, or replace it with --overwrite"
+        )
+
+
+def _check_disk(made: Plan) -> None:
+    folder = next(p for p in Path(made.target).absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    need = int(made.costs.write_bytes * COMPRESSED.get(made.options.write, 0.9))
+    if need > free:
+        raise BadRequest(
+            f"output (={made.target}) needs about {describe_bytes(need)}; {folder} has"
+            f" {describe_bytes(free)} free: make room or name another place"
+        )
+
+
+def _normalized(made: Plan, earlier: Mapping[str, object] | None) -> Plan:
+    """Return the plan with its normalization known, from the earlier run or from the volume."""
+    if made.normalization is not None:
+        return made
+    known = cast("Mapping[str, list[float]] | None", (earlier or {}).get("normalization"))
+    if known:
+        found = Normalization(tuple(known["center"]), tuple(known["scale"]))
+    else:
+        volume = open_volume(made.source.path, axes=made.options.axes, level=made.options.level)
+        log.info("reading the whole volume once for --normalize %s", made.normalize)
+        found = resolve(parse(made.normalize), volume)
+    return replace(made, normalization=found)
+
+
+@contextmanager
+def _ledger(
+    made: Plan, earlier: Mapping[str, object] | None, *, overwrite: bool
+) -> Iterator[Ledger]:
+    """Open the ledger of the earlier run, or create the target and a new one."""
+    opened = Ledger.open(made.target) if earlier is not None else None
+    if opened is None:
+        _create(made, overwrite=overwrite)
+        assert made.normalization is not None
+        content = {
+            "identity": made.identity(),
+            "normalization": asdict(made.normalization),
+            "plan": made.asdict(),
+        }
+        opened = Ledger.create(made.target, content, tiles=len(made.grid))
+        update_attributes(made.target, {"state": "started"})
+    with opened:
+        yield opened
+
+
+def _create(made: Plan, *, overwrite: bool) -> None:
+    many = made.options.write != "labels"
+    begun = Path(made.target).is_dir() and _begun(made.target)
+    create_target(
+        made.target,
+        axes="c" * many + made.source.axes,
+        shape=(made.answer.channels,) * many + made.source.shape,
+        dtype=made.answer.dtype,
+        chunks=made.sizes.chunks,
+        shards=made.sizes.shards,
+        scale=made.source.scale,
+        units=made.source.units,
+        attributes={"state": "created", **provenance(made)},
+        ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
+        overwrite=overwrite or begun,
+    )
+
+
+def _begun(target: str) -> bool:
+    """Whether a run was stopped here before it had a ledger, and so before any tile."""
+    try:
+        return read_attributes(target).get("state") == "created"
+    except BadRequest:
+        return False
+
+
+def provenance(made: Plan) -> dict[str, object]:
+    """Return with what an output was made, as plain values for its attributes."""
+    import numpy
+    import torch
+    import zarr
+
+    versions = {
+        "tilepipe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "zarr": zarr.__version__,
+        "numpy": numpy.__version__,
+    }
+    return {"versions": versions, "plan": made.asdict()}
+
+
+def _run(
+    report: Report,
+    ledger: Ledger,
+    *,
+    count: int,
+    scheduler: str | None,
+    progress: Callable[[Report], None] | None,
+) -> None:
+    """Run the tiles that are left through the engine and enter them in the ledger."""
+    began = time.perf_counter()
+    job = SegmentJob(report.plan, fingerprint(report.plan.identity()))
+    with _outcomes(job, ledger, report, count=count, scheduler=scheduler) as outcomes:
+        for outcome in outcomes:
+            if isinstance(outcome, TileResult):
+                ledger.mark(outcome.index)
+                report.done += 1
+                report.voxels += outcome.voxels
+                report.nonfinite += outcome.nonfinite
+                report.read_seconds += outcome.read_seconds
+                report.compute_seconds += outcome.compute_seconds
+                report.write_seconds += outcome.write_seconds
+            else:
+                write = report.plan.grid[outcome.index].write
+                named = replace(outcome, cause=f"voxels {write}: {outcome.cause}")
+                report.failures.append(named)
+                log.warning("tile %d set aside: %s", outcome.index, named.cause)
+            report.seconds = time.perf_counter() - began
+            if progress is not None:
+                progress(report)
+    ledger.set_aside(report.failures)
+
+
+@contextmanager
+def _outcomes(
+    job: SegmentJob, ledger: Ledger, report: Report, *, count: int, scheduler: str | None
+) -> Iterator[Iterator[TileResult | TileFailure]]:
+    """Start the engine and give what becomes of the tiles."""
+    if ledger.done == ledger.tiles:
+        yield iter(())
+    elif count == 0:
+        yield serial.run(job, ledger.remaining())
+    else:
+        from tilepipe.engines import dask
+
+        if scheduler is not None:
+            manager = dask.existing_client(scheduler)
+        else:
+            gpus = [str(n) for n in range(count)] if report.plan.sizes.device == "cuda" else []
+            manager = dask.local_client(count, threads=job.slots, gpus=gpus)
+        with manager as client:
+            report.dashboard = dask.dashboard_address(client)
+            yield dask.run(job, ledger.remaining(), client=client)
