@@ -167,8 +167,8 @@ def main(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="tilepipe: %(message)s"
     )
-    for chatty in ("distributed", "torch", "tifffile", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    for handler in logging.getLogger().handlers:  # what other libraries say is for their own users
+        handler.addFilter(lambda record: record.name.split(".")[0] == "tilepipe")
 
 
 @main.command()

@@ -89,6 +89,8 @@ def describe_volume(volume: Volume) -> str:
 
 def describe_report(report: Report) -> str:
     """Return how a segmentation went."""
+    if not report.done and not report.failures:
+        return f"all {report.tiles} tiles were done before; nothing was left to do"
     rate = report.voxels / max(report.seconds, 1e-9) / 1e6
     lines = [
         f"{report.before + report.done} of {report.tiles} tiles done"

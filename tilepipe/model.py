@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import re
 import warnings
 import zipfile
@@ -80,6 +81,7 @@ class Model:
     labels: tuple[str, ...] = ()
     provenance: Mapping[str, object] = field(default_factory=dict)
     _meta: nn.Module | None = None
+    _on_cpu: bool = False
 
     @property
     def exportable(self) -> bool:
@@ -121,23 +123,39 @@ class Model:
         return ""
 
     def _try(self, shape: Shape) -> Shape:
+        device = "cpu" if self._on_cpu else "meta"
+        image = torch.zeros((1, self.channels, *shape), device=device, dtype=self.dtype)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return tuple((self.module if self._on_cpu else self.on_meta())(image).shape)
+        except NotImplementedError:
+            if self._on_cpu or self.exportable:
+                raise
+            self._on_cpu = True  # a script that looks at values does not run on shapes alone
+            return self._try(shape)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Return the multiply-adds and the memory of one pass over a spatial input ``shape``.
+
+        Of a script that does not run on shapes alone it is an estimate from a smaller input.
+        """
+        if self._on_cpu:
+            small = next(s for n in range(64, 2048) if self.output_shape(s := (n,) * self.axes))
+            image = torch.zeros((1, self.channels, *small), dtype=self.dtype)
+            found, times = measure_cost(self.module, image), math.prod(shape) / math.prod(small)
+            return Cost(int(found.multiply_adds * times), int(found.peak * times))
         image = torch.empty((1, self.channels, *shape), device="meta", dtype=self.dtype)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return tuple(self.on_meta()(image).shape)
+        return measure_cost(self.on_meta(), image)
 
     def script_activation(self) -> str:
         """Return "sigmoid" or "softmax" where a TorchScript network ends in it, else ""."""
         script = cast("_Head", self.module).network
         if not isinstance(script, torch.jit.ScriptModule):
             return ""
-        last = str(next(iter(script.inlined_graph.outputs())).node().kind())
+        graph = script.inlined_graph  # which its nodes do not keep alive
+        last = str(next(iter(graph.outputs())).node().kind())
         return last.removeprefix("aten::") if last in ("aten::sigmoid", "aten::softmax") else ""
-
-    def cost(self, shape: Shape) -> Cost:
-        """Return the multiply-adds and the memory of one pass over a spatial input ``shape``."""
-        image = torch.empty((1, self.channels, *shape), device="meta", dtype=self.dtype)
-        return measure_cost(self.on_meta(), image)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -55,13 +55,16 @@ def probe(model: Model) -> tuple[Shape, Shape, Context, tuple[str, ...]]:
 
 
 def _accepted(model: Model, base: int) -> list[tuple[int, int]]:
-    """Return (shrink, size) of the sizes from ``base`` on that run, the least shrink first."""
+    """Return (shrink, size) of the sizes from ``base`` on that run, the least shrink first.
+
+    Sizes that give more than they take are between those of the lattice: they come last.
+    """
     found = []
     for size in range(base, base + PHASES * 2):
         out = model.output_shape((size,) * model.axes)
         if out is not None and min(out) > 0:
             found.append((size - out[0], size))
-    return sorted(found)
+    return sorted(found, key=lambda pair: (pair[0] < 0, pair))
 
 
 def _reaches(model: Model, size: int, period: int) -> list[Reach] | None:
@@ -97,7 +100,7 @@ def _context(
     for axis in range(model.axes):
         pattern = [(lo[axis], hi[axis]) for lo, hi in reaches]
         half = len(pattern) // 2
-        repeats = (t for t in range(1, half + 1) if half % t == 0 and pattern[t:] == pattern[:-t])
+        repeats = (t for t in range(1, half + 1) if pattern[t:] == pattern[:-t])
         step = math.lcm(next(repeats, half), period)
         offset, lead, tail = shrink[axis] // 2, 0, 0
         for place, (lo, hi) in enumerate(pattern, start=first):

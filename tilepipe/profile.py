@@ -83,11 +83,11 @@ def find_profile(model: Model) -> Profile:
     """
     if model.fixed:
         return _graph_profile(model, model.fixed)
+    if not model.exportable:
+        return _probed(model)
     best: Profile | None = None
     for size in _sizes(model):
         shape = (size,) * model.axes
-        if not model.exportable:
-            return _probed(model)
         try:
             found = _graph_profile(model, shape)
         except NotExported as reason:
@@ -129,9 +129,10 @@ def _sizes(model: Model) -> Iterator[int]:
         for size in range(base, base + SCAN):
             out = model.output_shape((size,) * model.axes)
             if out is not None:
-                found.append((size * model.axes - sum(out), size))
+                shrink = size * model.axes - sum(out)
+                found.append((shrink < 0, shrink, size))
         if found:
-            yield from (size for _, size in sorted(found)[:4])
+            yield from (size for _, _, size in sorted(found)[:4])
             return
 
 

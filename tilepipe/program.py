@@ -35,7 +35,9 @@ _CALLED = re.compile(
 def load_tensors(path: Path, content: bytes) -> object:
     """Read what `torch.save` wrote, if it is tensors and plain values only."""
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of pickles, which are refused anyway
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"a pickled object ({named[1]})" if named else "no tensors that can be read"

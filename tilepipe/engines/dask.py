@@ -76,13 +76,13 @@ class _Here:
                 if self._process is None:
                     self._process = self._job.open()
         except Exception as error:  # whatever it is, the driver reports it
-            log.exception("the job cannot be opened")
+            log.info("the job cannot be opened", exc_info=True)
             return _Failed(one_line(error), opening=True)
         try:
             with self._slots:
                 return self._process(index)
         except Exception as error:  # the tile is retried or set aside, the rest goes on
-            log.exception("tile %d failed", index)
+            log.info("tile %d failed", index, exc_info=True)
             return _Failed(one_line(error), opening=False)
 
 
@@ -189,14 +189,19 @@ def local_client(
     this needs ``if __name__ == "__main__"``.
     """
     shown = dashboard and find_spec("bokeh") is not None
-    scheduler = {"host": "127.0.0.1", "port": 0, "dashboard": shown}
-    if shown:
-        scheduler["dashboard_address"] = "127.0.0.1:0"
+    local = "127.0.0.1:0"
+    scheduler = {"host": "127.0.0.1", "port": 0, "dashboard": shown, "dashboard_address": local}
     specs = {}
     for place in range(len(gpus) or workers):
         env = {"CUDA_VISIBLE_DEVICES": gpus[place]} if gpus else {}
-        options = {"nthreads": threads, "memory_limit": 0, "host": "127.0.0.1", "env": env,
-                   "dashboard": False, "silence_logs": logging.CRITICAL}  # fmt: skip
+        options = {
+            "nthreads": threads,
+            "memory_limit": 0,
+            "host": "127.0.0.1",
+            "dashboard_address": local,
+            "env": env,
+            "silence_logs": logging.CRITICAL,
+        }
         specs[place] = {"cls": Nanny, "options": options}
     with (
         dask.config.set(SETTINGS),

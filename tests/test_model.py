@@ -1,0 +1,215 @@
+"""Model files of every kind, and that none of them runs code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from tests import zoo
+from tilepipe.errors import BadRequest
+from tilepipe.model import load_model
+from tilepipe.profile import find_profile
+from tilepipe.unet import UNet, save_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL = {"ndim": 2, "base": 2, "depth": 3}
+FACTORY = "tilepipe.unet:UNet"
+
+
+def small() -> UNet:
+    return UNet(ndim=2, base=2, depth=3)
+
+
+def test_a_checkpoint_is_all_that_is_needed(tmp_path: Path) -> None:
+    network, path = small(), tmp_path / "unet.pt"
+    save_checkpoint(path, network, architecture=SMALL, normalize="zscore", labels=["a", "b"],
+                    provenance={"seed": 1})  # fmt: skip
+    model = load_model(path)
+    assert (model.kind, model.axes, model.channels) == ("checkpoint", 2, 1)
+    assert (model.normalize, model.labels) == ("zscore", ("a", "b"))
+    image = torch.rand(1, 1, 92, 92)
+    assert torch.equal(model.module(image), network.eval()(image))
+
+
+def test_a_state_dict_with_its_factory(tmp_path: Path) -> None:
+    network, path = small(), tmp_path / "weights.pt"
+    wrapped = {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}
+    torch.save(wrapped, path)
+    model = load_model(path, network=FACTORY, network_args=SMALL)
+    image = torch.rand(1, 1, 92, 92)
+    assert torch.equal(model.module(image), network.eval()(image))
+    other = load_model(path, network=FACTORY, network_args=SMALL, head=0)
+    assert other.digest == model.digest
+
+
+def test_a_factory_in_a_file(tmp_path: Path) -> None:
+    code = "from tilepipe.unet import UNet\ndef make(base): return UNet(ndim=2, base=base, depth=3)"
+    (tmp_path / "nets.py").write_text(code)
+    torch.save(small().state_dict(), tmp_path / "weights.pt")
+    model = load_model(
+        tmp_path / "weights.pt", network=f"{tmp_path}/nets.py:make", network_args={"base": 2}
+    )
+    assert model.kind == "state dict"
+
+
+def test_an_exported_program_of_dynamic_sizes(tmp_path: Path) -> None:
+    network = UNet(ndim=2, base=2, depth=3, padding="same").eval()
+    sides = {2: 4 * torch.export.Dim("h", min=1), 3: 4 * torch.export.Dim("w", min=1)}
+    program = torch.export.export(network, (torch.rand(1, 1, 64, 64),), dynamic_shapes=(sides,))
+    torch.export.save(program, tmp_path / "network.pt2")
+    model = load_model(tmp_path / "network.pt2")
+    assert (model.kind, model.fixed, model.channels) == ("exported program", None, 1)
+    profile = find_profile(model)
+    assert profile.context.step == (4, 4)
+    assert (profile.fixed, profile.troubles) == (False, ())
+
+
+def test_an_exported_program_of_one_size(tmp_path: Path) -> None:
+    program = torch.export.export(small().eval(), (torch.rand(1, 1, 92, 92),))
+    torch.export.save(program, tmp_path / "network.pt2")
+    model = load_model(tmp_path / "network.pt2")
+    assert model.fixed == (92, 92)
+    profile = find_profile(model)
+    assert (profile.fixed, profile.smallest) == (True, (92, 92))
+    assert profile.context.before == (20, 20)
+
+
+def test_one_of_several_outputs(tmp_path: Path) -> None:
+    torch.save(zoo.Restoring().state_dict(), tmp_path / "weights.pt")
+    one, two = (
+        load_model(tmp_path / "weights.pt", network="tests.zoo:Restoring", head=n) for n in (0, 1)
+    )
+    image = torch.rand(1, 1, 9, 9, 9)
+    assert torch.equal(one.module(image) * 2, two.module(image))
+    assert one.digest != two.digest
+    with pytest.raises(BadRequest, match="head"):
+        find_profile(load_model(tmp_path / "weights.pt", network="tests.zoo:Restoring", head=2))
+
+
+class Harmful:
+    """What a hostile pickle does when it is read."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (os.environ["HARM"],)
+
+
+@pytest.fixture
+def harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HARM", str(tmp_path / "harm"))
+    return tmp_path / "harm"
+
+
+def test_a_pickled_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "module.pt")
+    with pytest.raises(BadRequest, match=r"holds a pickled object .* save network.state_dict\(\)"):
+        load_model(tmp_path / "module.pt")
+
+
+def test_a_pickle_is_not_run(tmp_path: Path, harm: Path) -> None:
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Harmful()))
+    torch.save({"weights": Harmful()}, tmp_path / "worse.pt")
+    for name in ("evil.pt", "worse.pt"):
+        with pytest.raises(BadRequest, match=r"pickled object|cannot be read|no tensors"):
+            load_model(tmp_path / name)
+    assert not harm.exists()
+
+
+def program_with(tmp_path: Path, change: dict[str, bytes]) -> Path:
+    """Return an exported program with some of its members replaced."""
+    program = torch.export.export(small().eval(), (torch.rand(1, 1, 92, 92),))
+    good, bad = io.BytesIO(), tmp_path / "bad.pt2"
+    torch.export.save(program, good)
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bad, "w") as new:
+        for name in old.namelist():
+            content = next((c for end, c in change.items() if name.endswith(end)), old.read(name))
+            new.writestr(name, content)
+    return bad
+
+
+def test_a_pickle_in_a_program_is_not_run(tmp_path: Path, harm: Path) -> None:
+    bad = program_with(tmp_path, {"sample_inputs/model.pt": pickle.dumps(Harmful())})
+    with pytest.raises(BadRequest, match=r"unpickling runs code|cannot be read"):
+        load_model(bad)
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        {"config": {"a": {"path_name": "weight_0", "use_pickle": True}}},
+        {"config": {"a": {"path_name": "opaque_obj_0", "use_pickle": False}}},
+        {"nodes": [{"target": "torch.os.system", "inputs": [], "outputs": []}]},
+        {"size": {"expr_str": "__import__('os').system('true')"}},
+        {"size": {"expr_str": "exit()"}},
+    ],
+)
+def test_a_program_may_hold_tensors_and_arithmetic_only(
+    tmp_path: Path, poison: dict[str, object]
+) -> None:
+    bad = program_with(tmp_path, {"weights_config.json": json.dumps(poison).encode()})
+    with pytest.raises(BadRequest, match="it is not loaded"):
+        load_model(bad)
+
+
+def truncated(path: Path) -> None:
+    torch.save(small().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: None, "there is none"),
+        (lambda p: p.touch(), "is empty"),
+        (lambda p: p.write_text("hello"), "cannot be read|no tensors|pickled"),
+        (truncated, "cannot be read|no tensors"),
+        (lambda p: torch.save({}, p), "holds no weights"),
+        (lambda p: torch.save([1, 2], p), "holds a list"),
+        (lambda p: torch.save(torch.ones(3), p), "holds a Tensor"),
+        (lambda p: torch.save(small().state_dict(), p), "give it with --network"),
+        (lambda p: torch.save({"tilepipe": 1, "architecture": {"name": "vgg"}}, p), "vgg"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(make: object, says: str, tmp_path: Path) -> None:
+    assert callable(make)
+    make(tmp_path / "model.pt")
+    with pytest.raises(BadRequest, match=says) as caught:
+        load_model(tmp_path / "model.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "says"),
+    [
+        ("unet", {}, "must read package.module:factory"),
+        ("no.such:UNet", {}, "cannot be built"),
+        ("tilepipe.unet:NoNet", {}, "cannot be built"),
+        ("missing.py:UNet", {}, "cannot be built"),
+        (FACTORY, {"colour": 3}, "cannot be built"),
+        ("tilepipe.geometry:ceil_to", {"value": 3, "multiple": 2}, "gave a int"),
+        (FACTORY, {"ndim": 2, "base": 4, "depth": 3}, "does not fit the network"),
+    ],
+)
+def test_a_factory_that_does_not_fit_is_refused(
+    network: str, arguments: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    torch.save(small().state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(BadRequest, match=says) as caught:
+        load_model(tmp_path / "weights.pt", network=network, network_args=arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_convolutions_is_refused(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(nn.Sequential(nn.ReLU())), tmp_path / "relu.pt")
+    with pytest.raises(BadRequest, match="no convolution"):
+        load_model(tmp_path / "relu.pt")
