@@ -293,3 +293,7 @@ class _Progress:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
+
+
+if __name__ == "__main__":
+    main()

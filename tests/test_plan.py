@@ -1,0 +1,186 @@
+"""The plan's figures are exact, and what cannot work is refused before anything is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+import tilepipe as tp
+from tests.support import noise, write_unet, write_volume
+from tilepipe.engines import serial
+from tilepipe.errors import BadRequest
+from tilepipe.geometry import Region, ceil_to, mirror
+from tilepipe.options import Options
+from tilepipe.plan import default_target
+from tilepipe.tiling import _decoded
+from tilepipe.volume import Volume
+from tilepipe.worker import SegmentJob
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_unet(tmp_path_factory.mktemp("model") / "unet.pt")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_volume(tmp_path / "image.zarr", noise(90, 110), "yx", chunks=(32, 32))
+
+
+def test_multiply_adds_and_bytes_read_are_what_is_done(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tp.plan(source, model=model, options=Options(tile=(32, 48), chunks=(16, 16)))
+    decoded = 0
+    read = Volume.read
+
+    def counted(self: Volume, region: Region) -> NDArray[np.generic]:
+        nonlocal decoded
+        whole = [
+            min(n, ceil_to(b, c)) - a // c * c
+            for a, b, c, n in zip(region.start, region.stop, self.chunks, self.shape, strict=True)
+        ]
+        decoded += int(np.prod(whole))
+        return read(self, region)
+
+    monkeypatch.setattr(Volume, "read", counted)
+    with FlopCounterMode(display=False) as counter:
+        tp.segment(
+            source, model=model, output=tmp_path / "out.zarr",
+            options=Options(tile=(32, 48), chunks=(16, 16)),
+        )  # fmt: skip
+        whole = tp.load_model(model).module
+        box = (20 + 92 + 20, 20 + 112 + 20)
+        before = counter.get_total_flops()
+        whole(torch.zeros(1, 1, *box))
+    assert decoded == plan.costs.read_bytes
+    assert plan.costs.floor == (counter.get_total_flops() - before) // 2
+    assert plan.costs.calls == plan.costs.tiles == 9
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(-30, 39), st.integers(1, 60))
+def test_chunks_that_a_mirrored_range_needs(length: int, chunk: int, low: int, size: int) -> None:
+    places = mirror(low, low + size, length)
+    first, last = places.min() // chunk * chunk, min(length, ceil_to(int(places.max()) + 1, chunk))
+    if low < length and low + size > 0:  # as every window, it holds voxels of the volume
+        assert _decoded(low, low + size, length, chunk) == last - first
+
+
+def test_a_larger_memory_never_costs_more_work(model: Path, source: Path) -> None:
+    works = [
+        tp.plan(source, model=model, options=Options(memory=mb * 10**6)).costs
+        for mb in (700, 1000, 4000)
+    ]
+    assert works[0].multiply_adds >= works[1].multiply_adds >= works[2].multiply_adds
+    assert all(w.memory <= mb * 10**6 for w, mb in zip(works, (700, 1000, 4000), strict=True))
+
+
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_every_plan_has_one_writer_for_each_write_unit(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 3000), st.integers(1, 3000)))
+    path = tmp_path_factory.mktemp("volume") / "v.zarr"
+    zarr.create_array(path, shape=shape, dtype="uint8", chunks=(256, 256), dimension_names="yx")
+    write = data.draw(st.sampled_from(["labels", "probabilities"]))
+    plan = tp.plan(path, model=model, options=Options(write=write, memory=900 * 10**6))
+    for n, tile, unit, chunk in zip(
+        shape, plan.sizes.tile, plan.sizes.unit, plan.sizes.chunks, strict=True
+    ):
+        assert tile % 4 == 0
+        assert tile % unit == 0 or tile >= n
+        assert unit % chunk == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tile": (30, 32)}, r"tile \(=30,32\) along axis 0 must be a multiple .*step \(=4\); "
+                             "nearest: 28 or 32"),
+        ({"tile": (0, 32)}, "must be positive"),
+        ({"tile": (-4, 32)}, "must be positive"),
+        ({"tile": (32,)}, "one size for each of the axes yx"),
+        ({"tile": (16, 16), "chunks": (32, 32)}, "or two tiles write into one"),
+        ({"tile": (16, 16), "chunks": (16, 16), "shards": (32, 32)}, "or two tiles write into one"),
+        ({"chunks": (16, 16), "shards": (24, 16)}, "must be a multiple of the chunks"),
+        ({"chunks": (6, 8)}, r"chunks \(=6,8\) .* multiple of the network's step"),
+        ({"memory": 10**6}, r"memory \(=1 MB\) must hold the smallest tile"),
+        ({"boundary": "network"}, "consumes 40,40 voxels: use mirror"),
+        ({"boundary": "periodic"}, "must be one of mirror, network"),
+        ({"normalize": "minmax"}, "must be none, zscore"),
+        ({"normalize": "scale:0,1"}, "must not scale by 0"),
+        ({"normalize": "percentile:90,10"}, "0 <= LO < HI <= 100"),
+        ({"threshold": 0.5}, "one output channel"),
+        ({"threshold": 2.0}, "between 0 and 1"),
+        ({"axes": "zyx"}, "axes"),
+        ({"device": "tpu"}, "must be auto, cpu, cuda"),
+        ({"threads": 0}, "must be positive"),
+        ({"ome_version": "0.4", "shards": (32, 32), "chunks": (16, 16)}, "shards"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_line(
+    options: dict[str, object], says: str, model: Path, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BadRequest, match=says) as caught:
+        tp.segment(
+            source, model=model, output=tmp_path / "out.zarr",
+            options=Options(**options),  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_volumes_that_do_not_fit_the_network(model: Path, tmp_path: Path) -> None:
+    three = write_volume(tmp_path / "c.zarr", noise(3, 40, 40), "cyx")
+    with pytest.raises(BadRequest, match=r"reads 1 channels; .* 3 channels"):
+        tp.plan(three, model=model)
+    solid = write_unet(tmp_path / "solid.pt", ndim=3)
+    flat = write_volume(tmp_path / "f.zarr", noise(40, 40), "yx")
+    with pytest.raises(BadRequest, match="reads 3 axes; the volume yx"):
+        tp.plan(flat, model=solid)
+    film = write_volume(tmp_path / "t.zarr", noise(4, 40, 40), "tyx")
+    with pytest.raises(BadRequest, match="reads zyx; the volume's axes are tyx"):
+        tp.plan(film, model=solid)
+
+
+def test_a_million_tiles_are_planned_at_once(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "huge.zarr"
+    zarr.create_array(path, shape=(1_000_000, 1_000_000), dtype="uint8", chunks=(4096, 4096),
+                      dimension_names="yx")  # fmt: skip
+    plan = tp.plan(path, model=model, options=Options(tile=(1024, 1024), chunks=(1024, 1024)))
+    assert plan.costs.tiles == 977**2
+    assert plan.costs.recompute > 0
+
+
+def test_a_job_is_small(model: Path, source: Path) -> None:
+    import pickle
+
+    plan = tp.plan(source, model=model)
+    assert len(pickle.dumps(SegmentJob(plan, "key"))) < 5000
+    assert serial.run.__module__ == "tilepipe.engines.serial"
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("a/volume.zarr", "a/volume-segmented.zarr"),
+        ("volume.ome.zarr/0", "volume-segmented.zarr"),
+        ("slide.ome.tiff", "slide-segmented.zarr"),
+        ("stack.TIF", "stack-segmented.zarr"),
+    ],
+)
+def test_the_target_lies_beside_the_source(source: str, target: str) -> None:
+    assert default_target(source) == target

@@ -1,0 +1,197 @@
+"""The story end to end, on real stores: what is written is one pass over the whole image."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+
+import tilepipe as tp
+from tests import zoo
+from tests.support import noise, one_pass, read, write_unet, write_volume
+from tilepipe.errors import BadRequest
+from tilepipe.model import load_model
+from tilepipe.options import Options
+from tilepipe.volume import open_volume
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+
+def assert_close(found: NDArray[np.generic], truth: NDArray[np.generic]) -> None:
+    assert found.shape == truth.shape
+    assert np.abs(found - truth).max() <= 1e-5 * np.ptp(truth)
+
+
+@pytest.mark.parametrize("write", ["labels", "probabilities", "logits", "values"])
+def test_a_plane_in_tiles_is_one_pass_over_the_whole(tmp_path: Path, write: str) -> None:
+    model = write_unet(tmp_path / "unet.pt")
+    image = noise(101, 83)
+    source = write_volume(tmp_path / "image.zarr", image, "yx")
+    report = tp.segment(
+        source,
+        model=model,
+        output=tmp_path / "out.zarr",
+        options=Options(write=write, tile=(32, 20)),
+    )
+    assert (report.done, report.tiles, report.failures) == (20, 20, [])
+    truth = one_pass(model, image[None] / 255)
+    found = read(tmp_path / "out.zarr")
+    if write == "labels":
+        assert found.dtype == np.uint8
+        clear = np.abs(truth[0] - truth[1]) > 1e-5 * np.ptp(truth)
+        np.testing.assert_array_equal(found[clear], truth.argmax(0)[clear])
+    elif write == "probabilities":
+        assert_close(found, torch.softmax(torch.from_numpy(truth), 0).numpy())
+    else:
+        assert_close(found, truth)
+
+
+@pytest.mark.parametrize("shape", [(30, 41, 29), (1, 7, 53), (9, 1, 1)])
+def test_a_volume_in_tiles_is_one_pass_over_the_whole(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    model = write_unet(tmp_path / "unet.pt", ndim=3)
+    image = noise(*shape)
+    source = write_volume(tmp_path / "image.zarr", image, "zyx")
+    options = Options(write="logits", tile=(8, 12, 16))
+    tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    assert_close(read(tmp_path / "out.zarr"), one_pass(model, image[None] / 255))
+
+
+def test_a_plane_network_goes_slice_by_slice(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt")
+    image = noise(5, 40, 36)
+    source = write_volume(tmp_path / "image.zarr", image, "zyx")
+    options = Options(write="logits", tile=(2, 20, 16))
+    tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    assert_close(read(tmp_path / "out.zarr"), one_pass(model, image[None] / 255))
+
+
+def test_channels_may_be_anywhere(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt", in_channels=3)
+    image = noise(40, 36, 3)
+    tifffile.imwrite(tmp_path / "image.tif", image, photometric="rgb", tile=(16, 16))
+    options = Options(write="logits", tile=(16, 32))
+    tp.segment(tmp_path / "image.tif", model=model, output=tmp_path / "out.zarr", options=options)
+    truth = one_pass(model, np.moveaxis(image, -1, 0) / 255)
+    assert_close(read(tmp_path / "out.zarr"), truth)
+
+
+@pytest.mark.parametrize("boundary", ["mirror", "network"])
+def test_windows_smaller_than_tiles(tmp_path: Path, boundary: str) -> None:
+    """A program of one fixed size is run at that size, several times for each tile."""
+    network = zoo.same_unet().float().eval()
+    program = torch.export.export(network, (torch.rand(1, 1, 120, 120),))
+    torch.export.save(program, tmp_path / "fixed.pt2")
+    torch.save(network.state_dict(), tmp_path / "free.pt")
+    image = noise(139, 97, dtype="float32")
+    source = write_volume(tmp_path / "image.zarr", image, "yx")
+    options = Options(write="logits", tile=(64, 64), boundary=boundary)
+    tp.segment(
+        source, model=tmp_path / "fixed.pt2", output=tmp_path / "fixed.zarr", options=options
+    )
+    free = Options(write="logits", boundary=boundary, network="tests.zoo:same_unet")
+    tp.segment(source, model=tmp_path / "free.pt", output=tmp_path / "free.zarr", options=free)
+    if boundary == "mirror":
+        assert_close(read(tmp_path / "fixed.zarr"), read(tmp_path / "free.zarr"))
+    padded = np.zeros((1, 1, 144, 120), np.float32)  # the next sizes that each accepts
+    padded[0, 0, :139, :97] = image
+    with torch.inference_mode():
+        truth = network(torch.from_numpy(padded))[0].numpy()[:, :139, :97]
+    if boundary == "network":
+        assert_close(read(tmp_path / "fixed.zarr"), truth)
+
+
+def test_several_windows_in_a_tile_and_shards(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt")
+    image = noise(150, 170)
+    source = write_volume(tmp_path / "image.zarr", image, "yx")
+    options = Options(write="logits", chunks=(16, 16), shards=(80, 64), tile=(80, 128))
+    tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    assert_close(read(tmp_path / "out.zarr"), one_pass(model, image[None] / 255))
+    assert zarr.open_array(tmp_path / "out.zarr/0").shards == (1 * 2, 80, 64)
+
+
+def test_one_channel_and_its_threshold(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt", classes=1)
+    image = noise(40, 40)
+    source = write_volume(tmp_path / "image.zarr", image, "yx")
+    options = Options(threshold=0.6)
+    tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    probability = 1 / (1 + np.exp(-one_pass(model, image[None] / 255)[0].astype(float)))
+    clear = np.abs(probability - 0.6) > 1e-5
+    np.testing.assert_array_equal(read(tmp_path / "out.zarr")[clear], (probability > 0.6)[clear])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32", "float64"])
+def test_grey_values_of_every_type(tmp_path: Path, dtype: str) -> None:
+    model = write_unet(tmp_path / "unet.pt", normalize="zscore")
+    image = noise(44, 40, dtype=dtype)
+    source = write_volume(tmp_path / "image.zarr", image, "yx")
+    options = Options(write="logits", tile=(16, 16))
+    tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    wide = image.astype(float)
+    truth = one_pass(model, ((wide - wide.mean()) / wide.std())[None])
+    assert_close(read(tmp_path / "out.zarr"), truth)
+
+
+def test_values_that_are_not_finite_are_counted_once_and_taken_as_zero(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt", normalize="none")
+    image = noise(60, 60, dtype="float32")
+    image[30, 31], image[2, 3], image[59, 0] = np.nan, np.inf, -np.inf
+    source = write_volume(tmp_path / "image.zarr", image, "yx")
+    options = Options(write="logits", tile=(16, 16))
+    report = tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    assert report.nonfinite == 3
+    clean = np.where(np.isfinite(image), image, 0)
+    assert_close(read(tmp_path / "out.zarr"), one_pass(model, clean[None]))
+
+
+def test_the_output_says_what_it_is(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt")
+    source = write_volume(tmp_path / "image.zarr", noise(40, 40), "yx")
+    tp.segment(source, model=model, output=tmp_path / "out.zarr")
+    attributes = json.loads((tmp_path / "out.zarr/zarr.json").read_text())["attributes"]
+    ours = attributes["tilepipe"]
+    assert ours["state"] == "done"
+    assert ours["plan"]["model"]["digest"] == load_model(model).digest
+    assert ours["plan"]["profile"]["context"] == {
+        "before": [20, 20], "after": [20, 20], "step": [4, 4]
+    }  # fmt: skip
+    assert set(ours["versions"]) == {"tilepipe", "python", "torch", "zarr", "numpy"}
+    volume = open_volume(tmp_path / "out.zarr")
+    assert (volume.kind, volume.axes, volume.shape) == ("OME-Zarr 0.5", "yx", (40, 40))
+
+
+def test_a_network_without_context_is_refused_or_run_inexactly(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    torch.save(zoo.GroupNormed().state_dict(), weights)
+    source = write_volume(tmp_path / "image.zarr", noise(40, 40), "yx")
+    options = Options(network="tests.zoo:GroupNormed", tile=(16, 16))
+    with pytest.raises(BadRequest, match=r"group normalisation .*layer norm.* --inexact"):
+        tp.segment(
+            source, model=tmp_path / "weights.pt", output=tmp_path / "out.zarr", options=options
+        )
+    assert not (tmp_path / "out.zarr").exists()
+    inexact = Options(network="tests.zoo:GroupNormed", tile=(16, 16), inexact=True)
+    report = tp.segment(source, model=weights, output=tmp_path / "out.zarr", options=inexact)
+    assert any(notice.startswith("INEXACT") for notice in report.plan.notices)
+
+
+def test_the_five_lines_of_the_python_api(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt")
+    source = write_volume(tmp_path / "image.zarr", noise(40, 40), "yx")
+    assert tp.open_volume(source).shape == (40, 40)
+    assert tp.load_model(model).channels == 1
+    assert tp.context(model).before == (20, 20)
+    assert tp.plan(source, model=model).costs.tiles == 1
+    assert tp.segment(source, model=model).done == 1
+    assert (tmp_path / "image-segmented.zarr").exists()
