@@ -50,10 +50,15 @@ class Ledger:
         self.plan = plan
         self.tiles = tiles
         self._lock = _locked(folder) if write else None
-        self._finished = _read_done(folder / "done", tiles, mend=write)
-        self.done = int(np.count_nonzero(self._finished))
-        self._file = (folder / "done").open("ab") if write else None
+        self._file = None
         self._synced = time.monotonic()
+        try:
+            self._finished = _read_done(folder / "done", tiles, mend=write)
+            self.done = int(np.count_nonzero(self._finished))
+            self._file = (folder / "done").open("ab") if write else None
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, target: str | Path, plan: Mapping[str, object], *, tiles: int) -> Ledger:
@@ -61,8 +66,9 @@ class Ledger:
         folder = Path(target) / FOLDER
         folder.mkdir(exist_ok=True)
         content = {"tiles": tiles, **plan}
+        ledger = cls(folder, content, tiles=tiles, write=True)
         _replace(folder / "plan.json", content)
-        return cls(folder, content, tiles=tiles, write=True)
+        return ledger
 
     @classmethod
     def open(cls, target: str | Path, *, write: bool = True) -> Ledger | None:
@@ -73,7 +79,9 @@ class Ledger:
         folder = Path(target) / FOLDER
         try:
             plan = json.loads((folder / "plan.json").read_text())
-            tiles = int(plan["tiles"])
+            tiles = plan["tiles"]
+            if type(tiles) is not int or not 0 <= tiles < 10**DIGITS:
+                raise ValueError(f"its number of tiles is {tiles}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -145,13 +153,18 @@ def _locked(folder: Path) -> int:
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         owner = os.read(handle, 32).decode(errors="replace").strip()
         os.close(handle)
         raise BadRequest(
             f"output (={folder.parent}) is being written by another run (process {owner}); wait"
             " for it or name another output"
         ) from None
+    except OSError as error:
+        os.close(handle)
+        raise BadRequest(
+            f"output (={folder.parent}) must lie where files can be locked: {error}; name another"
+        ) from error
     os.ftruncate(handle, 0)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
     return handle

@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from tilepipe import __version__, checks
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context, Shape, TileGrid
 from tilepipe.model import load_model
 from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.options import Options
 from tilepipe.predict import PRECISIONS, find_device, label_type
 from tilepipe.profile import Profile, find_profile
-from tilepipe.tiling import Tiling, choose, choose_chunks, choose_shards, floor_work, work
+from tilepipe.tiling import (
+    Tiling,
+    choose,
+    choose_chunks,
+    choose_shards,
+    describe_bytes,
+    floor_work,
+    work,
+)
 from tilepipe.volume import Volume, open_volume
 from tilepipe.windows import Windows, whole
 
@@ -295,7 +304,14 @@ def _sizes(
     memory = options.memory or checks.default_memory(workers)
     window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None
     if window is None or tile is None:
-        tile, window, _ = choose(tiling, shards or chunks, volume.chunks, memory, tile)
+        tile, window = choose(tiling, shards or chunks, volume.chunks, memory, tile)
+    elif options.memory is not None:
+        need = work(tiling, tile, window, volume.chunks).memory
+        if need > options.memory:
+            raise BadRequest(
+                f"memory (={describe_bytes(options.memory)}) must hold a tile of the run that goes"
+                f" on (={describe_bytes(need)}); give more, or begin anew with --overwrite"
+            )
     return Sizes(tile, window, chunks, shards, threads, device)
 
 

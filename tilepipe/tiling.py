@@ -27,8 +27,14 @@ SPREAD = 1.25
 """Memory taken over bytes alive: what the allocator cannot use again. Measured, 1.0 to 1.2."""
 SLOTS = 3
 """Tiles in flight in a worker: one is read, one computed, one written."""
-GAIN = 1.03
-"""A larger window must save at least this much work."""
+BYTE_WORK = 50
+"""Multiply-adds that take as long as decoding a byte of the source."""
+CALL_WORK = 50_000_000
+"""Multiply-adds that take as long as calling the network once."""
+GAIN = 1.02
+"""A choice that takes more memory must save at least this much time."""
+READS = 10
+"""Chunks that are decoded at once while one tile is read."""
 CHUNK_EDGES = {1: (16, 256, 256), 2: (1024, 1024), 3: (128, 128, 128)}
 """Chunk edges: for slices, planes and volumes of small numbers; about 1 to 2 MB."""
 SHARD_CHUNKS = 16384
@@ -86,24 +92,26 @@ class Work:
     """Peak bytes of one worker; of its device where the network runs on one."""
     read_voxels: int
     """Voxels decoded from storage, whole chunks counted."""
+    time: float
+    """What decides between choices: all of it, in multiply-adds."""
 
 
 def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
     """Count the work of a choice exactly, from the windows along each axis."""
     windows, leading = tiling.windows(window), tiling.leading
     sizes: list[Counter[int]] = []
-    decoded = widest = 1
+    decoded = widest = touched = 1
     for axis, (length, edge, chunk) in enumerate(zip(tiling.shape, tile, chunks, strict=True)):
-        counter, along, most = Counter[int](), 0, 0
+        counter, along, most, parts = Counter[int](), 0, 0, 1
         for start in range(0, length, edge):
             spans = [(start, min(start + edge, length), 0, 0)]
             if axis >= leading:
                 spans = windows.along(axis - leading, *spans[0][:2])
                 counter.update(b - a for a, b, _, _ in spans)
             low, high = min(s[0] for s in spans), max(s[1] for s in spans)
-            along += _decoded(low, high, length, chunk)
-            most = max(most, high - low)
-        decoded, widest = decoded * along, widest * most
+            voxels = _decoded(low, high, length, chunk)
+            along, most, parts = along + voxels, max(most, high - low), max(parts, voxels // chunk)
+        decoded, widest, touched = decoded * along, widest * most, touched * parts
         sizes.append(counter)
     planes = math.prod(tiling.shape[:leading])
     total = number = peak = 0
@@ -113,10 +121,12 @@ def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
         total += count * cost.multiply_adds
         number += count
         peak = max(peak, int(cost.peak * tiling.ratio))
+    decoding = min(READS, touched) * math.prod(chunks) * tiling.voxel_bytes
     buffers = SLOTS * (widest * tiling.voxel_bytes + math.prod(tile) * tiling.answer_bytes)
     weights = sum(p.nbytes for p in tiling.model.module.parameters())
-    memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + 2 * weights
-    return Work(total, number, memory, decoded)
+    memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + decoding + 2 * weights
+    time = total + BYTE_WORK * decoded * tiling.voxel_bytes + CALL_WORK * number
+    return Work(total, number, memory, decoded, time)
 
 
 def _decoded(low: int, high: int, length: int, chunk: int) -> int:
@@ -162,22 +172,25 @@ def choose_shards(tiling: Tiling, chunks: Shape) -> Shape | None:
 
 def choose(
     tiling: Tiling, unit: Shape, chunks: Shape, memory: int, tile: Shape | None
-) -> tuple[Shape, Shape, Work]:
-    """Return tile, window and their work: the least work that fits, no larger than it pays.
+) -> tuple[Shape, Shape]:
+    """Return the tile and the window that take least time and fit, no larger than it pays.
 
     ``unit`` is the write unit, ``chunks`` the source's, ``memory`` in bytes per worker. Raises
     `BadRequest` where not even the smallest window fits.
     """
     fitting: list[tuple[Shape, Shape, Work]] = []
     smallest: Work | None = None
-    for window in _candidates(tiling, tile or tiling.shape):
-        chosen = tile or _tile(tiling, unit, window)
-        size = window[tiling.leading :]
-        found = work(tiling, chosen, size, chunks)
-        smallest = found if smallest is None or found.memory < smallest.memory else smallest
-        if found.memory > memory:
+    for window in _windows(tiling, tile or tiling.shape):
+        size, before = window[tiling.leading :], len(fitting)
+        for chosen in [tile] if tile else _tiles(tiling, unit, window):
+            found = work(tiling, chosen, size, chunks)
+            if smallest is None or found.memory < smallest.memory:
+                smallest = found
+            if found.memory > memory:
+                break
+            fitting.append((chosen, size, found))
+        if len(fitting) == before:
             break
-        fitting.append((chosen, size, found))
     if not fitting:
         assert smallest is not None
         raise BadRequest(
@@ -185,35 +198,42 @@ def choose(
             f" (={describe_bytes(smallest.memory)}); give more with --memory"
             + (" or a smaller --tile" if tile else "")
         )
-    least = min(w.multiply_adds for _, _, w in fitting)
-    return next(choice for choice in fitting if choice[2].multiply_adds <= GAIN * least)
+    least = min(found.time for _, _, found in fitting)
+    paying = [choice for choice in fitting if choice[2].time <= GAIN * least]
+    best = min(paying, key=lambda choice: choice[2].memory)
+    return best[0], best[1]
 
 
-def _candidates(tiling: Tiling, room: Shape) -> Iterator[Shape]:
+def _windows(tiling: Tiling, room: Shape) -> Iterator[Shape]:
     """Yield windows from small to large: cubes on the lattice, cut to the room there is."""
     if tiling.profile.fixed:
         yield tuple(ceil_to(n, s) for n, s in zip(room, tiling.step, strict=True))
         return
-    seen = set()
-    for power in range(4, 60):
-        for edge in (2**power, 3 * 2 ** (power - 1)):
-            window = tuple(
-                min(ceil_to(edge, step), ceil_to(n, step))
-                for n, step in zip(room, tiling.step, strict=True)
-            )
-            if window not in seen:
-                seen.add(window)
-                yield window
+    last: Shape = ()
+    for edge in (base * 2**power for power in range(4, 60) for base in (1, 1.5)):
+        window = tuple(
+            min(ceil_to(int(edge), step), ceil_to(n, step))
+            for n, step in zip(room, tiling.step, strict=True)
+        )
+        if window != last:
+            yield window
+        last = window
         if all(w >= n for w, n in zip(window, room, strict=True)):
             return
 
 
-def _tile(tiling: Tiling, unit: Shape, window: Shape) -> Shape:
-    """Return the tile of a window: whole write units, no more of them than it covers."""
-    return tuple(
-        max(u, w // u * u) if axis >= tiling.leading else u
-        for axis, (u, w) in enumerate(zip(unit, window, strict=True))
-    )
+def _tiles(tiling: Tiling, unit: Shape, window: Shape) -> Iterator[Shape]:
+    """Yield tiles for a window, from small to large: whole write units, whole windows."""
+    last: Shape = ()
+    for times in (1, 2, 4, 8):
+        tile = tuple(
+            min(times * max(u, w // u * u), ceil_to(n, u)) if axis >= tiling.leading else u
+            for axis, (u, w, n) in enumerate(zip(unit, window, tiling.shape, strict=True))
+        )
+        if tile == last:
+            return
+        last = tile
+        yield tile
 
 
 def floor_work(tiling: Tiling, size: Shape) -> int:

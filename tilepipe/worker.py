@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class _Worker:
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
         self._target = open_target(plan.target)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._reading = threading.Lock()  # one tile at a time, or memory is not what was planned
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
         self._predictor = self._compute.submit(self._load).result()
 
@@ -85,7 +87,8 @@ class _Worker:
         box = plan.windows.read(write)
         read = read_mirrored if plan.limit is None else read_zero_padded
         began = time.perf_counter()
-        image = read(self._volume, box)
+        with self._reading:
+            image = read(self._volume, box)
         spoiled = self._spoiled(image[(slice(None), *write.within(box.start))])
         ready = time.perf_counter()
         answer, seconds = self._compute.submit(self._answer, image, box, write).result()

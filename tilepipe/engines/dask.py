@@ -106,7 +106,7 @@ def run(
     client.register_plugin(plugin)
     source, again, attempts = iter(tiles), deque[int](), dict[int, int]()
     indices: dict[Future[TileResult | _Failed], int] = {}
-    finished = as_completed()
+    finished = as_completed(loop=client.loop)
     window = _Window(client)
     try:
         while True:

@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from tilepipe.engines import RETRIES, Job, TileFailure, TileResult, one_line
+from tilepipe.errors import TileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -18,9 +19,13 @@ def run(
     """Process tiles in this process, as many at once as the job has slots.
 
     What fails is tried again after the tiles that are already begun. Closing the generator, or
-    an interrupt, lets the tiles in flight end and begins no others.
+    an interrupt, lets the tiles in flight end and begins no others. Raises `TileError` where the
+    job cannot be opened.
     """
-    process, source = job.open(), iter(tiles)
+    try:
+        process, source = job.open(), iter(tiles)
+    except Exception as error:
+        raise TileError(f"this process cannot begin: {one_line(error)}") from error
     running: dict[Future[TileResult], int] = {}
     again, attempts = deque[int](), dict[int, int]()
     with ThreadPoolExecutor(job.slots, thread_name_prefix="tilepipe-tile") as pool:

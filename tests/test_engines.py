@@ -1,0 +1,289 @@
+"""One body of laws over all engines: every tile has exactly one outcome, come what may."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+import pytest
+
+from tilepipe.engines import RETRIES, TileFailure, TileResult, dask, serial
+from tilepipe.errors import BadRequest, TileError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from distributed import Client
+
+    from tilepipe.engines import Job
+
+WORKERS, THREADS = 2, 3
+WINDOW = 2 * WORKERS * THREADS
+"""Tiles that an engine may have taken and not yet answered for."""
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """Writes a file for each tile, and fails where it is told to.
+
+    Workers import it from here: they are spawned, and so are given this process's import path.
+    """
+
+    folder: str
+    slots: int = 2
+    always: tuple[int, ...] = ()
+    """Tiles that fail at every attempt."""
+    once: tuple[int, ...] = ()
+    """Tiles that fail at the first attempt."""
+    killing: tuple[int, ...] = ()
+    """Tiles that kill their process at the first attempt."""
+    seconds: float = 0.0
+    """How long each tile takes."""
+    broken: bool = False
+    """Whether it cannot be opened."""
+
+    @property
+    def key(self) -> str:
+        return f"key of {self.folder}"
+
+    def open(self) -> Callable[[int], TileResult]:
+        if self.broken:
+            raise OSError("no such\nmodel")
+        return _Opened(self)
+
+
+class _Opened:
+    def __init__(self, job: FileJob) -> None:
+        self.job, self.folder = job, Path(job.folder)
+        self.lock, self.running, self.place = threading.Lock(), 0, f"{os.getpid()}"
+        self.note("opened", self.place)
+
+    def note(self, kind: str, text: object) -> None:
+        with (self.folder / kind).open("a") as file:
+            file.write(f"{text}\n")
+
+    def first(self, index: int) -> bool:
+        """Whether this tile is tried for the first time, in any process."""
+        try:
+            (self.folder / f"tried-{index}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def __call__(self, index: int) -> TileResult:
+        with self.lock:
+            self.running += 1
+            self.note("running", self.running)
+        try:
+            return self.process(index)
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def process(self, index: int) -> TileResult:
+        class Homeless(Exception):  # noqa: N818 - of a class that cannot travel
+            pass
+
+        job = self.job
+        time.sleep(job.seconds)
+        if index in job.always:
+            raise Homeless(f"tile {index}\nis bad")
+        if index in job.once and self.first(index):
+            raise OSError("once")
+        if index in job.killing and self.first(index):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.note("done", index)
+        return TileResult(index, 8, 0, 0.1, 0.2, 0.3, self.place)
+
+
+def notes(folder: Path, kind: str) -> list[str]:
+    path = folder / kind
+    return path.read_text().split() if path.exists() else []
+
+
+class Run(Protocol):
+    def __call__(
+        self, job: Job, tiles: Iterable[int], *, retries: int = ...
+    ) -> Iterator[TileResult | TileFailure]: ...
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Client]:
+    with dask.local_client(WORKERS, threads=THREADS, dashboard=False) as client:
+        yield client
+
+
+@pytest.fixture(params=["serial", "dask", "existing"])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Each engine in turn."""
+    if request.param == "serial":
+        yield serial.run
+        return
+    local: Client = request.getfixturevalue("cluster")
+    if request.param == "dask":
+        yield partial(dask.run, client=local)
+        return
+    with dask.existing_client(local.scheduler.address) as client:
+        yield partial(dask.run, client=client)
+
+
+def by_index(outcomes: Iterable[TileResult | TileFailure]) -> dict[int, TileResult | TileFailure]:
+    """Return the outcomes by tile; each must come once."""
+    found: dict[int, TileResult | TileFailure] = {}
+    for outcome in outcomes:
+        assert outcome.index not in found
+        found[outcome.index] = outcome
+    return found
+
+
+def test_every_tile_has_one_outcome(run: Run, tmp_path: Path) -> None:
+    tiles = [*range(50, 5, -1)]
+    found = by_index(run(FileJob(str(tmp_path)), tiles))
+    assert sorted(found) == sorted(tiles)
+    assert Counter(map(int, notes(tmp_path, "done"))) == Counter(tiles)
+    for outcome in found.values():
+        assert isinstance(outcome, TileResult)
+        assert outcome.worker in notes(tmp_path, "opened")
+        assert (outcome.voxels, outcome.write_seconds) == (8, 0.3)
+
+
+def test_no_tiles_have_no_outcome(run: Run, tmp_path: Path) -> None:
+    assert [*run(FileJob(str(tmp_path)), [])] == []
+
+
+@pytest.mark.parametrize("retries", [0, 1, RETRIES])
+def test_what_fails_is_tried_again_and_then_set_aside(
+    run: Run, tmp_path: Path, retries: int
+) -> None:
+    job = FileJob(str(tmp_path), always=(0, 7, 29), once=(3, 4))
+    found = by_index(run(job, range(30), retries=retries))
+    assert sorted(found) == [*range(30)]
+    failed = {index for index, outcome in found.items() if isinstance(outcome, TileFailure)}
+    assert failed == {0, 7, 29} | ({3, 4} if retries == 0 else set())
+    for index in job.always:
+        cause = f"Homeless: tile {index} is bad"
+        assert found[index] == TileFailure(index, cause, retries + 1)
+    assert {*map(int, notes(tmp_path, "done"))} == {*range(30)} - failed
+
+
+def test_tiles_are_taken_as_they_are_needed(run: Run, tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def tiles() -> Iterator[int]:
+        for index in range(60):
+            taken.append(index)
+            yield index
+
+    answered = 0
+    for _ in run(FileJob(str(tmp_path), always=(5, 6, 7), once=(20, 21)), tiles()):
+        assert len(taken) - answered <= WINDOW
+        answered += 1
+        if answered % 20 == 0:
+            time.sleep(0.1)  # a slow consumer
+    assert answered == len(taken) == 60
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_process_opens_the_job_once_and_holds_no_more_tiles_than_slots(
+    run: Run, tmp_path: Path, slots: int
+) -> None:
+    by_index(run(FileJob(str(tmp_path), slots=slots, seconds=0.01), range(30)))
+    opened = notes(tmp_path, "opened")
+    assert 1 <= len(opened) <= WORKERS
+    assert len(opened) == len(set(opened))
+    assert max(map(int, notes(tmp_path, "running"))) == slots
+
+
+def test_a_job_that_cannot_be_opened_is_no_failure_of_tiles(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(TileError, match="cannot begin: OSError: no such model$"):
+        by_index(run(FileJob(str(tmp_path), broken=True), range(30)))
+
+
+def test_the_same_job_is_run_again(run: Run, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert sorted(by_index(run(FileJob(str(tmp_path)), range(10)))) == [*range(10)]
+    assert len(notes(tmp_path, "done")) == 20
+
+
+def test_closed_early_it_begins_no_others_and_lets_the_job_go(
+    run: Run, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    job = FileJob(str(tmp_path), seconds=0.05)
+    outcomes = run(job, range(1000))
+    first = [next(outcomes).index for _ in range(5)]
+    outcomes.close()  # type: ignore[attr-defined]
+    time.sleep(0.2)
+    begun = len(notes(tmp_path, "running"))
+    assert len(first) <= begun <= len(first) + WINDOW
+    time.sleep(0.2)
+    assert len(notes(tmp_path, "running")) == begun
+    if run is not serial.run:
+        cluster: Client = request.getfixturevalue("cluster")
+        assert not any(cluster.run(held, job.key).values())
+    assert sorted(by_index(run(job, range(9)))) == [*range(9)]
+
+
+def held(key: str) -> bool:
+    """Whether this process still holds a job."""
+    return key in dask._here
+
+
+def test_a_worker_that_dies_costs_an_attempt(cluster: Client, tmp_path: Path) -> None:
+    job = FileJob(str(tmp_path), killing=(6,), seconds=0.01)
+    found = by_index(dask.run(job, range(40), client=cluster))
+    assert sorted(found) == [*range(40)]
+    assert all(isinstance(outcome, TileResult) for outcome in found.values())
+    assert {*map(int, notes(tmp_path, "done"))} == {*range(40)}
+    assert (tmp_path / "tried-6").exists()
+
+
+def test_a_local_cluster_is_reachable_from_this_machine_alone(cluster: Client) -> None:
+    this = psutil.Process()
+    pids = cluster.run(os.getpid)
+    assert len({*pids.values()} - {this.pid}) == WORKERS
+    processes = [this, *this.children(recursive=True)]
+    assert {*pids.values()} <= {process.pid for process in processes}
+    listening = [
+        (connection.laddr.ip, process.pid)
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert {pid for _, pid in listening} >= {this.pid, *pids.values()}
+    assert {ip for ip, _ in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("address", ["nonsense", "ftp://127.0.0.1:80", "127.0.0.1:99999", "", "x:y"])
+def test_an_address_that_is_none_is_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask, "TIMEOUT", 1)
+    refuse(address)
+
+
+def test_an_unknown_scheduler_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask, "TIMEOUT", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        refuse(f"tcp://127.0.0.1:{port}")
+    refuse(f"tcp://127.0.0.1:{port}")
+
+
+def refuse(address: str) -> None:
+    began = time.monotonic()
+    with (
+        pytest.raises(BadRequest, match=r"^scheduler \(=.*\) does not answer within 1 s") as caught,
+        dask.existing_client(address),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 4

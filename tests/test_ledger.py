@@ -1,0 +1,247 @@
+"""Laws of the ledger: what is read was marked, whatever tore it; one process writes at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilepipe.engines import TileFailure
+from tilepipe.errors import BadRequest
+from tilepipe.ledger import DIGITS, FOLDER, Ledger, fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+TILES = 40
+PLAN: dict[str, object] = {"identity": {"model": "m", "sizes": {"tile": [32, 32]}}}
+RECORD = DIGITS + 1
+
+marks = st.lists(st.integers(0, TILES - 1), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the examples of hypothesis make their own folders."""
+    return tmp_path_factory.mktemp("ledgers")
+
+
+def begin(parent: Path, indices: Iterable[int], *, tiles: int = TILES) -> Path:
+    """Return a new target whose ledger was closed after the indices were marked."""
+    target = Path(tempfile.mkdtemp(dir=parent))
+    with Ledger.create(target, PLAN, tiles=tiles) as ledger:
+        for index in indices:
+            ledger.mark(index)
+    return target
+
+
+def reopen(target: Path, *, write: bool = True) -> Ledger:
+    ledger = Ledger.open(target, write=write)
+    assert ledger is not None
+    return ledger
+
+
+def finished(ledger: Ledger) -> set[int]:
+    """Return the finished tiles, told in three ways that must agree."""
+    found = {index for index in range(ledger.tiles) if index in ledger}
+    assert ledger.done == len(found)
+    assert [*ledger.remaining()] == sorted(set(range(ledger.tiles)) - found)
+    return found
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(indices=marks)
+def test_what_is_marked_is_read_again(shared: Path, indices: list[int]) -> None:
+    target = begin(shared, indices)
+    for write in (False, True):
+        with reopen(target, write=write) as ledger:
+            assert finished(ledger) == set(indices)
+            assert ledger.plan == {"tiles": TILES, **PLAN}
+            assert ledger.failures == []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    before=marks,
+    after=marks,
+    kept=st.integers(0, 60 * RECORD),
+    tail=st.sampled_from([b"", b"\0" * 5, b"\0" * 40, b"0000000000x7\n", b"000000000007\r", b"\n"]),
+)
+def test_a_torn_tail_costs_no_more_than_itself(
+    shared: Path, before: list[int], after: list[int], kept: int, tail: bytes
+) -> None:
+    target = begin(shared, before)
+    path = target / FOLDER / "done"
+    torn = path.read_bytes()[:kept]
+    path.write_bytes(torn + (tail if len(torn) % RECORD == 0 else b""))
+    known = set(before[: len(torn) // RECORD])
+    with reopen(target, write=False) as reader:
+        assert finished(reader) == known
+    with reopen(target) as ledger:
+        assert finished(ledger) == known
+        for index in after:
+            ledger.mark(index)
+        assert finished(ledger) == known | set(after)
+    with reopen(target) as ledger:
+        assert finished(ledger) == known | set(after)
+    assert path.stat().st_size % RECORD == 0
+
+
+def test_a_tile_that_is_marked_twice_counts_once(tmp_path: Path) -> None:
+    target = begin(tmp_path, [3, 3, 5, 3])
+    with reopen(target) as ledger:
+        assert ledger.done == 2
+        ledger.mark(3)
+        assert ledger.done == 2
+
+
+def test_records_past_the_last_tile_are_no_tiles(tmp_path: Path) -> None:
+    target = begin(tmp_path, [1])
+    with (target / FOLDER / "done").open("ab") as file:
+        file.write(b"%0*d\n" % (DIGITS, TILES) + b"9" * DIGITS + b"\n")
+    with reopen(target) as ledger:
+        assert finished(ledger) == {1}
+
+
+def test_remaining_leaves_out_what_is_finished_meanwhile(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, PLAN, tiles=6) as ledger:
+        remaining = ledger.remaining()
+        assert next(remaining) == 0
+        ledger.mark(2)
+        assert [*remaining] == [1, 3, 4, 5]
+
+
+def test_failures_are_kept_until_a_run_without_any(tmp_path: Path) -> None:
+    failures = [
+        TileFailure(3, "voxels 0:8,8:16: OSError: 'é' \"quoted\"", 3),
+        TileFailure(7, "KilledWorker", 1),
+    ]
+    with Ledger.create(tmp_path, PLAN, tiles=9) as ledger:
+        ledger.set_aside(failures)
+    with reopen(tmp_path, write=False) as ledger:
+        assert ledger.failures == failures
+    with reopen(tmp_path) as ledger:
+        ledger.set_aside(failures[:1])
+        assert ledger.failures == failures[:1]
+        ledger.set_aside([])
+        assert ledger.failures == []
+    assert not (tmp_path / FOLDER / "failed.json").exists()
+
+
+def test_no_ledger_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "begun" / FOLDER).mkdir(parents=True)
+    for name in ("absent", "file", "begun"):
+        assert Ledger.open(tmp_path / name) is None
+        assert Ledger.open(tmp_path / name, write=False) is None
+    assert [*(tmp_path / "begun" / FOLDER).iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 100,
+        b"\xff\xfe",
+        b'{"tiles": 3, "iden',
+        b"[]",
+        b"7",
+        b'"tiles"',
+        b"{}",
+        b'{"tiles": null}',
+        b'{"tiles": "many"}',
+        b'{"tiles": -1}',
+        b'{"tiles": 2.5}',
+        b'{"tiles": true}',
+        b'{"tiles": Infinity}',
+        b'{"tiles": 1000000000000000000000}',
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -> None:
+    target = begin(tmp_path, [1])
+    (target / FOLDER / "plan.json").write_bytes(content)
+    for write in (True, False):
+        with pytest.raises(BadRequest, match=r"output \(=.* ledger .* --overwrite$") as caught:
+            Ledger.open(target, write=write)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_ledger_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    target = begin(tmp_path, [1])
+    (target / FOLDER / "plan.json").unlink()
+    (target / FOLDER / "plan.json").mkdir()
+    with pytest.raises(BadRequest, match="cannot be read"):
+        Ledger.open(target)
+
+
+def test_one_writer_and_any_readers(tmp_path: Path) -> None:
+    with Ledger.create(tmp_path, PLAN, tiles=5) as ledger:
+        ledger.mark(4)
+        with pytest.raises(BadRequest, match=rf"process {os.getpid()}\)") as caught:
+            Ledger.open(tmp_path)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(BadRequest, match=rf"process {os.getpid()}\)"):
+            Ledger.create(tmp_path, {"identity": {}}, tiles=7)
+        with reopen(tmp_path, write=False) as reader:
+            assert (reader.tiles, reader.plan) == (5, {"tiles": 5, **PLAN})
+            assert finished(reader) == {4}
+        ledger.mark(0)
+    with reopen(tmp_path) as ledger:
+        assert finished(ledger) == {0, 4}
+
+
+WRITER = """
+import sys, time
+from tilepipe.ledger import Ledger
+ledger = Ledger.open(sys.argv[1])
+ledger.mark(2)
+print("marked", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the ledger of ``tmp_path`` and has marked tile 2."""
+    Ledger.create(tmp_path, PLAN, tiles=5).close()
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "marked\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_another_process_is_named_and_its_death_frees_the_ledger(
+    tmp_path: Path, writer: subprocess.Popen[str]
+) -> None:
+    with pytest.raises(BadRequest, match=rf"process {writer.pid}\)"):
+        Ledger.open(tmp_path)
+    with reopen(tmp_path, write=False) as reader:
+        assert finished(reader) == {2}
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    with reopen(tmp_path) as ledger:
+        assert finished(ledger) == {2}
+        ledger.mark(1)
+    with reopen(tmp_path) as ledger:
+        assert finished(ledger) == {1, 2}
+
+
+def test_the_fingerprint_is_of_the_content_not_of_its_order() -> None:
+    content = {"b": [1, 2], "a": {"d": None, "c": 1.5}}
+    assert fingerprint(content) == fingerprint(json.loads(json.dumps(content, sort_keys=True)))
+    assert fingerprint(content) != fingerprint({**content, "b": [2, 1]})
+    assert re.fullmatch("[0-9a-f]{64}", fingerprint({}))
