@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,8 +93,8 @@ class _Opened:
                 self.running -= 1
 
     def process(self, index: int) -> TileResult:
-        class Homeless(Exception):  # noqa: N818 - of a class that cannot travel
-            pass
+        class Homeless(Exception):
+            """Of a class that cannot travel to another process."""
 
         job = self.job
         time.sleep(job.seconds)
@@ -122,6 +125,10 @@ def cluster() -> Iterator[Client]:
         yield client
 
 
+def address_of(client: Client) -> str:
+    return str(client.scheduler_info()["address"])
+
+
 @pytest.fixture(params=["serial", "dask", "existing"])
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """Each engine in turn."""
@@ -129,10 +136,11 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         yield serial.run
         return
     local: Client = request.getfixturevalue("cluster")
+    local.wait_for_workers(WORKERS)  # one may have been killed by a test before
     if request.param == "dask":
         yield partial(dask.run, client=local)
         return
-    with dask.existing_client(local.scheduler.address) as client:
+    with dask.existing_client(address_of(local)) as client:
         yield partial(dask.run, client=client)
 
 
@@ -204,7 +212,7 @@ def test_a_process_opens_the_job_once_and_holds_no_more_tiles_than_slots(
 
 
 def test_a_job_that_cannot_be_opened_is_no_failure_of_tiles(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(TileError, match="cannot begin: OSError: no such model$"):
+    with pytest.raises(TileError, match=r"cannot begin: OSError: no such model$"):
         by_index(run(FileJob(str(tmp_path), broken=True), range(30)))
 
 
@@ -247,6 +255,7 @@ def test_a_worker_that_dies_costs_an_attempt(cluster: Client, tmp_path: Path) ->
 
 
 def test_a_local_cluster_is_reachable_from_this_machine_alone(cluster: Client) -> None:
+    cluster.wait_for_workers(WORKERS)
     this = psutil.Process()
     pids = cluster.run(os.getpid)
     assert len({*pids.values()} - {this.pid}) == WORKERS
@@ -262,15 +271,69 @@ def test_a_local_cluster_is_reachable_from_this_machine_alone(cluster: Client) -
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("address", ["nonsense", "ftp://127.0.0.1:80", "127.0.0.1:99999", "", "x:y"])
-def test_an_address_that_is_none_is_refused(
-    address: str, monkeypatch: pytest.MonkeyPatch
+SERVER = """
+import time
+from tilepipe.engines.dask import local_client
+
+if __name__ == "__main__":
+    with local_client(1, threads=2, dashboard=False) as client:
+        print(client.scheduler_info()["address"], flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A cluster in a process group of its own, with the scheduler's address."""
+    (tmp_path / "server.py").write_text(SERVER)
+    command = [sys.executable, str(tmp_path / "server.py")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().strip(), process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_scheduler_elsewhere_is_left_as_it_is_and_missed_when_it_is_gone(
+    server: tuple[str, subprocess.Popen[str]], tmp_path: Path
 ) -> None:
+    address, process = server
+    job = FileJob(str(tmp_path), seconds=0.02)
+    for _ in range(2):
+        with dask.existing_client(address) as client:
+            assert sorted(by_index(dask.run(job, range(9), client=client))) == [*range(9)]
+    with dask.existing_client(address) as client:
+        assert not any(client.run(held, job.key).values())
+        outcomes = dask.run(job, range(1000), client=client)
+        assert isinstance(next(outcomes), TileResult)
+        os.killpg(process.pid, signal.SIGKILL)
+        with pytest.raises(TileError, match="the scheduler is gone") as caught:
+            assert all(isinstance(outcome, TileResult) for outcome in outcomes)
+        assert "\n" not in str(caught.value)
+
+
+ODD = ["nonsense", "ftp://127.0.0.1:80", "127.0.0.1:99999", "", "x:y", "tls://127.0.0.1:1"]
+
+
+@pytest.mark.parametrize("address", ODD)
+def test_an_address_that_is_none_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask, "TIMEOUT", 1)
     refuse(address)
 
 
-def test_an_unknown_scheduler_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_is_no_scheduler(cluster: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask, "TIMEOUT", 1)
+    refuse(next(iter(cluster.run(held, ""))))
+
+
+def test_a_scheduler_that_does_not_answer_is_refused_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dask, "TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -280,10 +343,8 @@ def test_an_unknown_scheduler_is_refused_in_time(monkeypatch: pytest.MonkeyPatch
 
 def refuse(address: str) -> None:
     began = time.monotonic()
-    with (
-        pytest.raises(BadRequest, match=r"^scheduler \(=.*\) does not answer within 1 s") as caught,
-        dask.existing_client(address),
-    ):
+    rule = r"^scheduler \(=.*\) must be a Dask scheduler that answers within 1 s: "
+    with pytest.raises(BadRequest, match=rule) as caught, dask.existing_client(address):
         pass
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 4

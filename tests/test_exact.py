@@ -15,7 +15,7 @@ from tilepipe.checks import find_limit
 from tilepipe.geometry import Region, TileGrid, mirror
 from tilepipe.options import Options
 from tilepipe.profile import Profile, find_profile
-from tilepipe.windows import Windows, whole
+from tilepipe.windows import Windows, cut, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,7 +75,7 @@ def tiled(
     out = np.full((profile.classes, *shape), np.nan)
     windows = Windows(profile, window, limit)
     for part in TileGrid(shape, tile):
-        for one in windows.of(part.write):
+        for one in cut(windows, profile.axes, part.write):
             answer = run(model, take(image, one.read, limit))
             origin = tuple(a + o for a, o in zip(one.read.start, profile.offset, strict=True))
             kept = answer[(slice(None), *one.keep.within(origin))]

@@ -15,9 +15,9 @@ import tilepipe
 ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "demo", "inspect", "describe", "segment", "worker", "ledger", "engines", "plan",
-    "tiling", "checks", "options", "normalize", "predict", "windows", "profile", "probe", "model",
-    "cost", "network", "operations", "rules", "program", "unet", "overlay", "synthetic", "target",
-    "volume", "ome", "tiff", "geometry", "errors",
+    "tiling", "checks", "options", "normalize", "predict", "regions", "windows", "profile",
+    "probe", "model", "cost", "evaluate", "network", "operations", "rules", "program", "unet",
+    "overlay", "synthetic", "target", "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import DIGITS, FOLDER, Ledger, fingerprint
+from tilepipe.ledger import BATCH, DIGITS, FOLDER, Ledger, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -105,6 +105,45 @@ def test_a_tile_that_is_marked_twice_counts_once(tmp_path: Path) -> None:
         assert ledger.done == 2
 
 
+def test_a_new_ledger_forgets_the_older_one(tmp_path: Path) -> None:
+    target = begin(tmp_path, [1, 2])
+    with reopen(target) as ledger:
+        ledger.set_aside([TileFailure(3, "ValueError", 3)])
+    for plan_lost in (False, True):
+        if plan_lost:
+            (target / FOLDER / "plan.json").unlink()
+        with Ledger.create(target, {"identity": {}}, tiles=TILES) as ledger:
+            assert finished(ledger) == set()
+            assert ledger.failures == []
+            ledger.mark(5)
+        with reopen(target) as ledger:
+            assert finished(ledger) == {5}
+            assert ledger.plan == {"identity": {}, "tiles": TILES}
+
+
+@pytest.mark.parametrize("index", [-1, TILES, 10**DIGITS])
+def test_a_tile_that_does_not_exist_is_not_entered(tmp_path: Path, index: int) -> None:
+    with Ledger.create(tmp_path, PLAN, tiles=TILES) as ledger:
+        with pytest.raises(IndexError, match=f"tile {index} "):
+            ledger.mark(index)
+        ledger.mark(7)
+    with reopen(tmp_path) as ledger:
+        assert finished(ledger) == {7}
+
+
+@pytest.mark.parametrize("torn", [0, 5])
+def test_a_long_ledger_is_read_in_parts(tmp_path: Path, torn: int) -> None:
+    tiles = 3 * BATCH + 17
+    target = begin(tmp_path, [], tiles=tiles)
+    marked = range(0, tiles, 2)
+    lines = b"".join(b"%0*d\n" % (DIGITS, index) for index in (*marked, *marked))
+    (target / FOLDER / "done").write_bytes(lines + b"0" * torn)
+    with reopen(target) as ledger:
+        assert ledger.done == len(marked)
+        assert [*ledger.remaining()] == [*range(1, tiles, 2)]
+    assert (target / FOLDER / "done").stat().st_size == len(lines)
+
+
 def test_records_past_the_last_tile_are_no_tiles(tmp_path: Path) -> None:
     target = begin(tmp_path, [1])
     with (target / FOLDER / "done").open("ab") as file:
@@ -135,6 +174,11 @@ def test_failures_are_kept_until_a_run_without_any(tmp_path: Path) -> None:
         assert ledger.failures == failures[:1]
         ledger.set_aside([])
         assert ledger.failures == []
+        ledger.set_aside(failures)
+        ledger.mark(3)  # and the run is killed before it says what else failed
+    assert reopen(tmp_path, write=False).failures == failures[1:]
+    with reopen(tmp_path) as ledger:
+        ledger.set_aside([])
     assert not (tmp_path / FOLDER / "failed.json").exists()
 
 

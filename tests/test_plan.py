@@ -13,15 +13,17 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import tilepipe as tp
+from tests import zoo
 from tests.support import noise, write_unet, write_volume
 from tilepipe.engines import serial
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, ceil_to, mirror
 from tilepipe.options import Options
 from tilepipe.plan import default_target
+from tilepipe.segment import _create
 from tilepipe.tiling import _decoded
 from tilepipe.volume import Volume
-from tilepipe.worker import SegmentJob
+from tilepipe.worker import SegmentJob, Worker
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,10 +41,9 @@ def source(tmp_path: Path) -> Path:
     return write_volume(tmp_path / "image.zarr", noise(90, 110), "yx", chunks=(32, 32))
 
 
-def test_multiply_adds_and_bytes_read_are_what_is_done(
+def test_bytes_read_are_what_is_decoded(
     model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = tp.plan(source, model=model, options=Options(tile=(32, 48), chunks=(16, 16)))
     decoded = 0
     read = Volume.read
 
@@ -56,18 +57,51 @@ def test_multiply_adds_and_bytes_read_are_what_is_done(
         return read(self, region)
 
     monkeypatch.setattr(Volume, "read", counted)
-    with FlopCounterMode(display=False) as counter:
-        tp.segment(
-            source, model=model, output=tmp_path / "out.zarr",
-            options=Options(tile=(32, 48), chunks=(16, 16)),
+    options = Options(tile=(32, 48), chunks=(16, 16))
+    report = tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    assert decoded == report.plan.costs.read_bytes
+    assert report.plan.costs.calls == report.plan.costs.tiles == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("valid_unet", "regions"),
+        ("Residual", "regions"),
+        ("Modern", "regions"),
+        ("align_corners", "regions"),
+        ("same_unet", "windows"),
+        ("Residual", "windows"),
+    ],
+)
+def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path) -> None:
+    """The plan's figure is what the counter of the library counts while the tiles run."""
+    torch.save(getattr(zoo, name)().state_dict(), tmp_path / "weights.pt")
+    channels = 2 if name == "Residual" else 1
+    source = write_volume(tmp_path / "v.zarr", noise(channels, 90, 110), "cyx")
+    options = Options(network=f"tests.zoo:{name}", tile=(32, 48), chunks=(16, 16), inexact=True)
+    plan = tp.plan(source, model=tmp_path / "weights.pt", output=tmp_path / "o", options=options)
+    if strategy == "windows":
+        network = tp.load_model(tmp_path / "weights.pt", network=f"tests.zoo:{name}").module
+        example = torch.rand(1, channels, 160, 160)
+        torch.jit.save(torch.jit.trace(network, example), tmp_path / "script.pt")
+        plan = tp.plan(
+            source, model=tmp_path / "script.pt", output=tmp_path / "o",
+            options=Options(tile=(32, 48), chunks=(16, 16), inexact=True),
         )  # fmt: skip
-        whole = tp.load_model(model).module
-        box = (20 + 92 + 20, 20 + 112 + 20)
-        before = counter.get_total_flops()
-        whole(torch.zeros(1, 1, *box))
-    assert decoded == plan.costs.read_bytes
-    assert plan.costs.floor == (counter.get_total_flops() - before) // 2
-    assert plan.costs.calls == plan.costs.tiles == 9
+    assert plan.strategy == strategy
+    _create(plan, overwrite=False)
+    worker = SegmentJob(plan, "key").open()
+    assert isinstance(worker, Worker)
+    with FlopCounterMode(display=False) as counter:
+        for tile in plan.grid:
+            worker.answer(worker.read(tile.write))
+    assert counter.get_total_flops() // 2 == plan.costs.multiply_adds
+    network = tp.load_model(tmp_path / "weights.pt", network=f"tests.zoo:{name}").module
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, channels, *plan.box.shape))
+    if strategy == "regions":
+        assert counter.get_total_flops() // 2 == plan.costs.floor
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(-30, 39), st.integers(1, 60))

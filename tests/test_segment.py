@@ -15,6 +15,7 @@ import tilepipe as tp
 from tests import zoo
 from tests.support import noise, one_pass, read, write_unet, write_volume
 from tilepipe.errors import BadRequest
+from tilepipe.geometry import Region, mirror
 from tilepipe.model import load_model
 from tilepipe.options import Options
 from tilepipe.volume import open_volume
@@ -195,3 +196,37 @@ def test_the_five_lines_of_the_python_api(tmp_path: Path) -> None:
     assert tp.plan(source, model=model).costs.tiles == 1
     assert tp.segment(source, model=model).done == 1
     assert (tmp_path / "image-segmented.zarr").exists()
+
+
+@pytest.mark.parametrize("boundary", ["mirror", "network"])
+@pytest.mark.parametrize("network", ["align_corners", "bilinear", "Residual"])
+def test_padded_networks_at_odd_sizes(tmp_path: Path, network: str, boundary: str) -> None:
+    """Regions of the whole graph are exact where no lattice is."""
+    torch.manual_seed(0)
+    module = getattr(zoo, network)().eval()
+    torch.save(module.state_dict(), tmp_path / "weights.pt")
+    channels = 2 if network == "Residual" else 1
+    image = noise(channels, 61, 85, dtype="float32")
+    source = write_volume(tmp_path / "image.zarr", image, "cyx")
+    options = Options(
+        write="logits", tile=(16, 32), boundary=boundary, network=f"tests.zoo:{network}"
+    )
+    report = tp.segment(
+        source, model=tmp_path / "weights.pt", output=tmp_path / "out.zarr", options=options
+    )
+    plan = report.plan
+    assert plan.strategy == "regions"
+    whole = image
+    for axis, (a, b) in enumerate(zip(plan.box.start, plan.box.stop, strict=True), start=1):
+        if boundary == "mirror":
+            whole = np.take(whole, mirror(a, b, image.shape[axis]), axis=axis)
+        else:
+            pads = [(0, 0)] * 3
+            pads[axis] = (0, b - image.shape[axis])
+            whole = np.pad(whole, pads)
+    with torch.inference_mode():
+        answer = module(torch.from_numpy(np.ascontiguousarray(whole))[None])[0].numpy()
+    if boundary == "network" and network != "Residual":
+        assert whole.shape[1:] == (61, 85)  # these networks take odd sizes as they are
+    truth = answer[(slice(None), *Region.whole((61, 85)).within(plan.box.start))]
+    assert_close(read(tmp_path / "out.zarr"), truth)

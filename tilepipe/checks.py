@@ -9,7 +9,7 @@ import psutil
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Shape, ceil_to
-from tilepipe.network import NotExported, export, lattice
+from tilepipe.network import export, lattice
 from tilepipe.options import comma
 
 if TYPE_CHECKING:
@@ -43,11 +43,12 @@ def check_match(volume: Volume, model: Model) -> None:
         )
 
 
-def check_exact(model: Model, profile: Profile, options: Options) -> None:
+def check_exact(model: Model, profile: Profile, options: Options, strategy: str) -> None:
     """Refuse a network that no tiling makes exact, unless ``inexact`` is asked for."""
-    if profile.troubles and not options.inexact:
+    troubles = profile.troubles or (profile.off_lattice if strategy == "windows" else ())
+    if troubles and not options.inexact:
         raise BadRequest(
-            f"model (={model.path}) cannot be tiled exactly: {profile.troubles[0]};"
+            f"model (={model.path}) cannot be tiled exactly: {troubles[0]};"
             " replace that layer, or accept seams with --inexact"
         )
 
@@ -78,22 +79,20 @@ def find_limit(model: Model, profile: Profile, shape: Shape, options: Options) -
             f"boundary (=network) needs a network that pads its input; {model.path} consumes"
             f" {comma(profile.shrink)} voxels: use mirror"
         )
-    limit = tuple(_next_accepted(model, profile, axis, n) for axis, n in enumerate(shape))
-    if not model.exportable or profile.fixed:
-        return limit
-    try:
-        graph = export(model.on_meta(), (1, model.channels, *limit))
-    except NotExported as error:
-        raise BadRequest(f"boundary (=network) at {comma(limit)} voxels: {error}") from error
-    step, misfits = lattice(graph)
-    if (misfits or step != profile.context.step) and not options.inexact:
+    return tuple(_next_accepted(model, profile, axis, n) for axis, n in enumerate(shape))
+
+
+def check_limit(model: Model, profile: Profile, limit: Shape | None, options: Options) -> None:
+    """Refuse windows on a size of the whole at which the network leaves its lattice."""
+    if limit is None or profile.fixed or options.inexact or not model.exportable:
+        return
+    step, misfits = lattice(export(model.on_meta(), (1, model.channels, *limit)))
+    if misfits or step != profile.context.step:
         why = misfits[0] if misfits else f"its step is {comma(step)} there"
         raise BadRequest(
-            f"boundary (=network) cannot be tiled exactly on {comma(limit)} voxels: {why};"
-            " use mirror, or crop the volume to a multiple of"
-            f" {comma(profile.context.step)}"
+            f"boundary (=network) cannot be tiled exactly on {comma(limit)} voxels: {why}; use"
+            f" mirror, or crop the volume to a multiple of {comma(profile.context.step)}"
         )
-    return limit
 
 
 def _next_accepted(model: Model, profile: Profile, axis: int, length: int) -> int:
@@ -152,7 +151,9 @@ def check_rank(volume: Volume, options: Options) -> None:
             )
 
 
-def notices(volume: Volume, model: Model, profile: Profile, options: Options) -> Iterator[str]:
+def notices(
+    volume: Volume, model: Model, profile: Profile, options: Options, strategy: str
+) -> Iterator[str]:
     """Yield what the user should know although nothing is refused."""
     if volume.axes_assumed:
         yield f"the source does not say its axes: {volume.axes} is assumed (--axes overrides)"
@@ -162,8 +163,8 @@ def notices(volume: Volume, model: Model, profile: Profile, options: Options) ->
         yield f"a {model.axes}D network on {volume.axes}: applied slice by slice"
     if profile.method == "probe":
         yield "the context was measured by probing: the model's graph cannot be read"
-    if profile.troubles:
-        yield f"INEXACT: windows will show seams, since {profile.troubles[0]}"
+    if strategy == "windows" and (why := profile.troubles or profile.off_lattice):
+        yield f"INEXACT: windows will show seams, since {why[0]}"
 
 
 def cores() -> int:

@@ -66,7 +66,9 @@ def describe_model(model: Model, profile: Profile) -> str:
         ("labels", ", ".join(model.labels) or "not said"),
         ("exact tiling", "no" if profile.troubles else "yes"),
     ]
-    return _table(rows) + "".join(f"\nno finite context: {why}" for why in profile.troubles)
+    rows += [("no context", why) for why in profile.troubles]
+    rows += [("off lattice", f"{why}: exact as regions") for why in profile.off_lattice]
+    return _table(rows)
 
 
 def describe_volume(volume: Volume) -> str:

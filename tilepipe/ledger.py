@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FOLDER = ".tilepipe"
 DIGITS = 12
 """Of a tile's index in ``done``; with the line's end the width of a record is one more."""
+BATCH = 1 << 16
+"""Records of ``done`` that are read at once."""
 SYNC_SECONDS = 1.0
 """How often what was appended is forced to disk."""
 
@@ -62,11 +64,15 @@ class Ledger:
 
     @classmethod
     def create(cls, target: str | Path, plan: Mapping[str, object], *, tiles: int) -> Ledger:
-        """Begin a ledger for a new target, open for writing."""
+        """Begin a ledger for a new target, open for writing; what an older one held is forgotten.
+
+        Raises `BadRequest` where another process writes it.
+        """
         folder = Path(target) / FOLDER
         folder.mkdir(exist_ok=True)
-        content = {"tiles": tiles, **plan}
+        content = {**plan, "tiles": tiles}
         ledger = cls(folder, content, tiles=tiles, write=True)
+        ledger._forget()  # before the plan: no tile of another plan may ever seem to be of this one
         _replace(folder / "plan.json", content)
         return ledger
 
@@ -91,6 +97,12 @@ class Ledger:
             ) from error
         return cls(folder, plan, tiles=tiles, write=write)
 
+    def _forget(self) -> None:
+        os.truncate(self._folder / "done", 0)
+        self.set_aside([])
+        self._finished[:] = False
+        self.done = 0
+
     def __contains__(self, index: int) -> bool:
         return bool(self._finished[index])
 
@@ -101,6 +113,8 @@ class Ledger:
     def mark(self, index: int) -> None:
         """Enter a tile that has been written wholly."""
         assert self._file is not None
+        if not 0 <= index < self.tiles:  # its record would hide all that come after
+            raise IndexError(f"tile {index} is not one of {self.tiles}")
         self._file.write(b"%0*d\n" % (DIGITS, index))
         self._file.flush()
         if not self._finished[index]:
@@ -119,12 +133,13 @@ class Ledger:
 
     @property
     def failures(self) -> list[TileFailure]:
-        """The tiles that the last run set aside."""
+        """The tiles that the last run set aside, less those finished since."""
         try:
             kept = json.loads((self._folder / "failed.json").read_text())
         except FileNotFoundError:
             return []
-        return [TileFailure(**failure) for failure in kept]
+        failures = (TileFailure(**failure) for failure in kept)
+        return [failure for failure in failures if failure.index not in self]
 
     def close(self) -> None:
         """Force what was entered to disk and let others write."""
@@ -173,17 +188,24 @@ def _locked(folder: Path) -> int:
 def _read_done(path: Path, tiles: int, *, mend: bool) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Read the finished tiles; a record that was not wholly written is cut off."""
     finished = np.zeros(tiles, dtype=np.bool_)
-    content = path.read_bytes() if path.exists() else b""
-    width = DIGITS + 1
-    whole = len(content) // width * width
-    records = np.frombuffer(content[:whole], dtype=np.uint8).reshape(-1, width)
-    good = (records[:, -1] == ord("\n")) & ((records[:, :-1] - ord("0")) < 10).all(axis=1)
-    count = int(good.argmin()) if not good.all() else len(good)
-    scale = 10 ** np.arange(DIGITS - 1, -1, -1, dtype=np.int64)
-    indices = (records[:count, :-1] - ord("0")).astype(np.int64) @ scale
-    finished[indices[indices < tiles]] = True
-    if mend and count * width != len(content):
-        os.truncate(path, count * width)
+    width, size = DIGITS + 1, 0
+    scale = 10.0 ** np.arange(DIGITS - 1, -1, -1)  # float64 holds twelve digits exactly
+    if not path.exists():
+        return finished
+    with path.open("rb") as file:
+        while content := file.read(BATCH * width):
+            records = np.frombuffer(content, np.uint8, len(content) // width * width)
+            records = records.reshape(-1, width)
+            digits = records[:, :-1] - ord("0")  # what comes before "0" wraps to more than 9
+            good = (records[:, -1] == ord("\n")) & (digits < 10).all(axis=1)
+            count = len(good) if good.all() else int(good.argmin())
+            indices = (digits[:count] @ scale).astype(np.int64)
+            finished[indices[indices < tiles]] = True
+            size += count * width
+            if count * width < len(content):
+                break
+    if mend and size < path.stat().st_size:
+        os.truncate(path, size)
     return finished
 
 
@@ -195,3 +217,8 @@ def _replace(path: Path, content: object) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # of the name itself
+    finally:
+        os.close(handle)

@@ -20,9 +20,10 @@ from torch import fx
 from tilepipe.operations import Flattened, NoRule, Operation, Reading, read_operation, shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
+    from torch.export import ExportedProgram
 
     from tilepipe.geometry import Shape
 
@@ -38,6 +39,7 @@ class Node:
     """One operation on the image, with what it reads."""
 
     node: fx.Node
+    operation: Operation
     reading: Reading
     place: str
     """Where in the network: layer and class, or the line of the user's code."""
@@ -47,13 +49,18 @@ class Node:
 class Graph:
     """The operations between a network's input and output, in order, at one input size."""
 
+    program: ExportedProgram
     nodes: tuple[Node, ...]
+    dims: Mapping[fx.Node, tuple[int, ...]]
+    """The tensor dimension that holds each spatial axis, of every node that has them."""
     source: fx.Node
     output: fx.Node
     shape: tuple[int, ...]
     """Input shape with batch and channels."""
     troubles: tuple[str, ...]
-    """What stands against tiling, with the layer; empty for a network of finite context."""
+    """What reads the whole image, with the layer; empty for a network of finite context."""
+    off_lattice: tuple[str, ...]
+    """What samples by the size of the whole image, with the layer."""
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -69,10 +76,11 @@ def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (example,), strict=False)
+            program = program.run_decompositions({})  # without operations in place
     except Exception as error:
         # torch.export raises whatever the traced code and its own parts raise.
         raise NotExported(first_line(error)) from error
-    return _read_graph(program.graph, program.graph_signature.user_inputs[0], shape)
+    return _read_graph(program, shape)
 
 
 def first_line(error: BaseException) -> str:
@@ -81,8 +89,9 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _read_graph(graph: fx.Graph, source_name: object, shape: tuple[int, ...]) -> Graph:
+def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
     """Read every operation that lies between the image and the output."""
+    graph, source_name = program.graph, program.graph_signature.user_inputs[0]
     source = next(node for node in graph.nodes if node.name == source_name)
     output = next(node for node in graph.nodes if node.op == "output").args[0]
     while isinstance(output, tuple | list):
@@ -91,6 +100,7 @@ def _read_graph(graph: fx.Graph, source_name: object, shape: tuple[int, ...]) ->
     flattened: set[fx.Node] = {source}
     nodes: list[Node] = []
     troubles: list[str] = []
+    off_lattice: list[str] = []
     for node in _ancestors(graph, output):
         if node.op != "call_function" or not flattened & set(node.all_input_nodes):
             continue
@@ -98,19 +108,25 @@ def _read_graph(graph: fx.Graph, source_name: object, shape: tuple[int, ...]) ->
         if not any(before in dims for before in node.all_input_nodes):
             continue  # the image's axes are lost before it
         place = _place(node)
+        operation = Operation.of(node, dims)
         try:
-            reading = read_operation(Operation.of(node, dims))
+            reading = read_operation(operation)
         except Flattened as reason:
             troubles.append(f"{reason} ({place})")
             continue
         except NoRule as reason:
             raise NoRule(f"{reason} ({place})") from None
         dims[node] = reading.dims
-        nodes.append(Node(node, reading, place))
-        troubles += [f"{why} ({place})" for why in (reading.unbounded, reading.lattice) if why]
+        nodes.append(Node(node, operation, reading, place))
+        if reading.unbounded:
+            troubles.append(f"{reading.unbounded} ({place})")
+        if reading.lattice:
+            off_lattice.append(f"{reading.lattice} ({place})")
     if not isinstance(output, fx.Node) or dims.get(output) != dims[source]:
         troubles.append("the output has lost the image's axes")
-    return Graph(tuple(nodes), source, output, shape, tuple(dict.fromkeys(troubles)))
+    return Graph(
+        program, tuple(nodes), dims, source, output, shape, tuple(troubles), tuple(off_lattice)
+    )
 
 
 def _ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, cast
 
 from tilepipe import __version__, checks
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Context, Shape, TileGrid
+from tilepipe.evaluate import RegionEvaluator
+from tilepipe.geometry import Context, Region, Shape, TileGrid
 from tilepipe.model import load_model
+from tilepipe.network import NotExported, export
 from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.operations import NoRule
 from tilepipe.options import Options
 from tilepipe.predict import PRECISIONS, find_device, label_type
 from tilepipe.profile import Profile, find_profile
@@ -26,12 +30,15 @@ from tilepipe.tiling import (
     work,
 )
 from tilepipe.volume import Volume, open_volume
-from tilepipe.windows import Windows, whole
+from tilepipe.windows import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tilepipe.model import Model
+    from tilepipe.network import Graph
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,7 @@ class Plan:
     """None until the volume has been read once, where the rule needs that."""
     sizes: Sizes
     strategy: str
+    """``regions`` of the whole-image graph, or ``windows`` that the network is given whole."""
     costs: Costs
     notices: tuple[str, ...]
 
@@ -147,9 +155,10 @@ class Plan:
         return TileGrid(self.source.shape, self.sizes.tile)
 
     @property
-    def windows(self) -> Windows:
-        """How each tile is cut into windows."""
-        return Windows(self.profile, self.sizes.window, self.limit)
+    def box(self) -> Region:
+        """The one pass that the tiles equal, in volume coordinates of the network's axes."""
+        inner = self.source.shape[len(self.source.shape) - self.profile.axes :]
+        return whole(self.profile, inner, self.limit)
 
     @property
     def context(self) -> Context:
@@ -200,10 +209,15 @@ def plan(
     checks.check_rank(volume, options)
     checks.check_match(volume, network)
     profile = find_profile(network)
-    checks.check_exact(network, profile, options)
     checks.check_write(network, profile, options)
     inner = volume.shape[len(volume.shape) - profile.axes :]
     limit = checks.find_limit(network, profile, inner, options)
+    box = whole(profile, inner, limit)
+    graph = whole_graph(network, profile, box)
+    strategy = "windows" if graph is None else "regions"
+    checks.check_exact(network, profile, options, strategy)
+    if graph is None:
+        checks.check_limit(network, profile, limit, options)
     answer = _answer(profile, options)
     tiling = Tiling(
         model=network,
@@ -212,6 +226,8 @@ def plan(
         limit=limit,
         voxel_bytes=volume.dtype.itemsize * volume.channels,
         answer_bytes=answer.itemsize * answer.channels,
+        box=box,
+        graph=graph,
         ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
     )
     sizes = _sizes(tiling, volume, options, workers, earlier)
@@ -228,10 +244,27 @@ def plan(
         normalize=normalize,
         normalization=None if rule.needs_pass else resolve(rule, volume),
         sizes=sizes,
-        strategy="direct",
+        strategy=strategy,
         costs=_costs(tiling, volume, sizes),
-        notices=tuple(checks.notices(volume, network, profile, options)),
+        notices=tuple(checks.notices(volume, network, profile, options, strategy)),
     )
+
+
+def whole_graph(model: Model, profile: Profile, box: Region) -> Graph | None:
+    """Return the graph of the one pass over ``box`` whose regions the tiles are.
+
+    None where that cannot be had: a script, a program of fixed size, a network without finite
+    context, or an operation that cannot be computed by regions. Windows are left then.
+    """
+    if profile.method != "graph" or profile.fixed or profile.troubles:
+        return None
+    try:
+        graph = export(model.on_meta(), (1, model.channels, *box.shape))
+        RegionEvaluator(graph, model.on_meta())
+    except (NotExported, NoRule) as reason:
+        log.info("tiles are computed in windows: %s", reason)
+        return None
+    return graph
 
 
 def default_target(source: str | Path) -> str:
@@ -322,12 +355,11 @@ def _kept(kept: Mapping[str, object], name: str) -> Shape | None:
 
 def _costs(tiling: Tiling, volume: Volume, sizes: Sizes) -> Costs:
     found = work(tiling, sizes.tile, sizes.window, volume.chunks)
-    box = whole(tiling.profile, volume.shape[tiling.leading :], tiling.limit)
     return Costs(
         tiles=len(TileGrid(volume.shape, sizes.tile)),
         calls=found.windows,
         multiply_adds=found.multiply_adds,
-        floor=floor_work(tiling, box.shape),
+        floor=floor_work(tiling),
         memory=found.memory,
         read_bytes=found.read_voxels * tiling.voxel_bytes,
         write_bytes=math.prod(volume.shape) * tiling.answer_bytes,

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 
 from tilepipe.errors import BadRequest
+from tilepipe.evaluate import RegionEvaluator
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tilepipe.geometry import Region
     from tilepipe.model import Model
+    from tilepipe.network import Graph
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,9 @@ class Predictor:
         write: str,
         activation: str,
         threshold: float,
+        graph: Graph | None = None,
     ) -> None:
+        """With ``graph``, calls give regions of the one pass that it was exported for."""
         self._device = torch.device(device)
         self._dtype = PRECISIONS[precision]
         self._threads = threads
@@ -51,20 +56,28 @@ class Predictor:
             if parameter.ndim == model.axes + 2:
                 parameter.data = parameter.data.contiguous(memory_format=layout)
         self._network = network
+        self._evaluator = None if graph is None else RegionEvaluator(graph, network)
         if self._device.type == "cpu":
             keep_memory()
 
-    def __call__(self, image: NDArray[np.floating]) -> NDArray[np.generic]:
+    def __call__(
+        self, image: NDArray[np.floating], region: Region | None = None
+    ) -> NDArray[np.generic]:
         """Return the answer for a window of shape (channels, *axes), normalized, float.
 
-        The answer has shape (classes, *axes), or (1, *axes) of unsigned integers for labels.
+        With ``region``, rows of the graph's output, ``image`` is what that region reads. The
+        answer has shape (classes, *axes), or (1, *axes) of unsigned integers for labels.
         """
         if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             tensor = torch.from_numpy(np.ascontiguousarray(image))[None]
             tensor = tensor.to(self._device, self._dtype).contiguous(memory_format=self._layout)
-            return self._finish(self._network(tensor)[0]).cpu().numpy()
+            if region is None or self._evaluator is None:
+                answer = self._network(tensor)
+            else:
+                answer = self._evaluator(region, lambda _: tensor)
+            return self._finish(answer[0]).cpu().numpy()
 
     def _finish(self, answer: torch.Tensor) -> torch.Tensor:
         """Turn what the network gives into what is written."""

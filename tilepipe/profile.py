@@ -47,7 +47,9 @@ class Profile:
     fixed: bool
     """Whether ``smallest`` is the only size that it accepts."""
     troubles: tuple[str, ...]
-    """Why no tiling is exact, naming the layers; empty where tiling is exact."""
+    """Why the network has no finite context, naming the layers; else empty."""
+    off_lattice: tuple[str, ...]
+    """Why no windows on a lattice are exact, but regions of the whole graph are; else empty."""
     method: str
     """"graph" (index arithmetic) or "probe" (NaN propagation)."""
     activation: str = ""
@@ -93,10 +95,10 @@ def find_profile(model: Model) -> Profile:
         except NotExported as reason:
             log.warning("the network cannot be exported (%s): it is probed instead", reason)
             return _probed(model)
-        if not found.troubles:
-            return _smallest(model, found, shape)
         best = best or _smallest(model, found, shape)
-        if any("align_corners" in t or "over the whole" in t for t in found.troubles):
+        if not found.off_lattice:
+            return _smallest(model, found, shape)
+        if any("align_corners" in why for why in found.off_lattice):
             break
     if best is None:
         raise BadRequest(
@@ -113,8 +115,8 @@ def context(path: str | Path, *, network: str | None = None) -> Context:
     """
     model = load_model(path, network=network)
     profile = find_profile(model)
-    if profile.troubles:
-        raise BadRequest(f"model (={path}) has no finite context: {profile.troubles[0]}")
+    if why := profile.troubles or profile.off_lattice:
+        raise BadRequest(f"model (={path}) has no fixed context: {why[0]}")
     return profile.context
 
 
@@ -148,6 +150,7 @@ def _probed(model: Model) -> Profile:
         smallest=size,
         fixed=False,
         troubles=troubles,
+        off_lattice=(),
         method="probe",
         activation=model.script_activation(),
     )
@@ -180,7 +183,8 @@ def _profile(graph: Graph, shape: Shape, *, fixed: bool) -> Profile:
         shrink=shrink,
         smallest=shape,
         fixed=fixed,
-        troubles=graph.troubles or misfits,
+        troubles=graph.troubles,
+        off_lattice=graph.off_lattice or misfits,
         method="graph",
         activation=activation(graph),
     )

@@ -8,20 +8,25 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tilepipe.cost import Cost
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Shape, TileGrid, ceil_to
-from tilepipe.windows import Windows
+from tilepipe.geometry import Region, Shape, TileGrid, ceil_to
+from tilepipe.regions import Regions, regions_of
+from tilepipe.windows import Span, Windows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from tilepipe.cost import Cost
+    from torch import fx
+
+    from tilepipe.evaluate import Rows
     from tilepipe.model import Model
+    from tilepipe.network import Graph
     from tilepipe.profile import Profile
 
-PROCESS = 400 << 20
+PROCESS = 420_000_000
 """Bytes of a process that has loaded torch, zarr and dask and does nothing yet."""
-KERNELS = 150 << 20
+KERNELS = 150_000_000
 """Bytes that the library of kernels keeps for itself."""
 SPREAD = 1.25
 """Memory taken over bytes alive: what the allocator cannot use again. Measured, 1.0 to 1.2."""
@@ -57,9 +62,14 @@ class Tiling:
     """Bytes of a voxel of the source, with all its channels."""
     answer_bytes: int
     """Bytes of a voxel of the target, with all its channels."""
+    box: Region
+    """The one pass that the tiles equal, in volume coordinates of the network's axes."""
+    graph: Graph | None = None
+    """The graph at that size where tiles are regions of it; None for windows."""
     ratio: float = 1.0
     """Bytes of a number in the network, over those of the model's own type."""
     costs: dict[Shape, Cost] = field(default_factory=dict)
+    known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
 
     @property
     def leading(self) -> int:
@@ -77,9 +87,11 @@ class Tiling:
             self.costs[shape] = self.model.cost(shape)
         return self.costs[shape]
 
-    def windows(self, size: Shape) -> Windows:
-        """Return the windows that answer for ``size`` voxels each."""
-        return Windows(self.profile, size, self.limit)
+    def cuts(self, size: Shape) -> Windows | Regions:
+        """Return how tiles are cut into parts that answer for ``size`` voxels each."""
+        if self.graph is None:
+            return Windows(self.profile, size, self.limit)
+        return regions_of(self.profile, self.graph, self.box, size, self.known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,35 +110,43 @@ class Work:
 
 def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
     """Count the work of a choice exactly, from the windows along each axis."""
-    windows, leading = tiling.windows(window), tiling.leading
-    sizes: list[Counter[int]] = []
+    cuts, leading = tiling.cuts(window), tiling.leading
+    spans: list[list[Span]] = []
     decoded = widest = touched = 1
     for axis, (length, edge, chunk) in enumerate(zip(tiling.shape, tile, chunks, strict=True)):
-        counter, along, most, parts = Counter[int](), 0, 0, 1
+        every, along, most, parts = list[Span](), 0, 0, 1
         for start in range(0, length, edge):
-            spans = [(start, min(start + edge, length), 0, 0)]
+            mine = [(start, min(start + edge, length), 0, 0)]
             if axis >= leading:
-                spans = windows.along(axis - leading, *spans[0][:2])
-                counter.update(b - a for a, b, _, _ in spans)
-            low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+                mine = cuts.along(axis - leading, *mine[0][:2])
+            every += mine
+            low, high = min(s[0] for s in mine), max(s[1] for s in mine)
             voxels = _decoded(low, high, length, chunk)
             along, most, parts = along + voxels, max(most, high - low), max(parts, voxels // chunk)
         decoded, widest, touched = decoded * along, widest * most, touched * parts
-        sizes.append(counter)
+        spans.append(every)
     planes = math.prod(tiling.shape[:leading])
-    total = number = peak = 0
-    for chosen in itertools.product(*(c.items() for c in sizes[leading:])):
-        count = planes * math.prod(n for _, n in chosen)
-        cost = tiling.cost(tuple(size for size, _ in chosen))
-        total += count * cost.multiply_adds
-        number += count
-        peak = max(peak, int(cost.peak * tiling.ratio))
+    inner = spans[leading:]
+    number = planes * math.prod(map(len, inner))
+    cost = cuts.cost(inner) if isinstance(cuts, Regions) else _windows_cost(tiling, inner)
+    total, peak = planes * cost.multiply_adds, int(cost.peak * tiling.ratio)
     decoding = min(READS, touched) * math.prod(chunks) * tiling.voxel_bytes
     buffers = SLOTS * (widest * tiling.voxel_bytes + math.prod(tile) * tiling.answer_bytes)
     weights = sum(p.nbytes for p in tiling.model.module.parameters())
     memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + decoding + 2 * weights
     time = total + BYTE_WORK * decoded * tiling.voxel_bytes + CALL_WORK * number
     return Work(total, number, memory, decoded, time)
+
+
+def _windows_cost(tiling: Tiling, spans: Sequence[Sequence[Span]]) -> Cost:
+    """Return the cost of all windows, from the cost of those of each size."""
+    total = peak = 0
+    counters = [Counter(b - a for a, b, _, _ in along) for along in spans]
+    for chosen in itertools.product(*(counter.items() for counter in counters)):
+        cost = tiling.cost(tuple(size for size, _ in chosen))
+        total += math.prod(count for _, count in chosen) * cost.multiply_adds
+        peak = max(peak, cost.peak)
+    return Cost(total, peak)
 
 
 def _decoded(low: int, high: int, length: int, chunk: int) -> int:
@@ -236,8 +256,9 @@ def _tiles(tiling: Tiling, unit: Shape, window: Shape) -> Iterator[Shape]:
         yield tile
 
 
-def floor_work(tiling: Tiling, size: Shape) -> int:
+def floor_work(tiling: Tiling) -> int:
     """Return the multiply-adds of one pass over the whole mirrored volume."""
+    size = tiling.box.shape
     planes = math.prod(tiling.shape[: tiling.leading])
     if not tiling.profile.fixed:
         return planes * tiling.cost(size).multiply_adds

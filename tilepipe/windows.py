@@ -1,14 +1,14 @@
 """Which boxes of the volume a network is given so that a tile's voxels come out exact.
 
-Every window begins on the network's lattice and has a size that the network accepts; what it
-answers for (``keep``) is far enough from its borders, or lies at the volume's own border.
+A window that is given to the network whole begins on its lattice and has a size that it accepts;
+what it answers for (``keep``) is far enough from its borders, or lies at the volume's own border.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, ceil_to
@@ -35,10 +35,7 @@ Span = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """How regions of a volume are cut into windows.
-
-    Law: the windows of a region keep each of its voxels exactly once.
-    """
+    """Windows that the network is given whole: on its lattice, of a size that it accepts."""
 
     profile: Profile
     size: Shape
@@ -67,25 +64,6 @@ class Windows:
             )
         return room
 
-    def of(self, region: Region) -> list[Window]:
-        """Return the windows of a region whose start lies on the lattice.
-
-        Along axes in front of the network's own, every window is one voxel thick.
-        """
-        leading = len(region.start) - self.profile.axes
-        edges = list(zip(region.start, region.stop, strict=True))
-        spans = [[(n, n + 1, n, n + 1) for n in range(a, b)] for a, b in edges[:leading]]
-        spans += [self.along(axis, a, b) for axis, (a, b) in enumerate(edges[leading:])]
-        return [_window(chosen) for chosen in itertools.product(*spans)]
-
-    def read(self, region: Region) -> Region:
-        """Return the box that holds the windows of a region."""
-        windows = self.of(region)
-        return Region(
-            tuple(map(min, zip(*(w.read.start for w in windows), strict=True))),
-            tuple(map(max, zip(*(w.read.stop for w in windows), strict=True))),
-        )
-
     def along(self, axis: int, start: int, stop: int) -> list[Span]:
         """Return the windows along one axis of the network, from a start on the lattice."""
         profile, limit = self.profile, self.limit[axis] if self.limit else None
@@ -111,9 +89,36 @@ class Windows:
         return spans
 
 
-def _window(spans: Sequence[Span]) -> Window:
-    read_from, read_to, keep_from, keep_to = zip(*spans, strict=True)
-    return Window(Region(read_from, read_to), Region(keep_from, keep_to))
+class Cuts(Protocol):
+    """How regions of a volume are cut into windows, along the axes of the network."""
+
+    def along(self, axis: int, start: int, stop: int) -> list[Span]:
+        """Return the windows along one axis of the network."""
+
+
+def cut(cuts: Cuts, axes: int, region: Region) -> list[Window]:
+    """Return the windows of a region, whose last ``axes`` axes are the network's.
+
+    Along the axes in front of those, every window is one voxel thick. Law: the windows keep each
+    voxel of the region exactly once.
+    """
+    edges = list(zip(region.start, region.stop, strict=True))
+    leading = len(edges) - axes
+    spans = [[(n, n + 1, n, n + 1) for n in range(a, b)] for a, b in edges[:leading]]
+    spans += [cuts.along(axis, a, b) for axis, (a, b) in enumerate(edges[leading:])]
+    windows = []
+    for chosen in itertools.product(*spans):
+        read_from, read_to, keep_from, keep_to = zip(*chosen, strict=True)
+        windows.append(Window(Region(read_from, read_to), Region(keep_from, keep_to)))
+    return windows
+
+
+def read_box(windows: Sequence[Window]) -> Region:
+    """Return the box that holds all that the windows read."""
+    return Region(
+        tuple(map(min, zip(*(w.read.start for w in windows), strict=True))),
+        tuple(map(max, zip(*(w.read.stop for w in windows), strict=True))),
+    )
 
 
 def whole(profile: Profile, shape: Shape, limit: Shape | None) -> Region:

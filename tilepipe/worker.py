@@ -16,10 +16,13 @@ from tilepipe.engines import TileResult
 from tilepipe.errors import TileError
 from tilepipe.geometry import Region
 from tilepipe.model import load_model
+from tilepipe.plan import whole_graph
 from tilepipe.predict import Predictor
+from tilepipe.regions import Regions, regions_of
 from tilepipe.target import open_target
 from tilepipe.tiling import SLOTS
 from tilepipe.volume import open_volume, read_mirrored, read_zero_padded
+from tilepipe.windows import Window, Windows, cut, read_box
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,11 +47,25 @@ class SegmentJob:
 
     def open(self) -> Callable[[int], TileResult]:
         """Load the model, open source and target; return what processes a tile by its index."""
-        return _Worker(self.plan)
+        return Worker(self.plan)
 
 
-class _Worker:
-    """Reads and writes in the caller's threads and computes in one of its own."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tile with what its windows read."""
+
+    write: Region
+    windows: list[Window]
+    box: Region
+    image: NDArray[np.generic]
+    """The voxels of ``box`` as in the source, shape (channels, *box.shape)."""
+
+
+class Worker:
+    """One process's share of a plan.
+
+    Reads and writes in the threads that call it, and computes in one of its own.
+    """
 
     def __init__(self, plan: Plan) -> None:
         options = plan.options
@@ -70,6 +87,13 @@ class _Worker:
         )
         if model.digest != self._plan.model.digest:
             raise TileError(f"model (={model.path}) has changed since the plan was made")
+        plan = self._plan
+        graph = whole_graph(model, plan.profile, plan.box) if plan.strategy == "regions" else None
+        self._cuts: Windows | Regions
+        if graph is None:
+            self._cuts = Windows(plan.profile, plan.sizes.window, plan.limit)
+        else:
+            self._cuts = regions_of(plan.profile, graph, plan.box, plan.sizes.window)
         device = options.device if options.device != "auto" else self._plan.sizes.device
         return Predictor(
             model,
@@ -79,21 +103,19 @@ class _Worker:
             write=options.write,
             activation=self._plan.profile.activation,
             threshold=0.5 if options.threshold is None else options.threshold,
+            graph=graph,
         )
 
     def __call__(self, index: int) -> TileResult:
         """Read, compute and write one tile; its voxels are in the target when this returns."""
-        plan, write = self._plan, self._plan.grid[index].write
-        box = plan.windows.read(write)
-        read = read_mirrored if plan.limit is None else read_zero_padded
+        write = self._plan.grid[index].write
         began = time.perf_counter()
-        with self._reading:
-            image = read(self._volume, box)
-        spoiled = self._spoiled(image[(slice(None), *write.within(box.start))])
+        part = self.read(write)
+        spoiled = _spoiled(part.image[(slice(None), *write.within(part.box.start))])
         ready = time.perf_counter()
-        answer, seconds = self._compute.submit(self._answer, image, box, write).result()
+        answer, seconds = self._compute.submit(self.answer, part).result()
         done = time.perf_counter()
-        self._target.write(write, answer if plan.options.write != "labels" else answer[0])
+        self._target.write(write, answer if self._plan.options.write != "labels" else answer[0])
         return TileResult(
             index=index,
             voxels=write.size,
@@ -104,35 +126,44 @@ class _Worker:
             worker=self._name,
         )
 
-    @staticmethod
-    def _spoiled(image: NDArray[np.generic]) -> int:
-        """Count the values that are not finite."""
-        return int(image.size - np.isfinite(image).sum()) if image.dtype.kind == "f" else 0
+    def read(self, write: Region) -> Part:
+        """Read what a tile needs: its halo comes straight from the source."""
+        windows = cut(self._cuts, self._plan.profile.axes, write)
+        box = read_box(windows)
+        read = read_mirrored if self._plan.limit is None else read_zero_padded
+        with self._reading:
+            return Part(write, windows, box, read(self._volume, box))
 
-    def _answer(
-        self, image: NDArray[np.generic], box: Region, write: Region
-    ) -> tuple[NDArray[np.generic], float]:
-        """Run the network over a tile's windows; shape (channels, *write.shape)."""
+    def answer(self, part: Part) -> tuple[NDArray[np.generic], float]:
+        """Run the network over a tile's windows; shape (channels, *write.shape), and seconds."""
         began = time.perf_counter()
         plan = self._plan
         assert plan.normalization is not None
-        leading = len(write.start) - plan.profile.axes
-        answer = np.empty((plan.answer.channels, *write.shape), plan.answer.dtype)
-        for window in plan.windows.of(write):
-            cut = image[(slice(None), *window.read.within(box.start))]
-            grey = plan.normalization.apply(cut)
-            if grey.dtype.kind == "f" and image.dtype.kind == "f":
+        leading = len(part.write.start) - plan.profile.axes
+        answer = np.empty((plan.answer.channels, *part.write.shape), plan.answer.dtype)
+        for window in part.windows:
+            seen = part.image[(slice(None), *window.read.within(part.box.start))]
+            grey = plan.normalization.apply(seen)
+            if seen.dtype.kind == "f":
                 np.nan_to_num(grey, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
             if plan.limit is not None:
                 _clear_outside(grey, window.read, plan.source.shape)
-            found = self._predictor(grey.reshape(grey.shape[0], *grey.shape[1 + leading :]))
+            grey = grey.reshape(grey.shape[0], *grey.shape[1 + leading :])
             keep = Region(window.keep.start[leading:], window.keep.stop[leading:])
-            first = window.read.start[leading:]
-            origin = [a + o for a, o in zip(first, plan.profile.offset, strict=True)]
-            part = found[(slice(None), *keep.within(origin))]
-            place = (slice(None), *window.keep.within(write.start))
-            answer[place] = part.reshape(answer[place].shape)
+            if isinstance(self._cuts, Regions):
+                found = self._predictor(grey, self._cuts.output_box(keep))
+            else:
+                first = zip(window.read.start[leading:], plan.profile.offset, strict=True)
+                kept = keep.within([a + o for a, o in first])
+                found = self._predictor(grey)[(slice(None), *kept)]
+            place = (slice(None), *window.keep.within(part.write.start))
+            answer[place] = found.reshape(answer[place].shape)
         return answer, time.perf_counter() - began
+
+
+def _spoiled(image: NDArray[np.generic]) -> int:
+    """Count the values that are not finite."""
+    return int(image.size - np.isfinite(image).sum()) if image.dtype.kind == "f" else 0
 
 
 def _clear_outside(grey: NDArray[np.float32], box: Region, shape: tuple[int, ...]) -> None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import dask
-from distributed import Client, Nanny, Scheduler, SpecCluster, WorkerPlugin, as_completed
+from distributed import (
+    Client,
+    KilledWorker,
+    Nanny,
+    Scheduler,
+    SpecCluster,
+    WorkerPlugin,
+    as_completed,
+)
+from distributed.comm.core import connect
+from distributed.security import Security
+from distributed.utils import silence_logging_cmgr
 
 from tilepipe.engines import RETRIES, Job, TileFailure, TileResult, one_line
 from tilepipe.errors import BadRequest, TileError
@@ -109,6 +123,7 @@ def run(
     finished = as_completed(loop=client.loop)
     window = _Window(client)
     try:
+        _await_workers(client)
         while True:
             while len(indices) < window.size():
                 index = again.popleft() if again else next(source, None)
@@ -128,6 +143,8 @@ def run(
             if isinstance(outcome, TileResult):
                 del attempts[index]
                 yield outcome
+            elif client.status != "running":
+                raise TileError("the scheduler is gone; start one and run again to go on")
             elif outcome.opening:
                 raise TileError(f"a worker cannot begin: {outcome.cause}")
             elif attempts[index] > retries:
@@ -142,7 +159,10 @@ def _outcome(future: Future[TileResult | _Failed]) -> TileResult | _Failed:
     """Return what became of a tile, be it that its worker died."""
     try:
         outcome = future.result()
-    except Exception as error:  # KilledWorker, CancelledError, what cannot be unpickled
+    except KilledWorker:
+        cause = "each worker process that took it died, perhaps for want of memory"
+        return _Failed(f"{cause}: give less with --memory", opening=False)
+    except Exception as error:  # CancelledError, what cannot be unpickled
         return _Failed(one_line(error), opening=False)
     assert isinstance(outcome, TileResult | _Failed)
     return outcome
@@ -152,10 +172,19 @@ def _stop(client: Client, futures: list[Future[TileResult | _Failed]], plugin: s
     """Take back what has not begun and let the workers forget the job."""
     if client.status != "running":
         return
-    if futures:
+    try:
         client.cancel(futures, force=True)
-    else:
         client.unregister_worker_plugin(plugin)
+    except Exception:  # of a worker that goes at this moment, and takes the job with it
+        log.info("not every worker has let the job go", exc_info=True)
+
+
+def _await_workers(client: Client) -> None:
+    """Say that there are no workers, where there are none; tiles wait for them."""
+    try:
+        client.wait_for_workers(1, timeout=TIMEOUT)
+    except TimeoutError:
+        log.warning("waiting for workers: the scheduler has none")
 
 
 class _Window:
@@ -164,7 +193,6 @@ class _Window:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._asked, self._threads = -1.0, 0
-        self._began, self._warned = time.monotonic(), False
 
     def size(self) -> int:
         """Return two tiles for each thread of the workers there are, four at least."""
@@ -172,9 +200,6 @@ class _Window:
         if now - self._asked > 1:
             self._threads = sum(self._client.nthreads().values())
             self._asked = now
-            if not self._threads and now - self._began > TIMEOUT and not self._warned:
-                log.warning("waiting for workers: the scheduler has none")
-                self._warned = True
         return max(4, 2 * self._threads)
 
 
@@ -199,6 +224,7 @@ def local_client(
             "memory_limit": 0,
             "host": "127.0.0.1",
             "dashboard_address": local,
+            "preload": [__name__],  # calls dask_setup
             "env": env,
             "silence_logs": logging.CRITICAL,
         }
@@ -210,9 +236,14 @@ def local_client(
             scheduler={"cls": Scheduler, "options": scheduler},
             silence_logs=logging.CRITICAL,
         ) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+def dask_setup(worker: Worker) -> None:
+    """Leave an interrupt from the terminal, which goes to workers too, to the driver."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -221,14 +252,26 @@ def existing_client(address: str) -> Iterator[Client]:
 
     Raises `BadRequest` where none answers.
     """
-    try:
-        client = Client(address, timeout=TIMEOUT, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise BadRequest(
-            f"scheduler (={address}) does not answer within {TIMEOUT} s: {one_line(error)}"
-        ) from error
-    with client:
-        yield client
+    with silence_logging_cmgr(logging.CRITICAL):
+        try:
+            with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop in this thread
+                pool.submit(lambda: asyncio.run(_greet(address))).result()
+            client = Client(address, timeout=TIMEOUT, set_as_default=False)
+        except Exception as error:  # whatever the peer, if any, made of it
+            raise BadRequest(
+                f"scheduler (={address}) must be a Dask scheduler that answers within {TIMEOUT} s:"
+                f" {one_line(error)}"
+            ) from error
+        with client:
+            yield client
+
+
+async def _greet(address: str) -> None:
+    """Shake hands with a scheduler in time; a `Client` waits for ever for what does not answer."""
+    arguments = Security().get_connection_args("client")
+    async with asyncio.timeout(TIMEOUT):
+        comm = await connect(address, timeout=TIMEOUT, **arguments)
+        await comm.close()
 
 
 def dashboard_address(client: Client) -> str | None:

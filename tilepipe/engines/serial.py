@@ -23,10 +23,10 @@ def run(
     job cannot be opened.
     """
     try:
-        process, source = job.open(), iter(tiles)
-    except Exception as error:
-        raise TileError(f"this process cannot begin: {one_line(error)}") from error
-    running: dict[Future[TileResult], int] = {}
+        process = job.open()
+    except Exception as cause:
+        raise TileError(f"this process cannot begin: {one_line(cause)}") from cause
+    source, running = iter(tiles), dict[Future[TileResult], int]()
     again, attempts = deque[int](), dict[int, int]()
     with ThreadPoolExecutor(job.slots, thread_name_prefix="tilepipe-tile") as pool:
         while True:

@@ -108,7 +108,7 @@ def main() -> None:
         image_BCYX, truth_BYX = batch(options.batch, chance)
         loss = functional.cross_entropy(network(image_BCYX), truth_BYX)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         if step % 50 == 0:

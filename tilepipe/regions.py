@@ -1,0 +1,175 @@
+"""Tiles by regions of the whole-image graph: what each reads, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from tilepipe.cost import Cost
+from tilepipe.evaluate import clip, extents, reads_along, rows_along
+from tilepipe.operations import shape_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import fx
+
+    from tilepipe.evaluate import Rows
+    from tilepipe.geometry import Context, Region, Shape
+    from tilepipe.network import Graph, Node
+    from tilepipe.profile import Profile
+    from tilepipe.windows import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """Cuts a volume where memory wants it: off the lattice or on it, every region is exact."""
+
+    graph: Graph
+    """Exported at the size of the whole mirrored volume."""
+    origin: Shape
+    """Volume voxel at the graph's first input row, per axis of the network."""
+    offset: Shape
+    """Input row under the graph's first output row."""
+    size: Shape
+    """Voxels of a region, at most."""
+    context: Context | None
+    """None where the network has no lattice on which regions repeat."""
+    known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
+    """Rows that were found before, by axis, start and stop; may be shared."""
+
+    def rows(self, axis: int, start: int, stop: int) -> dict[fx.Node, Rows]:
+        """Return the rows of every node that volume voxels ``start:stop`` need."""
+        key = axis, start, stop
+        if key not in self.known:
+            first = self.origin[axis] + self.offset[axis]
+            self.known[key] = rows_along(self.graph, axis, start - first, stop - first)
+        return self.known[key]
+
+    def moved(self, axis: int, start: int, stop: int) -> int:
+        """Return by how much a region may be moved towards the start and need as many rows.
+
+        Away from the borders of the whole, regions that differ by whole steps are alike.
+        """
+        if self.context is None:
+            return 0
+        step = self.context.step[axis]
+        margin = self.context.before[axis] + self.context.after[axis] + step
+        first = self.origin[axis] + self.offset[axis]
+        last = first + shape_of(self.graph.output)[2 + axis]
+        inside = start - first >= margin and last - stop >= margin
+        return (start - first - margin) // step * step if inside else 0
+
+    def along(self, axis: int, start: int, stop: int) -> list[Span]:
+        """Return the regions along one axis: what they read and what they answer for."""
+        spans = []
+        for a in range(start, stop, self.size[axis]):
+            b = min(a + self.size[axis], stop)
+            moved = self.moved(axis, a, b)
+            low, high = self.rows(axis, a - moved, b - moved)[self.graph.source]
+            begin = self.origin[axis] + moved
+            spans.append((low + begin, high + begin, a, b))
+        return spans
+
+    def output_box(self, keep: Region) -> Region:
+        """Return a region of the network's axes in the coordinates of the graph's output."""
+        first = [a + b for a, b in zip(self.origin, self.offset, strict=True)]
+        return keep.grow(first, [-n for n in first])
+
+    def cost(self, spans: Sequence[Sequence[Span]]) -> Cost:
+        """Return the cost of all combinations of the regions along each axis.
+
+        Multiply-adds are exact: those of an operation are a product over the axes of the rows it
+        computes. The peak is that of one region, from the liveness of the tensors.
+        """
+        chosen = []
+        for axis, along in enumerate(spans):
+            alike = Counter[tuple[int, int]]()
+            for _, _, a, b in along:
+                moved = self.moved(axis, a, b)
+                alike[a - moved, b - moved] += 1
+            chosen.append([(self.rows(axis, a, b), n) for (a, b), n in alike.items()])
+        total = 0
+        for item in self.graph.nodes:
+            if weights := _weights(item):
+                counts = [
+                    sum(n * _computed(self.graph, item, axis, rows) for rows, n in along)
+                    for axis, along in enumerate(chosen)
+                ]
+                total += weights * math.prod(counts)
+        largest = [
+            {node: max(rows[node][1] - rows[node][0] for rows, _ in along) for node in along[0][0]}
+            for along in chosen
+        ]
+        return Cost(total, self._peak(largest))
+
+    def _peak(self, rows: Sequence[dict[fx.Node, int]]) -> int:
+        """Return the most bytes alive at once, in the order in which operations are computed."""
+        sizes = {
+            node: math.prod(along[node] for along in rows) * _voxel_bytes(self.graph, node)
+            for node in rows[0]
+        }
+        last: dict[fx.Node, int] = {}
+        for place, item in enumerate(self.graph.nodes):
+            for access in item.reading.accesses:
+                last[access.source] = place
+        alive = sizes[self.graph.source]
+        peak = alive
+        for place, item in enumerate(self.graph.nodes):
+            if item.node not in sizes:
+                continue
+            alive += sizes[item.node]
+            # What windows read is often cut or padded first; in 3D kernels reorder both sides.
+            copies = 0
+            if "conv" in item.operation.name or "pool" in item.operation.name:
+                copies = sizes[item.operation.source]
+                copies += sizes[item.node] if len(rows) == 3 else 0
+            peak = max(peak, alive + copies)
+            for access in item.reading.accesses:
+                if last[access.source] == place:
+                    alive -= sizes.pop(access.source, 0)
+        return peak
+
+
+def regions_of(
+    profile: Profile,
+    graph: Graph,
+    box: Region,
+    size: Shape,
+    known: dict[tuple[int, int, int], dict[fx.Node, Rows]] | None = None,
+) -> Regions:
+    """Return the regions of a network whose one pass over ``box`` has this graph."""
+    context = None if profile.off_lattice else profile.context
+    return Regions(graph, box.start, profile.offset, size, context, {} if known is None else known)
+
+
+def _weights(item: Node) -> int:
+    """Return the multiply-adds of an operation for each row and column that it computes."""
+    name = item.operation.name
+    if "conv" in name:
+        return math.prod(shape_of(cast("fx.Node", item.operation.arguments["weight"])))
+    if name in ("linear", "matmul", "mm", "addmm", "bmm", "einsum"):
+        constants = (n for n in item.node.all_input_nodes if n.meta["val"].ndim == 2)
+        return max((math.prod(shape_of(n)) for n in constants), default=0)
+    return 0
+
+
+def _computed(graph: Graph, item: Node, axis: int, rows: dict[fx.Node, Rows]) -> int:
+    """Return the rows along one axis that multiply: of the output, or of what is transposed."""
+    if item.node not in rows:
+        return 0
+    low, high = rows[item.node]
+    if "transpose" in item.operation.name or item.operation.arguments.get("transposed"):
+        [(source, read)] = reads_along(graph, item, axis, (low, high))
+        low, high = clip(read, extents(graph, source)[axis])
+    return high - low
+
+
+def _voxel_bytes(graph: Graph, node: fx.Node) -> int:
+    """Return the bytes of a node's tensor for each of its voxels."""
+    value = node.meta["val"]
+    tensors = value if isinstance(value, list | tuple) else [value]
+    spatial = math.prod(extents(graph, node))
+    return sum(int(t.numel() * t.element_size()) for t in tensors if t is not None) // spatial
