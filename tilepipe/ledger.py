@@ -163,6 +163,13 @@ class Ledger:
         self.close()
 
 
+def check_idle(target: str | Path) -> None:
+    """Raise `BadRequest` where another process writes this target, before it is replaced."""
+    folder = Path(target) / FOLDER
+    if (folder / "lock").exists():
+        os.close(_locked(folder))
+
+
 def _locked(folder: Path) -> int:
     """Take the folder's lock; it is let go when the process ends, however that is."""
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from tilepipe import __version__
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import Ledger, fingerprint
+from tilepipe.ledger import Ledger, check_idle, fingerprint
 from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.options import Options
 from tilepipe.plan import Plan, default_target, plan
@@ -235,6 +235,7 @@ def _ledger(
     """Open the ledger of the earlier run, or create the target and a new one."""
     opened = Ledger.open(made.target) if earlier is not None else None
     if opened is None:
+        check_idle(made.target)
         _create(made, overwrite=overwrite)
         assert made.normalization is not None
         content = {
