@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import psutil
 import pytest
+from dask import config
+from distributed import SpecCluster
 
 from tilepipe.engines import RETRIES, TileFailure, TileResult, dask, serial
 from tilepipe.errors import BadRequest, TileError
@@ -49,6 +51,8 @@ class FileJob:
     """Tiles that fail at the first attempt."""
     killing: tuple[int, ...] = ()
     """Tiles that kill their process at the first attempt."""
+    deadly: tuple[int, ...] = ()
+    """Tiles that kill their process at every attempt."""
     seconds: float = 0.0
     """How long each tile takes."""
     broken: bool = False
@@ -102,7 +106,8 @@ class _Opened:
             raise Homeless(f"tile {index}\nis bad")
         if index in job.once and self.first(index):
             raise OSError("once")
-        if index in job.killing and self.first(index):
+        if index in job.deadly or (index in job.killing and self.first(index)):
+            self.note("deaths", index)
             os.kill(os.getpid(), signal.SIGKILL)
         self.note("done", index)
         return TileResult(index, 8, 0, 0.1, 0.2, 0.3, self.place)
@@ -252,6 +257,72 @@ def test_a_worker_that_dies_costs_an_attempt(cluster: Client, tmp_path: Path) ->
     assert all(isinstance(outcome, TileResult) for outcome in found.values())
     assert {*map(int, notes(tmp_path, "done"))} == {*range(40)}
     assert (tmp_path / "tried-6").exists()
+
+
+def test_a_tile_that_always_kills_its_worker_is_set_aside_alone(
+    cluster: Client, tmp_path: Path
+) -> None:
+    job = FileJob(str(tmp_path), deadly=(6,), seconds=0.01)
+    found = by_index(dask.run(job, range(40), client=cluster))
+    assert sorted(found) == [*range(40)]
+    failures = [outcome for outcome in found.values() if isinstance(outcome, TileFailure)]
+    assert [(failure.index, failure.attempts) for failure in failures] == [(6, RETRIES + 1)]
+    assert "died" in failures[0].cause
+    assert notes(tmp_path, "deaths") == ["6"] * (RETRIES + 1)
+
+
+def test_a_worker_that_its_nanny_gave_up_is_started_again(tmp_path: Path) -> None:
+    names = ("OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "PYTHONHASHSEED")
+    before = [os.environ.get(name) for name in names]
+    with (
+        config.set({"distributed.deploy.lost-worker-timeout": "100ms"}),
+        dask.local_client(1, threads=2, dashboard=False) as client,
+    ):
+        assert dask.dashboard_address(client) is None
+        assert isinstance(client.cluster, SpecCluster)
+        client.cluster.sync(client.cluster.workers[0].close)
+        job = FileJob(str(tmp_path))
+        assert sorted(by_index(dask.run(job, range(5), client=client))) == [*range(5)]
+    assert [os.environ.get(name) for name in names] == before
+
+
+SCRIPT = """
+from tests.test_engines import FileJob, by_index, dask
+print("run")
+with dask.local_client(1, threads=2) as client:
+    print(len(by_index(dask.run(FileJob({folder!r}), range(7), client=client))))
+"""
+
+
+def test_a_script_needs_no_guard(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path)))
+    root = str(Path(__file__).parent.parent)
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.stdout, ended.stderr) == ("run\n7\n", "")
+
+
+def test_workers_without_the_package_are_named(cluster: Client, tmp_path: Path) -> None:
+    (tmp_path / "tilepipe").mkdir()
+    (tmp_path / "tilepipe" / "__init__.py").write_text("raise ImportError('not here')")
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", address_of(cluster)]
+    command += ["--host", "127.0.0.1", "--no-nanny", "--no-dashboard", "--nthreads", "1"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.DEVNULL) as worker:
+        try:
+            cluster.wait_for_workers(WORKERS + 1, timeout=30)
+            with pytest.raises(BadRequest, match=r"same tilepipe .*not here"):
+                by_index(dask.run(FileJob(str(tmp_path)), range(3), client=cluster))
+        finally:
+            worker.terminate()
+    found = by_index(dask.run(FileJob(str(tmp_path)), range(3), client=cluster))
+    assert sorted(found) == [0, 1, 2]
 
 
 def test_a_local_cluster_is_reachable_from_this_machine_alone(cluster: Client) -> None:

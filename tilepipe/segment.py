@@ -6,7 +6,7 @@ import logging
 import platform
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -25,6 +25,8 @@ from tilepipe.worker import SegmentJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from distributed import Client
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +91,12 @@ def segment(
     if planned is not None:
         planned(made)
     made = _normalized(made, earlier)
-    with _ledger(made, earlier, overwrite=overwrite) as ledger:
+    with (
+        _connected(scheduler) as client,  # before anything is written
+        _ledger(made, earlier, overwrite=overwrite) as ledger,
+    ):
         report = Report(made, ledger.tiles, ledger.done)
-        _run(report, ledger, count=count, scheduler=scheduler, progress=progress)
+        _run(report, ledger, count=count, client=client, progress=progress)
         if ledger.done == ledger.tiles:
             update_attributes(made.target, {"state": "done", "nonfinite": report.nonfinite})
     return report
@@ -175,7 +180,11 @@ def _earlier(target: str) -> dict[str, object] | None:
     ledger = Ledger.open(target, write=False)
     if ledger is not None:
         with ledger:
-            return ledger.plan
+            if "identity" in ledger.plan:
+                return ledger.plan
+        raise BadRequest(
+            f"output (={target}) has a ledger without its plan; replace it with --overwrite"
+        )
     try:
         begun = read_attributes(target).get("state") == "created"
     except BadRequest:
@@ -296,13 +305,13 @@ def _run(
     ledger: Ledger,
     *,
     count: int,
-    scheduler: str | None,
+    client: Client | None,
     progress: Callable[[Report], None] | None,
 ) -> None:
     """Run the tiles that are left through the engine and enter them in the ledger."""
     began = time.perf_counter()
     job = SegmentJob(report.plan, fingerprint(report.plan.identity()))
-    with _outcomes(job, ledger, report, count=count, scheduler=scheduler) as outcomes:
+    with _outcomes(job, ledger, report, count=count, client=client) as outcomes:
         for outcome in outcomes:
             if isinstance(outcome, TileResult):
                 ledger.mark(outcome.index)
@@ -324,8 +333,20 @@ def _run(
 
 
 @contextmanager
+def _connected(scheduler: str | None) -> Iterator[Client | None]:
+    """Connect to the scheduler that was asked for, if one was."""
+    if scheduler is None:
+        yield None
+        return
+    from tilepipe.engines import dask
+
+    with dask.existing_client(scheduler) as client:
+        yield client
+
+
+@contextmanager
 def _outcomes(
-    job: SegmentJob, ledger: Ledger, report: Report, *, count: int, scheduler: str | None
+    job: SegmentJob, ledger: Ledger, report: Report, *, count: int, client: Client | None
 ) -> Iterator[Iterator[TileResult | TileFailure]]:
     """Start the engine and give what becomes of the tiles."""
     if ledger.done == ledger.tiles:
@@ -335,11 +356,8 @@ def _outcomes(
     else:
         from tilepipe.engines import dask
 
-        if scheduler is not None:
-            manager = dask.existing_client(scheduler)
-        else:
-            gpus = [str(n) for n in range(count)] if report.plan.sizes.device == "cuda" else []
-            manager = dask.local_client(count, threads=job.slots, gpus=gpus)
-        with manager as client:
-            report.dashboard = dask.dashboard_address(client)
-            yield dask.run(job, ledger.remaining(), client=client)
+        gpus = [str(n) for n in range(count)] if report.plan.sizes.device == "cuda" else []
+        local = dask.local_client(count, threads=job.slots, gpus=gpus)
+        with nullcontext(client) if client is not None else local as used:
+            report.dashboard = dask.dashboard_address(used)
+            yield dask.run(job, ledger.remaining(), client=used)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import dask
 from distributed import (
@@ -39,12 +42,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIMEOUT = 10
-"""Seconds in which a scheduler must answer."""
+"""Seconds in which a scheduler must answer, and after which missing workers are spoken of."""
+POLL = 0.01
+"""Seconds between two looks at what has ended."""
+GONE = "the scheduler is gone; start one and run again to go on"
 SETTINGS = {
     # Long calls into the network may hold the interpreter: a silent worker is not a dead one.
     "distributed.scheduler.worker-ttl": None,
-    # A tile is retried by us; one worker that dies must not spoil all that it held.
-    "distributed.scheduler.allowed-failures": 10,
+    # Tiles are tried again by us: a bad one would kill this many workers more at each attempt.
+    "distributed.scheduler.allowed-failures": 0,
     "distributed.admin.tick.limit": "1h",
     "distributed.worker.multiprocessing-method": "spawn",  # never fork after Zarr was used
 }
@@ -57,6 +63,8 @@ class _Failed:
     cause: str
     opening: bool
     """Whether the job could not be opened there, so that no tile can be done."""
+    lost: bool = False
+    """Whether its worker died; of the tiles that it held nobody knows which is to blame."""
 
 
 class _Jobs(WorkerPlugin):
@@ -108,51 +116,102 @@ def process_tile(key: str, index: int) -> TileResult | _Failed:
     return _here[key](index)
 
 
+class _Tiles:
+    """The tiles not in flight: fresh ones, those that failed, and those whose worker died.
+
+    A tile that kills its worker takes down what runs beside it. So of those whose worker died no
+    more are in flight than there are workers, and one that was hit twice is so alone.
+    """
+
+    def __init__(self, tiles: Iterable[int], retries: int) -> None:
+        self._fresh, self._retries = iter(tiles), retries
+        self._failed, self._suspects = deque[int](), deque[int]()
+        self._on_trial: set[int] = set()
+        self._attempts: dict[int, int] = {}
+
+    def take(self, workers: int) -> int | None:
+        """Return the tile to begin next, None where there is none now."""
+        index: int | None
+        if self._suspects and len(self._on_trial) < self._most_on_trial(workers):
+            index = self._suspects.popleft()
+            self._on_trial.add(index)
+        elif self._failed:
+            index = self._failed.popleft()
+        else:
+            index = next(self._fresh, None)
+        if index is not None:
+            self._attempts[index] = self._attempts.get(index, 0) + 1
+        return index
+
+    def _most_on_trial(self, workers: int) -> int:
+        hits = self._attempts  # of those on trial, one more: that in which they are now
+        alone = hits[self._suspects[0]] > 1 or any(hits[index] > 2 for index in self._on_trial)
+        return 1 if alone else max(1, workers)
+
+    def end(self, index: int, outcome: TileResult | _Failed) -> TileResult | TileFailure | None:
+        """Return what became of a tile, None where it is to be tried again."""
+        self._on_trial.discard(index)
+        if isinstance(outcome, TileResult):
+            del self._attempts[index]
+            return outcome
+        if self._attempts[index] > self._retries:
+            return TileFailure(index, outcome.cause, self._attempts.pop(index))
+        (self._suspects if outcome.lost else self._failed).append(index)
+        return None
+
+
 def run(
     job: Job, tiles: Iterable[int], *, client: Client, retries: int = RETRIES
 ) -> Iterator[TileResult | TileFailure]:
     """Process tiles on the workers of a cluster, as they come and go.
 
     The scheduler never holds more than two tiles for each thread of its workers. A tile that was
-    lost with its worker counts as one attempt.
+    lost with its worker counts as one attempt. Raises `BadRequest` where workers cannot take the
+    job, `TileError` where they cannot open it or the scheduler goes.
     """
-    plugin = _Jobs(job)
-    client.register_plugin(plugin)
-    source, again, attempts = iter(tiles), deque[int](), dict[int, int]()
+    plugin, name = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}"
+    todo, window = _Tiles(tiles, retries), _Window(client)
     indices: dict[Future[TileResult | _Failed], int] = {}
     finished = as_completed(loop=client.loop)
-    window = _Window(client)
     try:
-        _await_workers(client)
+        _send(client, plugin)
         while True:
-            while len(indices) < window.size():
-                index = again.popleft() if again else next(source, None)
-                if index is None:
-                    break
-                attempts[index] = attempts.get(index, 0) + 1
-                name = f"tilepipe-{job.key[:8]}-{index}-{attempts[index]}"
-                future = client.submit(process_tile, job.key, index, key=name, pure=False)
+            while len(indices) < window.size() and (index := todo.take(window.workers)) is not None:
+                key = (name, index, uuid4().hex[:8])
+                future = client.submit(process_tile, job.key, index, key=key, pure=False)
                 indices[future] = index
                 finished.add(future)
             if not indices:
                 return
-            future = next(finished)
-            index = indices.pop(future)
-            outcome = _outcome(future)
-            future.release()
-            if isinstance(outcome, TileResult):
-                del attempts[index]
-                yield outcome
-            elif client.status != "running":
-                raise TileError("the scheduler is gone; start one and run again to go on")
-            elif outcome.opening:
-                raise TileError(f"a worker cannot begin: {outcome.cause}")
-            elif attempts[index] > retries:
-                yield TileFailure(index, outcome.cause, attempts.pop(index))
-            else:
-                again.append(index)
+            if not finished.has_ready():
+                time.sleep(POLL)
+                continue
+            for future in finished.next_batch(block=False):
+                index = indices.pop(future)
+                outcome = _outcome(future)
+                future.release()
+                if isinstance(outcome, _Failed) and client.status != "running":
+                    raise TileError(GONE)
+                if isinstance(outcome, _Failed) and outcome.opening:
+                    raise TileError(f"a worker cannot begin: {outcome.cause}")
+                ended = todo.end(index, outcome)
+                if ended is not None:
+                    yield ended
     finally:
         _stop(client, list(indices), plugin.name)
+
+
+def _send(client: Client, plugin: _Jobs) -> None:
+    """Give the job to the workers there are, and by the scheduler to those that will come."""
+    try:
+        client.register_plugin(plugin)
+    except OSError as error:
+        raise TileError(GONE) from error
+    except Exception as error:  # of a worker, as text if it is of no class known here
+        raise BadRequest(
+            "scheduler must have workers with the same tilepipe as here; a worker cannot take the"
+            f" job: {one_line(error)}"
+        ) from error
 
 
 def _outcome(future: Future[TileResult | _Failed]) -> TileResult | _Failed:
@@ -161,7 +220,7 @@ def _outcome(future: Future[TileResult | _Failed]) -> TileResult | _Failed:
         outcome = future.result()
     except KilledWorker:
         cause = "each worker process that took it died, perhaps for want of memory"
-        return _Failed(f"{cause}: give less with --memory", opening=False)
+        return _Failed(f"{cause}: give less with --memory", opening=False, lost=True)
     except Exception as error:  # CancelledError, what cannot be unpickled
         return _Failed(one_line(error), opening=False)
     assert isinstance(outcome, TileResult | _Failed)
@@ -179,28 +238,44 @@ def _stop(client: Client, futures: list[Future[TileResult | _Failed]], plugin: s
         log.info("not every worker has let the job go", exc_info=True)
 
 
-def _await_workers(client: Client) -> None:
-    """Say that there are no workers, where there are none; tiles wait for them."""
-    try:
-        client.wait_for_workers(1, timeout=TIMEOUT)
-    except TimeoutError:
-        log.warning("waiting for workers: the scheduler has none")
-
-
 class _Window:
     """How many tiles the scheduler may hold; asked again every second."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._asked, self._threads = -1.0, 0
+        self.workers, self._threads = 0, 0
+        self._asked, self._seen, self._warned = -1.0, time.monotonic(), False
 
     def size(self) -> int:
-        """Return two tiles for each thread of the workers there are, four at least."""
+        """Return two tiles for each thread of the workers there are, four at least.
+
+        Says so where there have been no workers for a while; tiles wait for them.
+        """
         now = time.monotonic()
         if now - self._asked > 1:
-            self._threads = sum(self._client.nthreads().values())
+            try:
+                threads = self._client.nthreads()
+            except OSError as error:
+                raise TileError(GONE) from error
+            self.workers, self._threads = len(threads), sum(threads.values())
             self._asked = now
+            if threads:
+                self._seen, self._warned = now, False
+            elif now - self._seen > TIMEOUT and not self._warned:
+                log.warning("waiting for workers: the scheduler has none")
+                self._warned = True
+            _restart_lost(self._client)
         return max(4, 2 * self._threads)
+
+
+def _restart_lost(client: Client) -> None:
+    """Start again the workers that their nanny has given up, if the cluster is our own.
+
+    A nanny does so where its worker process dies before it has said that it is there.
+    """
+    cluster = client.cluster
+    if isinstance(cluster, SpecCluster) and len(cluster.workers) < len(cluster.worker_spec):
+        cluster.scale(len(cluster.worker_spec))
 
 
 @contextmanager
@@ -210,8 +285,7 @@ def local_client(
     """Start worker processes on this machine, reachable from it alone, and end them.
 
     ``threads`` are tiles in flight in each. With ``gpus`` each worker sees one of them only, from
-    before torch is imported. The workers import the program's main module: a script that calls
-    this needs ``if __name__ == "__main__"``.
+    before torch is imported.
     """
     shown = dashboard and find_spec("bokeh") is not None
     local = "127.0.0.1:0"
@@ -231,6 +305,8 @@ def local_client(
         specs[place] = {"cls": Nanny, "options": options}
     with (
         dask.config.set(SETTINGS),
+        _kept_environment(),
+        _main_left_alone(),
         SpecCluster(
             workers=specs,
             scheduler={"cls": Scheduler, "options": scheduler},
@@ -239,6 +315,36 @@ def local_client(
         Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+@contextmanager
+def _kept_environment() -> Iterator[None]:
+    """Take back what Dask puts into this process's environment for its workers to inherit."""
+    names = (*dask.config.get("distributed.nanny.pre-spawn-environ"), "PYTHONHASHSEED")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """Keep the program's main module out of the processes that are spawned meanwhile.
+
+    They would import it anew, which for a script without ``if __name__ == "__main__"`` is to run
+    it once more. They are told that it is a module of ours that does nothing when imported.
+    """
+    main = sys.modules["__main__"]
+    before, main.__spec__ = main.__spec__, find_spec("tilepipe.errors")
+    try:
+        yield
+    finally:
+        main.__spec__ = before
 
 
 def dask_setup(worker: Worker) -> None:
@@ -276,5 +382,8 @@ async def _greet(address: str) -> None:
 
 def dashboard_address(client: Client) -> str | None:
     """Return the address of the dashboard, None where there is none (it needs bokeh)."""
+    cluster = client.cluster
+    if isinstance(cluster, SpecCluster) and not cluster.scheduler_spec["options"].get("dashboard"):
+        return None
     services = client.scheduler_info()["services"]
     return str(client.dashboard_link) if "dashboard" in services else None
