@@ -43,7 +43,9 @@ def test_its_context_is_structural_not_the_declared_32() -> None:
         pytest.param("isbi2012/train-volume.tif", 2, 1, (8, 256, 256), marks=pytest.mark.long),
         pytest.param("fib25/volume.tif", 3, 1, (80, 128, 128), marks=pytest.mark.long),
         ("bluemarble/west.tif", 2, 3, (1024, 1024)),
-        ("histology/cmu-1-small-region.svs", 2, 3, (1024, 1024)),
+        pytest.param(
+            "histology/cmu-1-small-region.svs", 2, 3, (1024, 1024), marks=pytest.mark.long
+        ),
     ],
 )
 def test_real_images_from_tiff_and_from_zarr(

@@ -163,8 +163,7 @@ def choose_workers(
 def _useful_workers(options: Options) -> int:
     """Return the number of worker processes that pays: one for each of several GPUs, else none.
 
-    On a CPU one process with all cores is as fast as several with their share (see the
-    benchmarks), takes less memory and starts at once.
+    On a CPU one process takes all cores: it needs less memory than several and starts at once.
     """
     import torch
 
