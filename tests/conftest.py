@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("tilepipe", deadline=None)  # shared machines pause
+settings.load_profile("tilepipe")

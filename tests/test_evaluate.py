@@ -56,7 +56,7 @@ def graph_of(name: str, shape: tuple[int, ...]) -> Graph:
 
 
 @pytest.mark.parametrize("name", [*zoo.FLAT, *zoo.SOLID, "milesial", "paper unet"])
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, derandomize=True)
 @given(data=st.data())
 def test_a_region_is_a_piece_of_the_whole_pass(name: str, data: st.DataObject) -> None:
     model = model_of(name)

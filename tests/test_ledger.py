@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import BATCH, DIGITS, FOLDER, Ledger, check_idle, fingerprint
+from tilepipe.ledger import BATCH, DIGITS, Ledger, check_idle, fingerprint
+from tilepipe.target import LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -59,7 +60,7 @@ def finished(ledger: Ledger) -> set[int]:
     return found
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(indices=marks)
 def test_what_is_marked_is_read_again(shared: Path, indices: list[int]) -> None:
     target = begin(shared, indices)
@@ -70,7 +71,7 @@ def test_what_is_marked_is_read_again(shared: Path, indices: list[int]) -> None:
             assert ledger.failures == []
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     before=marks,
     after=marks,
@@ -81,7 +82,7 @@ def test_a_torn_tail_costs_no_more_than_itself(
     shared: Path, before: list[int], after: list[int], kept: int, tail: bytes
 ) -> None:
     target = begin(shared, before)
-    path = target / FOLDER / "done"
+    path = target / LEDGER / "done"
     torn = path.read_bytes()[:kept]
     path.write_bytes(torn + (tail if len(torn) % RECORD == 0 else b""))
     known = set(before[: len(torn) // RECORD])
@@ -111,7 +112,7 @@ def test_a_new_ledger_forgets_the_older_one(tmp_path: Path) -> None:
         ledger.set_aside([TileFailure(3, "ValueError", 3)])
     for plan_lost in (False, True):
         if plan_lost:
-            (target / FOLDER / "plan.json").unlink()
+            (target / LEDGER / "plan.json").unlink()
         with Ledger.create(target, {"identity": {}}, tiles=TILES) as ledger:
             assert finished(ledger) == set()
             assert ledger.failures == []
@@ -137,16 +138,16 @@ def test_a_long_ledger_is_read_in_parts(tmp_path: Path, torn: int) -> None:
     target = begin(tmp_path, [], tiles=tiles)
     marked = range(0, tiles, 2)
     lines = b"".join(b"%0*d\n" % (DIGITS, index) for index in (*marked, *marked))
-    (target / FOLDER / "done").write_bytes(lines + b"0" * torn)
+    (target / LEDGER / "done").write_bytes(lines + b"0" * torn)
     with reopen(target) as ledger:
         assert ledger.done == len(marked)
         assert [*ledger.remaining()] == [*range(1, tiles, 2)]
-    assert (target / FOLDER / "done").stat().st_size == len(lines)
+    assert (target / LEDGER / "done").stat().st_size == len(lines)
 
 
 def test_records_past_the_last_tile_are_no_tiles(tmp_path: Path) -> None:
     target = begin(tmp_path, [1])
-    with (target / FOLDER / "done").open("ab") as file:
+    with (target / LEDGER / "done").open("ab") as file:
         file.write(b"%0*d\n" % (DIGITS, TILES) + b"9" * DIGITS + b"\n")
     with reopen(target) as ledger:
         assert finished(ledger) == {1}
@@ -179,16 +180,16 @@ def test_failures_are_kept_until_a_run_without_any(tmp_path: Path) -> None:
     assert reopen(tmp_path, write=False).failures == failures[1:]
     with reopen(tmp_path) as ledger:
         ledger.set_aside([])
-    assert not (tmp_path / FOLDER / "failed.json").exists()
+    assert not (tmp_path / LEDGER / "failed.json").exists()
 
 
 def test_no_ledger_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "begun" / FOLDER).mkdir(parents=True)
+    (tmp_path / "begun" / LEDGER).mkdir(parents=True)
     for name in ("absent", "file", "begun"):
         assert Ledger.open(tmp_path / name) is None
         assert Ledger.open(tmp_path / name, write=False) is None
-    assert [*(tmp_path / "begun" / FOLDER).iterdir()] == []
+    assert [*(tmp_path / "begun" / LEDGER).iterdir()] == []
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_no_ledger_is_none(tmp_path: Path) -> None:
 )
 def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -> None:
     target = begin(tmp_path, [1])
-    (target / FOLDER / "plan.json").write_bytes(content)
+    (target / LEDGER / "plan.json").write_bytes(content)
     for write in (True, False):
         with pytest.raises(BadRequest, match=r"output \(=.* ledger .* --overwrite$") as caught:
             Ledger.open(target, write=write)
@@ -222,8 +223,8 @@ def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -
 
 def test_a_ledger_that_is_no_file_is_refused(tmp_path: Path) -> None:
     target = begin(tmp_path, [1])
-    (target / FOLDER / "plan.json").unlink()
-    (target / FOLDER / "plan.json").mkdir()
+    (target / LEDGER / "plan.json").unlink()
+    (target / LEDGER / "plan.json").mkdir()
     with pytest.raises(BadRequest, match="cannot be read"):
         Ledger.open(target)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from tests import zoo
 from tilepipe.errors import BadRequest
-from tilepipe.model import load_model
+from tilepipe.model import load_model, wrap
 from tilepipe.profile import find_profile
 from tilepipe.unet import UNet, save_checkpoint
 
@@ -92,8 +92,32 @@ def test_one_of_several_outputs(tmp_path: Path) -> None:
     image = torch.rand(1, 1, 9, 9, 9)
     assert torch.equal(one.module(image) * 2, two.module(image))
     assert one.digest != two.digest
-    with pytest.raises(BadRequest, match="head"):
-        find_profile(load_model(tmp_path / "weights.pt", network="tests.zoo:Restoring", head=2))
+    assert (one.outputs, two.outputs, two.head) == (2, 2, 1)
+    with pytest.raises(BadRequest, match=r"head \(=2\) must be below the 2 outputs"):
+        load_model(tmp_path / "weights.pt", network="tests.zoo:Restoring", head=2)
+
+
+class Choosy(nn.Conv2d):
+    """A network that refuses most sizes, in its own words."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Take widths of the multiples of seven."""
+        if image.shape[-1] % 7:
+            raise ValueError("seven is the number")
+        return super().forward(image)
+
+
+def test_what_a_network_says_against_a_size_is_passed_on() -> None:
+    with pytest.raises(BadRequest, match="seven is the number"):
+        find_profile(wrap(Choosy()))
+
+
+def test_a_network_in_memory_is_no_model_file() -> None:
+    with pytest.raises(BadRequest, match=r"model \(=Choosy\) must be a file"):
+        load_model(Choosy())  # type: ignore[arg-type]
 
 
 class Harmful:
@@ -169,9 +193,10 @@ def truncated(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda p: None, "there is none"),
+        (lambda p: None, "there is nothing"),
+        (lambda p: p.mkdir(), "there is a folder"),
         (lambda p: p.touch(), "is empty"),
-        (lambda p: p.write_text("hello"), "cannot be read|no tensors|pickled"),
+        (lambda p: p.write_text("hello"), "must be a file of torch.save"),
         (truncated, "cannot be read|no tensors"),
         (lambda p: torch.save({}, p), "holds no weights"),
         (lambda p: torch.save([1, 2], p), "holds a list"),

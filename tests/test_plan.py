@@ -121,7 +121,7 @@ def test_a_larger_memory_never_costs_more_work(model: Path, source: Path) -> Non
     assert all(w.memory <= mb * 10**6 for w, mb in zip(works, (700, 1000, 4000), strict=True))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_every_plan_has_one_writer_for_each_write_unit(
     model: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

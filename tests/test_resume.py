@@ -20,7 +20,7 @@ import zarr
 from tests.commands import WAIT, Commands, script, until
 from tilepipe.engines import dask
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import FOLDER, Ledger
+from tilepipe.ledger import LEDGER, Ledger
 from tilepipe.options import Options
 from tilepipe.segment import Report, segment
 from tilepipe.target import read_attributes
@@ -97,7 +97,7 @@ def check_whole(target: Path, case: Case) -> None:
 def marked(target: Path) -> int:
     """Return how many tiles a ledger has, -1 where there is none yet."""
     try:
-        return (target / FOLDER / "done").stat().st_size // 13
+        return (target / LEDGER / "done").stat().st_size // 13
     except FileNotFoundError:
         return -1
 
@@ -351,6 +351,52 @@ def test_overwriting_begins_anew(quick: Case, begun: Path, tmp_path: Path) -> No
     report = quick.segment(target, overwrite=True)
     assert (report.before, report.done) == (0, TILES)
     check_whole(target, quick)
+
+
+@pytest.mark.parametrize("part", ["zarr.json", "0/zarr.json"])
+def test_a_damaged_output_is_refused_until_it_is_overwritten(
+    quick: Case, begun: Path, tmp_path: Path, part: str
+) -> None:
+    target = tmp_path / "o"
+    shutil.copytree(begun, target)
+    (target / part).write_bytes(b"junk")
+    with pytest.raises(BadRequest, match=r"is damaged .*; replace it with --overwrite"):
+        quick.segment(target)
+    assert marked(target) == TILES // 3
+    quick.segment(target, overwrite=True)
+    check_whole(target, quick)
+
+
+def test_what_others_put_into_an_output_is_never_removed(
+    quick: Case, begun: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "o"
+    shutil.copytree(begun, target)
+    (target / "notes.txt").write_text("of weeks")
+    with pytest.raises(BadRequest, match=r"holds notes\.txt"):
+        quick.segment(target, overwrite=True)
+    assert marked(target) == TILES // 3
+    assert (target / "notes.txt").read_text() == "of weeks"
+
+
+def test_a_running_output_is_not_overwritten(quick: Case, begun: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    shutil.copytree(begun, target)
+    with Ledger.open(target) as other:  # type: ignore[union-attr]
+        with pytest.raises(BadRequest, match="is being written by another run"):
+            quick.segment(target, overwrite=True)
+        assert other.done == marked(target) == TILES // 3
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "percentile:1,99"])
+def test_a_normalization_needs_every_voxel(quick: Case, tmp_path: Path, normalize: str) -> None:
+    source = tmp_path / "source.zarr"
+    shutil.copytree(quick.source, source)
+    (source / "c" / "0" / "3").write_bytes(b"spoiled")
+    case = replace(quick, source=source)
+    with pytest.raises(BadRequest, match=r"needs every voxel .* mend the source"):
+        case.segment(tmp_path / "o", options=replace(OPTIONS, normalize=normalize))
+    assert not (tmp_path / "o").exists()
 
 
 def test_what_cannot_be_read_is_set_aside_and_done_when_it_is_mended(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, mirror
 from tilepipe.model import load_model
 from tilepipe.options import Options
+from tilepipe.unet import UNet
 from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
@@ -193,9 +194,19 @@ def test_the_five_lines_of_the_python_api(tmp_path: Path) -> None:
     assert tp.open_volume(source).shape == (40, 40)
     assert tp.load_model(model).channels == 1
     assert tp.context(model).before == (20, 20)
+    assert tp.context(tp.load_model(model)) == tp.context(UNet(ndim=2, base=1, depth=3))
     assert tp.plan(source, model=model).costs.tiles == 1
     assert tp.segment(source, model=model).done == 1
     assert (tmp_path / "image-segmented.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tile": "64,64"}, {"tile": 64}, {"memory": "4GB"}, {"threads": 1.5}, {"chunks": (8.0, 8)}],
+)
+def test_sizes_are_numbers(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match=f"{next(iter(wrong))} .* whole number"):
+        Options(**wrong)
 
 
 @pytest.mark.parametrize("boundary", ["mirror", "network"])

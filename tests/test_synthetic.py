@@ -33,7 +33,7 @@ def regions(draw: st.DrawFn) -> Region:
 
 
 @given(region=regions())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_region_equals_the_crop_of_the_whole(region: Region):
     ndim = len(region.start)
     for part, whole in zip(nuclei(region, shape=SHAPES[ndim], seed=5), WHOLE[ndim], strict=True):

@@ -172,6 +172,9 @@ def test_only_our_own_output_is_ever_removed(tmp_path: Path) -> None:
     (tmp_path / "empty" / "note").symlink_to(tmp_path / "folder")
     with pytest.raises(BadRequest, match="exists; overwrite"):
         create(tmp_path / "empty")
+    with pytest.raises(BadRequest, match="holds note, which tilepipe did not write"):
+        create(tmp_path / "empty", overwrite=True)
+    (tmp_path / "empty" / "note").unlink()
     create(tmp_path / "folder" / "out", overwrite=True, attributes={"new": True})
     assert read_attributes(tmp_path / "empty") == {"new": True}
     assert sorted(os.listdir(tmp_path / "empty")) == ["0", "zarr.json"]
@@ -183,8 +186,9 @@ def test_half_removed_output_stays_ours(tmp_path: Path) -> None:
         path = tmp_path / version
         create(path, ome_version=version)
         shutil.rmtree(path / "0")
-        with pytest.raises(BadRequest, match="no output of tilepipe"):
+        with pytest.raises(BadRequest, match="lost its array 0"):
             open_target(path)
+        (path / "0.partial").touch()
         create(path, overwrite=True, ome_version="0.5")
         assert open_target(path).shape == (20, 50, 41)
         assert sorted(os.listdir(path)) == ["0", "zarr.json"]
@@ -232,7 +236,7 @@ def test_target_must_keep_off_the_source(tmp_path: Path) -> None:
         (store, "contain the source"),
         (tmp_path / "link", "contain the source"),
         (tmp_path / "file", "existing file"),
-        (tmp_path / "file" / "o", "create it first"),
+        (tmp_path / "file" / "o", "is a file"),
         (tmp_path / "no" / "o", "create it first"),
         (tmp_path / "bad\0", "no path"),
         (tmp_path / ("x" * 300), "no path"),

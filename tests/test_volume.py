@@ -116,7 +116,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Volume:
 ends = st.tuples(st.integers(-40, 40), st.integers(0, 40)).map(lambda p: (p[0], p[0] + p[1]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(box=st.tuples(ends, ends, ends))
 def test_mirrored_is_numpy_reflect_and_padded_is_zeros(
     small: Volume, box: tuple[tuple[int, int], ...]

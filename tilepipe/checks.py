@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tilepipe.errors import BadRequest
+from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Shape, ceil_to
 from tilepipe.network import export, lattice
-from tilepipe.options import comma
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -161,6 +160,8 @@ def notices(
         yield "neither the model nor --normalize says how to scale grey values: used as they are"
     if model.axes < len(volume.shape):
         yield f"a {model.axes}D network on {volume.axes}: applied slice by slice"
+    if model.outputs > 1:
+        yield f"the model has {model.outputs} outputs: number {model.head} is used (--head)"
     if profile.method == "probe":
         yield "the context was measured by probing: the model's graph cannot be read"
     if strategy == "windows" and (why := profile.troubles or profile.off_lattice):

@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -159,7 +160,38 @@ def _end(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands whose refusals are a line, also where click is what refuses."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        with _speaking():
+            return super().invoke(ctx)
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: object,
+    ) -> click.Context:
+        """Read what stands before the command."""
+        with _speaking():
+            return super().make_context(info_name, args, parent, **extra)
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        help_of = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        _end(error.format_message().rstrip(".") + help_of, 2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Tell more.")
 def main(verbose: bool) -> None:
@@ -194,6 +226,7 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
         output=output,
         options=options,
         planned=lambda plan: click.echo(describe_plan(plan)),
+        scanned=shown.scan,
         progress=shown,
         **values,  # type: ignore[arg-type]
     )
@@ -290,6 +323,12 @@ class _Progress:
                 f" about {left:.0f} s left",
                 err=True,
             )
+
+    def scan(self, done: int, blocks: int) -> None:
+        """Show how far the volume has been read for its normalization."""
+        if time.monotonic() - self._told > (1.0 if sys.stderr.isatty() else LINE_SECONDS):
+            self._told = time.monotonic()
+            click.echo(f"normalization: {done / blocks:.0%} of the volume read", err=True)
 
     def end(self) -> None:
         """Leave the bar as it is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tilepipe.options import comma
+from tilepipe.errors import comma
 from tilepipe.tiling import describe_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def describe_plan(plan: Plan) -> str:
         ("step", comma(context.step)),
         ("boundary", plan.options.boundary),
         ("tile", f"{comma(sizes.tile)}, {costs.tiles} of them ({grid})"),
-        ("window", f"{comma(sizes.window)}, the network is called {costs.calls:,} times"),
+        ("window", f"gives {comma(sizes.window)}; the network is called {costs.calls:,} times"),
         ("strategy", plan.strategy),
         (
             "compute",
@@ -59,7 +59,11 @@ def describe_model(model: Model, profile: Profile) -> str:
         ("model", f"{model.path} ({model.kind})"),
         ("weights", f"{model.parameters:,}"),
         ("input", f"{profile.axes}D, {profile.channels} channels, sizes {', '.join(sizes)}"),
-        ("output", f"{profile.classes} channels{_ends(profile)}, {comma(profile.shrink)} smaller"),
+        (
+            "output",
+            f"{profile.classes} channels{_ends(profile)}, {comma(profile.shrink)} smaller"
+            + (f"; number {model.head} of {model.outputs}" if model.outputs > 1 else ""),
+        ),
         ("context", f"{comma(context.before)} before, {comma(context.after)} after ({how})"),
         ("step", comma(context.step)),
         ("grey values", model.normalize or "not said"),

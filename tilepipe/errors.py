@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class BadRequest(ValueError):
     """The request cannot be met; nothing was written. The command line exits with 2.
@@ -12,3 +17,12 @@ class BadRequest(ValueError):
 
 class TileError(RuntimeError):
     """One tile failed; the rest goes on. The message names the tile's voxels and the cause."""
+
+
+def comma(sizes: Iterable[int]) -> str:
+    """Return sizes as they are given on the command line, and shown in messages.
+
+    >>> comma((64, 128))
+    '64,128'
+    """
+    return ",".join(map(str, sizes))

@@ -39,6 +39,7 @@ def inspect(
         profile = find_profile(model)
         facts = {"model": str(path), "kind": model.kind, "digest": model.digest,
                  "parameters": model.parameters, "normalize": model.normalize,
+                 "head": model.head, "outputs": model.outputs,
                  "labels": list(model.labels), "provenance": dict(model.provenance)}  # fmt: skip
         return {**facts, **asdict(profile)}, describe_model(model, profile)
     volume = open_volume(path, axes=axes)

@@ -20,12 +20,12 @@ import numpy as np
 
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
+from tilepipe.target import LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
-FOLDER = ".tilepipe"
 DIGITS = 12
 """Of a tile's index in ``done``; with the line's end the width of a record is one more."""
 BATCH = 1 << 16
@@ -68,7 +68,7 @@ class Ledger:
 
         Raises `BadRequest` where another process writes it.
         """
-        folder = Path(target) / FOLDER
+        folder = Path(target) / LEDGER
         folder.mkdir(exist_ok=True)
         content = {**plan, "tiles": tiles}
         ledger = cls(folder, content, tiles=tiles, write=True)
@@ -82,7 +82,7 @@ class Ledger:
 
         Raises `BadRequest` where it cannot be read, or where another process writes it.
         """
-        folder = Path(target) / FOLDER
+        folder = Path(target) / LEDGER
         try:
             plan = json.loads((folder / "plan.json").read_text())
             tiles = plan["tiles"]
@@ -165,7 +165,7 @@ class Ledger:
 
 def check_idle(target: str | Path) -> None:
     """Raise `BadRequest` where another process writes this target, before it is replaced."""
-    folder = Path(target) / FOLDER
+    folder = Path(target) / LEDGER
     if (folder / "lock").exists():
         os.close(_locked(folder))
 

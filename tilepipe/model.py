@@ -47,7 +47,7 @@ class _Head(nn.Module):
         """Return output number ``head``, counted through nested tuples, lists and dicts."""
         outputs = list(_tensors(self.network(image)))
         if self.head >= len(outputs):
-            raise ValueError(f"head (={self.head}) must be below the {len(outputs)} outputs")
+            raise IndexError(f"head (={self.head}) must be below the {len(outputs)} outputs")
         return outputs[self.head]
 
 
@@ -75,6 +75,10 @@ class Model:
     """Spatial axes of the input: 2 or 3."""
     channels: int
     """Channels of the input."""
+    head: int = 0
+    """Which of the outputs is taken."""
+    outputs: int = 0
+    """Tensors that the network returns; 0 until an input was accepted."""
     fixed: Shape | None = None
     """The only input size that an exported program of fixed size takes."""
     normalize: str | None = None
@@ -97,10 +101,11 @@ class Model:
         """Return a copy of the network without memory, to run on shapes alone."""
         if self._meta is None:
             if self.kind == "TorchScript":
-                head = cast("_Head", self.module).head
-                self._meta = _Head(_load_script(self.path, "meta").eval(), head)
+                self._meta = _Head(_load_script(self.path, "meta").eval(), self.head)
             else:
-                self._meta = copy.deepcopy(self.module).to("meta")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of torch about parts of its own programs
+                    self._meta = copy.deepcopy(self.module).to("meta")
         return self._meta
 
     def output_shape(self, shape: Shape) -> Shape | None:
@@ -128,12 +133,15 @@ class Model:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return tuple((self.module if self._on_cpu else self.on_meta())(image).shape)
+                chosen = cast("_Head", self.module if self._on_cpu else self.on_meta())
+                outputs = _tensors(chosen.network(image))
         except NotImplementedError:
             if self._on_cpu or self.exportable:
                 raise
             self._on_cpu = True  # a script that looks at values does not run on shapes alone
             return self._try(shape)
+        self.outputs = len(outputs)
+        return tuple(outputs[self.head].shape)
 
     def cost(self, shape: Shape) -> Cost:
         """Return the multiply-adds and the memory of one pass over a spatial input ``shape``.
@@ -176,14 +184,21 @@ def load_model(
     ``network`` (``package.module:factory`` or ``file.py:factory``) builds the architecture of a
     plain state dict, with ``network_args``. Raises `BadRequest` with one line otherwise.
     """
+    if not isinstance(path, str | Path):
+        raise BadRequest(
+            f"model (={type(path).__name__}) must be a file, since every worker loads it: save"
+            " network.state_dict() and give its factory, or export the network to a .pt2"
+        )
     path = Path(path)
     if not path.is_file():
-        raise BadRequest(f"model (={path}) must be a file; there is none")
+        there = "a folder" if path.is_dir() else "nothing"
+        raise BadRequest(f"model (={path}) must be a file; there is {there}")
     if not path.stat().st_size:
         raise BadRequest(f"model (={path}) is empty")
     if head < 0:
         raise BadRequest(f"head (={head}) must not be negative")
     content = path.read_bytes()
+    _check_magic(path, content)
     digest = hashlib.sha256(content)
     names = _archive_names(content)
     facts: dict[str, object] = {}
@@ -221,7 +236,7 @@ def load_model(
     module = _Head(module, head)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, **facts)  # type: ignore[arg-type]
+    model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, head, **facts)  # type: ignore[arg-type]
     _find_input(model, shape)
     return model
 
@@ -231,9 +246,19 @@ def wrap(module: nn.Module, *, head: int = 0) -> Model:
     digest = hashlib.sha256(f"head {head}".encode())
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0)
+    model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0, head)
     _find_input(model, None)
     return model
+
+
+def _check_magic(path: Path, content: bytes) -> None:
+    """Refuse what no version of `torch.save` wrote: neither an archive nor a pickle."""
+    if content[:2] == b"PK" or content[:1] == b"\x80":
+        return
+    raise BadRequest(
+        f"model (={path}) must be a file of torch.save, torch.export.save or torch.jit.save;"
+        f" it is none of them{': export the network to a .pt2' if path.suffix == '.onnx' else ''}"
+    )
 
 
 def _archive_names(content: bytes) -> list[str]:
@@ -305,7 +330,11 @@ def _build(network: str, arguments: Mapping[str, object]) -> nn.Module:
         factory = cast("Callable[..., object]", getattr(package, name))
         module = factory(**arguments)
     except (ImportError, OSError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise BadRequest(f"network (={network}) cannot be built: {first_line(error)}") from error
+        beside = Path(f"{place}.py")
+        hint = f"; did you mean {beside}:{name}?" if beside.is_file() else ""
+        raise BadRequest(
+            f"network (={network}) cannot be built: {first_line(error)}{hint}"
+        ) from error
     if not isinstance(module, nn.Module):
         raise BadRequest(f"network (={network}) gave a {type(module).__name__}, not an nn.Module")
     return module
@@ -321,6 +350,16 @@ def _fill(path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor]) ->
 
 
 def _find_input(model: Model, shape: Shape | None) -> None:
+    """Find the axes and channels that the network reads, and how many outputs it has."""
+    _find_axes(model, shape)
+    if 0 < model.outputs <= model.head:
+        raise BadRequest(
+            f"head (={model.head}) must be below the {model.outputs} outputs of {model.path},"
+            " which are counted from 0"
+        )
+
+
+def _find_axes(model: Model, shape: Shape | None) -> None:
     """Find the number of axes and channels that the network reads, by trying its own weights."""
     if shape is not None:
         if len(shape) not in (4, 5) or shape[0] > 1 or not shape[1]:
@@ -330,13 +369,20 @@ def _find_input(model: Model, shape: Shape | None) -> None:
             )
         model.axes, model.channels = len(shape) - 2, shape[1]
         model.fixed = shape[2:] if all(shape[2:]) else None
+        _accepts(model)
         return
     weights = [p for p in model.module.parameters() if p.ndim in (4, 5)]
     tried = dict.fromkeys((p.ndim - 2, int(n)) for p in weights for n in p.shape[1::-1])
     for axes, channels in tried:
         model.axes, model.channels = axes, channels
-        if any(model.output_shape((size,) * axes) for size in range(256, 256 + 64)):
+        if _accepts(model):
             return
     if not weights:
         raise BadRequest(f"model (={model.path}) has no convolution in 2 or 3 dimensions")
     model.axes, model.channels = next(iter(tried))
+
+
+def _accepts(model: Model) -> bool:
+    """Whether the network runs on any of the sizes that are tried."""
+    sizes = [model.fixed] if model.fixed else [(n,) * model.axes for n in range(256, 256 + 64)]
+    return any(model.output_shape(size) is not None for size in sizes)

@@ -91,7 +91,7 @@ def resolve(
     """Return the normalization of a volume, reading it once or twice where the rule needs it.
 
     ``progress`` is called with the blocks done and their number. Voxels that are not finite do
-    not count. Bounded memory: one storage chunk, or about 64 MB, at a time.
+    not count. Bounded memory: one storage chunk, or about 16 MB, at a time.
     """
     channels = volume.channels
     if rule.kind == "none":
@@ -119,7 +119,7 @@ def _blocks(
     volume: Volume, progress: Callable[[int, int], None] | None
 ) -> Iterator[list[NDArray[np.generic]]]:
     """Yield the finite voxels of each channel, block by block."""
-    voxels = max(1, (64 << 20) // (volume.dtype.itemsize * volume.channels))
+    voxels = max(1, (16 << 20) // (volume.dtype.itemsize * volume.channels))
     block = list(volume.chunks)
     for axis in reversed(range(len(block))):
         room = max(1, voxels // math.prod(block))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tilepipe.errors import BadRequest
+from tilepipe.errors import BadRequest, comma
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +65,7 @@ class Options:
     """Run a network that no tiling makes exact in windows all the same."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
@@ -84,10 +85,14 @@ class Options:
                 raise BadRequest(f"threshold (={self.threshold}) is for labels, not {self.write}")
 
 
-def comma(sizes: Shape) -> str:
-    """Return sizes as they are given on the command line.
-
-    >>> comma((64, 128))
-    '64,128'
-    """
-    return ",".join(map(str, sizes))
+def _check_types(options: Options) -> None:
+    """Refuse sizes and numbers that are text, as a command line has them."""
+    for name in ("tile", "chunks", "shards"):
+        sizes = getattr(options, name)
+        whole = isinstance(sizes, tuple | list) and all(type(n) is int for n in sizes)
+        if sizes is not None and not whole:
+            raise BadRequest(f"{name} (={sizes!r}) must be whole numbers, as in (64, 128, 128)")
+    for name, like in (("memory", 4_000_000_000), ("threads", 2), ("level", 0), ("head", 0)):
+        value = getattr(options, name)
+        if value is not None and type(value) is not int:
+            raise BadRequest(f"{name} (={value!r}) must be a whole number, as in {like}")

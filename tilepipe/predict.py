@@ -130,7 +130,6 @@ def find_device(device: str) -> str:
     if kind.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (kind.index or 0) >= count:
-            raise BadRequest(
-                f"device (={device}) must be one of this machine's {count} CUDA devices"
-            )
+            here = f"this machine has {count}, counted from 0" if count else "torch finds none here"
+            raise BadRequest(f"device (={device}) must be a CUDA device; {here}: use auto or cpu")
     return device

@@ -6,9 +6,11 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tilepipe.errors import BadRequest
+from torch import nn
+
+from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Context, Shape, ceil_to
-from tilepipe.model import load_model
+from tilepipe.model import Model, load_model, wrap
 from tilepipe.network import Graph, NotExported, activation, export, lattice, walk
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
@@ -16,8 +18,6 @@ from tilepipe.probe import probe
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from tilepipe.model import Model
 
 log = logging.getLogger(__name__)
 
@@ -108,15 +108,18 @@ def find_profile(model: Model) -> Profile:
     return best
 
 
-def context(path: str | Path, *, network: str | None = None) -> Context:
-    """Return the context of a model file: voxels before and after, and step, for each axis.
+def context(model: str | Path | Model | nn.Module, *, network: str | None = None) -> Context:
+    """Return the context of a network: voxels before and after, and step, for each axis.
 
-    Raises `BadRequest` where the network has no finite context.
+    ``model`` is a file, what `load_model` gave, or a network in memory; ``network`` builds a state
+    dict's. Raises `BadRequest` where the network has no finite context.
     """
-    model = load_model(path, network=network)
-    profile = find_profile(model)
+    if isinstance(model, nn.Module):
+        model = wrap(model)
+    loaded = model if isinstance(model, Model) else load_model(model, network=network)
+    profile = find_profile(loaded)
     if why := profile.troubles or profile.off_lattice:
-        raise BadRequest(f"model (={path}) has no fixed context: {why[0]}")
+        raise BadRequest(f"model (={loaded.path}) has no fixed context: {why[0]}")
     return profile.context
 
 
@@ -193,11 +196,17 @@ def _profile(graph: Graph, shape: Shape, *, fixed: bool) -> Profile:
 def _smallest(model: Model, found: Profile, shape: Shape) -> Profile:
     """Find the smallest size on the lattice of ``shape`` along each axis, by bisection."""
     grown = tuple(n + s for n, s in zip(shape, found.context.step, strict=True))
-    if model.output_shape(grown) != tuple(n - s for n, s in zip(grown, found.shrink, strict=True)):
+    out = model.output_shape(grown)
+    if out is None:
+        raise BadRequest(
+            f"model (={model.path}) reads {comma(shape)} voxels, and refuses a step more, "
+            f"{comma(grown)}: {model.refusal(grown)}"
+        )
+    if out != tuple(n - s for n, s in zip(grown, found.shrink, strict=True)):
         raise BadRequest(
             f"model (={model.path}) gives an output of another resolution than its input"
-            f" ({shape} to {model.output_shape(shape)}, {grown} to {model.output_shape(grown)});"
-            " add upsampling to it"
+            f" ({comma(shape)} to {comma(model.output_shape(shape) or ())}, {comma(grown)} to"
+            f" {comma(out)}); add upsampling to it"
         )
     smallest = []
     for axis, (size, step) in enumerate(zip(shape, found.context.step, strict=True)):

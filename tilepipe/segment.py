@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
 import time
@@ -18,7 +19,13 @@ from tilepipe.ledger import Ledger, check_idle, fingerprint
 from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.options import Options
 from tilepipe.plan import Plan, default_target, plan
-from tilepipe.target import check_target, create_target, read_attributes, update_attributes
+from tilepipe.target import (
+    check_target,
+    create_target,
+    open_target,
+    read_attributes,
+    update_attributes,
+)
 from tilepipe.tiling import describe_bytes
 from tilepipe.volume import open_volume
 from tilepipe.worker import SegmentJob
@@ -75,13 +82,15 @@ def segment(
     workers: int | None = None,
     overwrite: bool = False,
     planned: Callable[[Plan], None] | None = None,
+    scanned: Callable[[int, int], None] | None = None,
     progress: Callable[[Report], None] | None = None,
 ) -> Report:
     """Segment a volume into an OME-Zarr: the answer of one pass over the whole mirrored image.
 
     Runs again where an earlier run of the same plan was stopped. ``planned`` is told the plan
-    before anything is written, ``progress`` the report after every tile. Tiles that fail are
-    retried, then set aside in ``Report.failures`` while the rest goes on.
+    before anything is written, ``scanned`` the blocks read and their number where the whole volume
+    is read once for its normalization, ``progress`` the report after every tile. Tiles that fail
+    are retried, then set aside in ``Report.failures`` while the rest goes on.
 
     Raises `BadRequest`, before anything is written, for what cannot work.
     """
@@ -90,7 +99,9 @@ def segment(
     made, earlier = _plan(source, model, output, options, count, overwrite=overwrite)
     if planned is not None:
         planned(made)
-    made = _normalized(made, earlier)
+    if short := _short_of_disk(made):
+        raise BadRequest(short)
+    made = _normalized(made, earlier, scanned)
     with (
         _connected(scheduler) as client,  # before anything is written
         _ledger(made, earlier, overwrite=overwrite) as ledger,
@@ -112,10 +123,15 @@ def plan_segment(
     scheduler: str | None = None,
     workers: int | None = None,
 ) -> Plan:
-    """Return the plan that `segment` would make, with all its refusals; touches nothing."""
+    """Return the plan that `segment` would make, with all its refusals; touches nothing.
+
+    A disk that is too small is a notice here: a plan may be made elsewhere than it is run.
+    """
     options = options or Options()
     count = choose_workers(engine, scheduler, workers, options)
-    return _plan(source, model, output, options, count, overwrite=False)[0]
+    made = _plan(source, model, output, options, count, overwrite=False)[0]
+    short = _short_of_disk(made)
+    return replace(made, notices=(*made.notices, short)) if short else made
 
 
 def _plan(
@@ -128,6 +144,8 @@ def _plan(
     overwrite: bool,
 ) -> tuple[Plan, dict[str, object] | None]:
     """Make the plan, and return what the ledger of an earlier run keeps, if there was one."""
+    if not str(source):
+        raise BadRequest("source (=) must be a path")
     target = str(output) if output is not None else default_target(source)
     check_target(target, source)
     earlier = None if overwrite else _earlier(target)
@@ -136,7 +154,8 @@ def _plan(
         source, model=model, output=target, options=options, workers=count or 1, earlier=kept
     )
     _check_same(target, kept, made.identity())
-    _check_disk(made)
+    if earlier is not None:
+        _check_intact(made)
     return made, earlier
 
 
@@ -211,18 +230,40 @@ def _check_same(target: str, kept: Mapping[str, object], asked: Mapping[str, obj
         )
 
 
-def _check_disk(made: Plan) -> None:
-    folder = next(p for p in Path(made.target).absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    need = int(made.costs.write_bytes * COMPRESSED.get(made.options.write, 0.9))
-    if need > free:
+def _check_intact(made: Plan) -> None:
+    """Refuse an earlier output whose array is not the one that its run created."""
+    damage = ""
+    try:
+        found = open_target(made.target)
+        stored = found.shape, found.chunks, found.shards, str(found.dtype)
+        if stored != (made.source.shape, made.sizes.chunks, made.sizes.shards, made.answer.dtype):
+            damage = "its array 0 is another than was created"
+    except BadRequest as error:
+        damage = str(error)
+    if damage:
         raise BadRequest(
-            f"output (={made.target}) needs about {describe_bytes(need)}; {folder} has"
-            f" {describe_bytes(free)} free: make room or name another place"
+            f"output (={made.target}) is damaged ({damage}); replace it with --overwrite"
         )
 
 
-def _normalized(made: Plan, earlier: Mapping[str, object] | None) -> Plan:
+def _short_of_disk(made: Plan) -> str:
+    """Return what to say where the output does not fit on the disk, by estimate; else nothing."""
+    folder = next(p for p in Path(made.target).absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
+    need = int(made.costs.write_bytes * COMPRESSED.get(made.options.write, 0.9))
+    if need <= free:
+        return ""
+    return (
+        f"output (={made.target}) needs about {describe_bytes(need)}; {folder} has"
+        f" {describe_bytes(free)} free: make room or name another place"
+    )
+
+
+def _normalized(
+    made: Plan,
+    earlier: Mapping[str, object] | None,
+    scanned: Callable[[int, int], None] | None,
+) -> Plan:
     """Return the plan with its normalization known, from the earlier run or from the volume."""
     if made.normalization is not None:
         return made
@@ -231,8 +272,13 @@ def _normalized(made: Plan, earlier: Mapping[str, object] | None) -> Plan:
         found = Normalization(tuple(known["center"]), tuple(known["scale"]))
     else:
         volume = open_volume(made.source.path, axes=made.options.axes, level=made.options.level)
-        log.info("reading the whole volume once for --normalize %s", made.normalize)
-        found = resolve(parse(made.normalize), volume)
+        try:
+            found = resolve(parse(made.normalize), volume, scanned)
+        except OSError as error:
+            raise BadRequest(
+                f"normalize (={made.normalize}) needs every voxel of the source, and {error}; mend"
+                " the source, or give known values with scale:A,B"
+            ) from error
     return replace(made, normalization=found)
 
 
@@ -343,6 +389,15 @@ def _connected(scheduler: str | None) -> Iterator[Client | None]:
         yield client
 
 
+def _gpus(count: int) -> list[str]:
+    """Return the names of the first GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(n) for n in range(count)]
+    if len(names) < count:
+        raise BadRequest(f"workers (={count}) must be at most one for each of {len(names)} GPUs")
+    return names[:count]
+
+
 @contextmanager
 def _outcomes(
     job: SegmentJob, ledger: Ledger, report: Report, *, count: int, client: Client | None
@@ -355,7 +410,7 @@ def _outcomes(
     else:
         from tilepipe.engines import dask
 
-        gpus = [str(n) for n in range(count)] if report.plan.sizes.device == "cuda" else []
+        gpus = _gpus(count) if report.plan.sizes.device == "cuda" else []
         local = dask.local_client(count, threads=job.slots, gpus=gpus)
         with nullcontext(client) if client is not None else local as used:
             report.dashboard = dask.dashboard_address(used)

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OURS = "tilepipe"
 """The group attribute under which our own attributes lie; it marks an output as ours."""
+LEDGER = ".tilepipe"
+"""The folder of the ledger inside an output; with its plan it marks an output as ours, too."""
+_MARKS = ("zarr.json", ".zgroup", ".zattrs")
+_PARTS = (*_MARKS, "0", LEDGER)
+"""All that we put into an output."""
 _LARGEST_CHUNK = 2**31 - 1
 
 
@@ -115,7 +120,7 @@ def create_target(
     a chunk holds one channel, a shard all of them. ``attributes`` are JSON, kept for us.
 
     ``overwrite`` removes an earlier output of ours; nothing else is ever removed. Raises
-    BadRequest where something else lies at ``path`` or the sizes do not fit.
+    BadRequest where something else lies at or in ``path``, or the sizes do not fit.
     """
     target = _resolve(path)
     kind = np.dtype(dtype).newbyteorder("=")
@@ -237,31 +242,39 @@ def _is_ours(path: Path) -> bool:
     return node is not None and node.kind == "group" and isinstance(node.attributes.get(OURS), dict)
 
 
+def _is_foreign(entry: Path) -> bool:
+    """Whether we did not make it; a write that was killed leaves ``*.partial``."""
+    return entry.name not in _PARTS and not entry.name.endswith(".partial")
+
+
 def _check_free(target: Path, *, overwrite: bool) -> None:
     """Raise BadRequest unless ``target`` is free: absent, empty, or ours and to be overwritten."""
-    if not target.parent.is_dir():
-        raise BadRequest(f"output (={target}) needs the folder {target.parent}; create it first")
+    _check_parent(target, target)
     if not target.exists():
         return
     if not target.is_dir():
         raise BadRequest(f"output (={target}) is an existing file; name another path")
     if not any(target.iterdir()):
         return
-    if not _is_ours(target):
+    if not (_is_ours(target) or (target / LEDGER / "plan.json").is_file()):
         raise BadRequest(
             f"output (={target}) exists and is no output of tilepipe, so it is never removed; "
             "name another path"
         )
     if not overwrite:
         raise BadRequest(f"output (={target}) exists; overwrite it or name another path")
+    if foreign := sorted(entry.name for entry in target.iterdir() if _is_foreign(entry)):
+        raise BadRequest(
+            f"output (={target}) holds {foreign[0]}, which tilepipe did not write and never"
+            " removes; move it away or name another path"
+        )
 
 
 def _clear(target: Path) -> None:
     """Empty the folder, the group's metadata last: an interrupted removal stays ours."""
     if not target.exists():
         return
-    marks = ("zarr.json", ".zgroup", ".zattrs")
-    for entry in sorted(target.iterdir(), key=lambda entry: entry.name in marks):
+    for entry in sorted(target.iterdir(), key=lambda entry: (entry.name in _MARKS, entry.name)):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
@@ -284,8 +297,7 @@ def check_target(path: str | Path, source_path: str | Path) -> None:
         raise BadRequest(f"output (={path}) must not contain the source (={source_path})")
     if target.exists() and not target.is_dir():
         raise BadRequest(f"output (={path}) is an existing file; name another path")
-    if not target.parent.is_dir():
-        raise BadRequest(f"output (={path}) needs the folder {target.parent}; create it first")
+    _check_parent(target, path)
     for folder in target.parents:
         try:
             node = read_node(folder)
@@ -294,6 +306,12 @@ def check_target(path: str | Path, source_path: str | Path) -> None:
         if node is not None and node.kind == "array":
             raise BadRequest(f"output (={path}) must not lie inside the array {folder}")
     _check_writable(target if target.exists() else target.parent, path)
+
+
+def _check_parent(target: Path, path: str | Path) -> None:
+    if not target.parent.is_dir():
+        is_file = "is a file" if target.parent.exists() else "does not exist; create it first"
+        raise BadRequest(f"output (={path}) needs the folder {target.parent}, which {is_file}")
 
 
 def _check_writable(folder: Path, path: str | Path) -> None:
@@ -311,9 +329,17 @@ def open_target(path: str | Path) -> Target:
     target = _resolve(path)
     node = read_node(target) if _is_ours(target) else None
     image = None if node is None else parse_multiscale(node.attributes)
-    if node is None or image is None or image.axes is None or read_node(target / "0") is None:
+    if node is None or image is None or image.axes is None:
         raise BadRequest(f"output (={path}) is no output of tilepipe")
-    array = zarr.open_array(LocalStore(target / "0"), mode="r+", zarr_format=node.zarr_format)
+    if read_node(target / "0") is None:
+        raise BadRequest(f"output (={path}) has lost its array 0")
+    try:
+        array = zarr.open_array(LocalStore(target / "0"), mode="r+", zarr_format=node.zarr_format)
+    except Exception as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadRequest(
+            f"output (={path}) has an array 0 that cannot be opened: {cause}"
+        ) from error
     axes = "".join(image.axes)
     first = 1 if axes.startswith("c") else 0
     return Target(

@@ -166,7 +166,7 @@ def open_volume(path: str | Path, *, axes: str | None = None, level: int = 0) ->
 
     Raises BadRequest for whatever is no volume of at least two dimensions of integers or floats.
     """
-    if "://" in str(path):
+    if not str(path) or "://" in str(path):
         raise BadRequest(f"source (={path}) must be a local path; copy or mount it")
     try:
         resolved = Path(path).resolve()
