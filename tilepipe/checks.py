@@ -165,7 +165,7 @@ def notices(
     if profile.method == "probe":
         yield "the context was measured by probing: the model's graph cannot be read"
     if strategy == "windows" and (why := profile.troubles or profile.off_lattice):
-        yield f"INEXACT: windows will show seams, since {why[0]}"
+        yield f"INEXACT: windows show seams where there are several, since {why[0]}"
 
 
 def cores() -> int:
