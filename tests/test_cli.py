@@ -116,7 +116,7 @@ def test_a_corrupt_chunk_sets_its_tiles_aside_by_name(
     command = ("segment", image, "--model", model, "-o", tmp_path / "out.zarr", "--tile", "16,16")
     found = run(*command)
     assert found.exit_code == 1, found.output
-    assert "tiles failed; run the same command to try them again" in found.output
+    assert "tiles failed; run the same command to try again" in found.output
     assert "voxels 0:16,64:80" in found.output
     assert "failed" in run("inspect", tmp_path / "out.zarr").output
     chunk.write_bytes(good)

@@ -142,7 +142,7 @@ def test_every_plan_has_one_writer_for_each_write_unit(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"tile": (30, 32)}, r"tile \(=30,32\) along axis 0 must be a multiple .*step \(=4\); "
+        ({"tile": (30, 32)}, r"tile \(=30,32\) along y must be a multiple .*step \(=4\); "
                              "nearest: 28 or 32"),
         ({"tile": (0, 32)}, "must be positive"),
         ({"tile": (-4, 32)}, "must be positive"),
@@ -179,7 +179,7 @@ def test_what_cannot_work_is_refused_in_one_line(
 
 def test_volumes_that_do_not_fit_the_network(model: Path, tmp_path: Path) -> None:
     three = write_volume(tmp_path / "c.zarr", noise(3, 40, 40), "cyx")
-    with pytest.raises(BadRequest, match=r"reads 1 channels; .* 3 channels"):
+    with pytest.raises(BadRequest, match=r"reads 1 channel; .* 3 channels"):
         tp.plan(three, model=model)
     solid = write_unet(tmp_path / "solid.pt", ndim=3)
     flat = write_volume(tmp_path / "f.zarr", noise(40, 40), "yx")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from tilepipe.errors import BadRequest, comma
+from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Shape, ceil_to
 from tilepipe.network import export, lattice
 
@@ -33,12 +33,14 @@ def check_match(volume: Volume, model: Model) -> None:
             f"model (={model.path}) reads zyx; the volume's axes are {volume.axes} (={shape})"
         )
     if model.channels != volume.channels:
-        found = f"{volume.channels} channels" if volume.has_channels else "no channel axis"
+        known = volume.has_channels and not volume.axes_assumed
+        found = counted(volume.channels, "channel") if volume.has_channels else "no channel axis"
         assumed = ", assumed" if volume.axes_assumed else ""
         raise BadRequest(
-            f"model (={model.path}) reads {model.channels} channels; the volume (axes"
-            f" {volume.axes}{assumed}, shape {shape}) has {found}: say which axis is c with"
-            " --axes, or use another network"
+            f"model (={model.path}) reads {counted(model.channels, 'channel')}; the volume (axes"
+            f" {volume.axes}{assumed}, shape {shape}) has {found}: "
+            + ("" if known else "say which axis is c with --axes, or ")
+            + "use a network for it"
         )
 
 
@@ -109,11 +111,12 @@ def _next_accepted(model: Model, profile: Profile, axis: int, length: int) -> in
 
 
 def check_sizes(
-    step: Shape, shape: Shape, *, tile: Shape | None, chunks: Shape, shards: Shape | None
+    step: Shape, volume: Volume, *, tile: Shape | None, chunks: Shape, shards: Shape | None
 ) -> None:
     """Refuse sizes off the lattice, and tiles that share a write unit with their neighbours."""
     unit = shards or chunks
-    for axis, (length, multiple) in enumerate(zip(shape, step, strict=True)):
+    for axis, (length, multiple) in enumerate(zip(volume.shape, step, strict=True)):
+        letter = volume.axes[axis]
         for name, sizes in (("tile", tile), ("shards", shards), ("chunks", chunks)):
             if sizes is None or sizes[axis] >= length:
                 continue  # one tile, chunk or shard covers the axis
@@ -121,18 +124,18 @@ def check_sizes(
                 below, above = sizes[axis] // multiple * multiple, ceil_to(sizes[axis], multiple)
                 near = f"{below} or {above}" if below else f"{above}"
                 raise BadRequest(
-                    f"{name} (={comma(sizes)}) along axis {axis} must be a multiple of the"
+                    f"{name} (={comma(sizes)}) along {letter} must be a multiple of the"
                     f" network's step (={multiple}); nearest: {near}"
                 )
         if shards and shards[axis] % chunks[axis]:
             raise BadRequest(
-                f"shards (={comma(shards)}) along axis {axis} must be a multiple of the chunks"
+                f"shards (={comma(shards)}) along {letter} must be a multiple of the chunks"
                 f" (={comma(chunks)})"
             )
         if tile and tile[axis] < length and tile[axis] % unit[axis]:
             name = "shards" if shards else "chunks"
             raise BadRequest(
-                f"tile (={comma(tile)}) along axis {axis} must be a multiple of the {name}"
+                f"tile (={comma(tile)}) along {letter} must be a multiple of the {name}"
                 f" (={comma(unit)}), or two tiles write into one; nearest:"
                 f" {max(unit[axis], tile[axis] // unit[axis] * unit[axis])}"
             )

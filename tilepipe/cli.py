@@ -319,7 +319,9 @@ class _Progress:
             self._told = time.monotonic()
             left = report.seconds / finished * report.left
             click.echo(
-                f"{report.before + finished} of {report.tiles} tiles, {rate:.3g} megavoxels/s,"
+                f"{report.before + finished} of {report.tiles} tiles"
+                f"{f' ({len(report.failures)} failed)' * bool(report.failures)},"
+                f" {rate:.3g} megavoxels/s,"
                 f" about {left:.0f} s left",
                 err=True,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tilepipe.errors import comma
+from tilepipe.errors import comma, counted
 from tilepipe.tiling import describe_bytes
 
 if TYPE_CHECKING:
@@ -32,16 +32,24 @@ def describe_plan(plan: Plan) -> str:
         ("step", comma(context.step)),
         ("boundary", plan.options.boundary),
         ("tile", f"{comma(sizes.tile)}, {costs.tiles} of them ({grid})"),
-        ("window", f"gives {comma(sizes.window)}; the network is called {costs.calls:,} times"),
+        ("window", f"gives {comma(sizes.window)}; {counted(costs.calls, 'call')} of the network"),
         ("strategy", plan.strategy),
         (
             "compute",
-            f"{sizes.device}, {plan.options.precision}, {sizes.threads} threads per worker",
+            f"{sizes.device}, {plan.options.precision},"
+            f" {counted(sizes.threads, 'thread')} per worker",
         ),
         ("memory", f"{describe_bytes(costs.memory)} per worker, expected"),
-        ("multiply-adds", f"{costs.multiply_adds:.4g}, {costs.recompute:.1%} above one whole pass"),
+        (
+            "multiply-adds",
+            f"{costs.multiply_adds:.4g}, {_compared(costs.recompute)} one whole pass",
+        ),
         ("reads", f"{describe_bytes(costs.read_bytes)}, {amplified:.2f} times the source"),
-        ("writes", f"{describe_bytes(costs.write_bytes)} before compression, {costs.files} files"),
+        (
+            "writes",
+            f"{describe_bytes(costs.write_bytes)} before compression,"
+            f" {counted(costs.files, 'file')}",
+        ),
         ("target", f"{plan.target} ({plan.options.write}, {plan.answer.dtype}, chunks {chunks})"),
     ]
     return _table(rows) + "".join(f"\nnote: {notice}" for notice in plan.notices)
@@ -58,10 +66,14 @@ def describe_model(model: Model, profile: Profile) -> str:
     rows = [
         ("model", f"{model.path} ({model.kind})"),
         ("weights", f"{model.parameters:,}"),
-        ("input", f"{profile.axes}D, {profile.channels} channels, sizes {', '.join(sizes)}"),
+        (
+            "input",
+            f"{profile.axes}D, {counted(profile.channels, 'channel')}, sizes {', '.join(sizes)}",
+        ),
         (
             "output",
-            f"{profile.classes} channels{_ends(profile)}, {comma(profile.shrink)} smaller"
+            f"{counted(profile.classes, 'channel')}{_ends(profile)},"
+            f" {comma(profile.shrink)} smaller"
             + (f"; number {model.head} of {model.outputs}" if model.outputs > 1 else ""),
         ),
         ("context", f"{comma(context.before)} before, {comma(context.after)} after ({how})"),
@@ -112,12 +124,16 @@ def describe_report(report: Report) -> str:
         lines.append(f"{report.nonfinite} values of the source are NaN or infinite: taken as 0")
     if report.failures:
         lines.append(
-            f"{len(report.failures)} tiles failed; run the same command to try them again:"
+            f"{counted(len(report.failures), 'tile')} failed; run the same command to try again:"
         )
         lines += [f"  tile {failure.index}, {failure.cause}" for failure in report.failures[:20]]
         if len(report.failures) > 20:
             lines.append(f"  and {len(report.failures) - 20} more, in the output's ledger")
     return "\n".join(lines)
+
+
+def _compared(share: float) -> str:
+    return f"{abs(share):.1%} {'below' if share < 0 else 'above'}"
 
 
 def _channels(count: int) -> str:

@@ -19,6 +19,15 @@ class TileError(RuntimeError):
     """One tile failed; the rest goes on. The message names the tile's voxels and the cause."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "channel"), counted(3, "channel")
+    ('1 channel', '3 channels')
+    """
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def comma(sizes: Iterable[int]) -> str:
     """Return sizes as they are given on the command line, and shown in messages.
 

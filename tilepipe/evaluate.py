@@ -133,6 +133,14 @@ class RegionEvaluator:
                     held.pop(node, None)
         return cast("Tensor", held[self.graph.output])
 
+    def computing(self, item: Node, fetch: Fetch, axis: int) -> Callable[[Region], object]:
+        """Return what computes regions of an operation, with ``axis`` outermost in memory."""
+        return lambda box: _compute_of(item)(self, item, box, fetch)
+
+    def last_reads(self, item: Node) -> list[fx.Node]:
+        """Return the nodes that no operation after this one reads."""
+        return self._last[item.node]
+
     def _values(self, item: Node, box: Region, fetch: Fetch) -> dict[fx.Node, object]:
         """Return the tensors that an operation reads for a region, and its weights."""
         values = dict(self._constants)
@@ -269,7 +277,7 @@ class RegionEvaluator:
         inside = _inside(self.graph, source, rows)
         tensor = fetch(source, inside)
         align = bool(operation.arguments.get("align_corners"))
-        factors = [rule.den // rule.num if rule.den % rule.num == 0 else 0 for rule in access.rules]
+        factors = [r.den // r.num if r.num and r.den % r.num == 0 else 0 for r in access.rules]
         mode = _interpolation_mode(operation.name)
         if all(factors) and not align:
             full = F.interpolate(tensor, scale_factor=[float(f) for f in factors], mode=mode)

@@ -228,7 +228,7 @@ def load_model(
         raise BadRequest(f"model (={path}) cannot be read: {first_line(error)}") from error
     if network is not None and kind != "state dict":
         raise BadRequest(
-            f"network (={network}) is for state dicts; {path} is a {kind}: leave it out"
+            f"network (={network}) is for state dicts; {path} is none ({kind}): leave it out"
         )
     digest.update(f"head {head}".encode())
     if kind != "exported program":  # which is in the mode that it was exported in
@@ -253,8 +253,10 @@ def wrap(module: nn.Module, *, head: int = 0) -> Model:
 
 def _check_magic(path: Path, content: bytes) -> None:
     """Refuse what no version of `torch.save` wrote: neither an archive nor a pickle."""
-    if content[:2] == b"PK" or content[:1] == b"\x80":
+    if content[:1] == b"\x80" or (content[:2] == b"PK" and zipfile.is_zipfile(io.BytesIO(content))):
         return
+    if content[:2] == b"PK":
+        raise BadRequest(f"model (={path}) is an archive that is not whole; copy it again")
     raise BadRequest(
         f"model (={path}) must be a file of torch.save, torch.export.save or torch.jit.save;"
         f" it is none of them{': export the network to a .pt2' if path.suffix == '.onnx' else ''}"
@@ -329,14 +331,15 @@ def _build(network: str, arguments: Mapping[str, object]) -> nn.Module:
             package = importlib.import_module(place)
         factory = cast("Callable[..., object]", getattr(package, name))
         module = factory(**arguments)
-    except (ImportError, OSError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+    except Exception as error:  # whatever the user's code raises
         beside = Path(f"{place}.py")
         hint = f"; did you mean {beside}:{name}?" if beside.is_file() else ""
         raise BadRequest(
-            f"network (={network}) cannot be built: {first_line(error)}{hint}"
+            f"network (={network}) cannot be built:"
+            f" {type(error).__name__}: {first_line(error)}{hint}"
         ) from error
     if not isinstance(module, nn.Module):
-        raise BadRequest(f"network (={network}) gave a {type(module).__name__}, not an nn.Module")
+        raise BadRequest(f"network (={network}) gave {type(module).__name__}, not an nn.Module")
     return module
 
 
@@ -344,9 +347,10 @@ def _fill(path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor]) ->
     try:
         module.load_state_dict(dict(weights))
     except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        detail = detail.split(": ", 1)[-1][:300]
-        raise BadRequest(f"model (={path}) does not fit the network: {detail}") from None
+        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+        more = f", and {len(lines) - 2} more" if len(lines) > 2 else ""
+        detail = lines[min(1, len(lines) - 1)].rstrip(". ")[:200]
+        raise BadRequest(f"model (={path}) does not fit the network: {detail}{more}") from None
 
 
 def _find_input(model: Model, shape: Shape | None) -> None:

@@ -70,9 +70,9 @@ def parse(text: str) -> Rule:
     >>> parse("percentile:1,99.8")
     Rule(kind='percentile', first=1.0, second=99.8)
     """
-    kind, _, rest = text.partition(":")
+    kind, colon, rest = text.partition(":")
     try:
-        numbers = [float(part) for part in rest.split(",")] if rest else []
+        numbers = [float(part) for part in rest.split(",")] if colon else []
     except ValueError:
         numbers = [math.nan]
     wanted = {"none": 0, "zscore": 0, "scale": 2, "percentile": 2}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from tilepipe import __version__, checks
 from tilepipe.errors import BadRequest
 from tilepipe.evaluate import RegionEvaluator
-from tilepipe.geometry import Context, Region, Shape, TileGrid
+from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
 from tilepipe.model import load_model
 from tilepipe.network import NotExported, export
 from tilepipe.normalize import Normalization, parse, resolve
@@ -328,12 +328,17 @@ def _sizes(
         device = str(kept.get("device", device))
     threads = options.threads or cast("int", kept.get("threads") or 0)
     threads = threads or max(1, checks.cores() // workers)
-    tile = options.tile or _kept(kept, "tile")
-    chunks = options.chunks or _kept(kept, "chunks") or choose_chunks(tiling, options.tile)
+    tile = options.tile and tuple(
+        min(edge, ceil_to(n, step))
+        for edge, n, step in zip(options.tile, volume.shape, tiling.step, strict=True)
+    )
+    chosen = tile
+    tile = tile or _kept(kept, "tile")
+    chunks = options.chunks or _kept(kept, "chunks") or choose_chunks(tiling, chosen)
     shards = options.shards or _kept(kept, "shards")
     if shards is None and options.chunks is None and options.tile is None and not kept:
         shards = choose_shards(tiling, chunks) if options.ome_version != "0.4" else None
-    checks.check_sizes(tiling.step, volume.shape, tile=tile, chunks=chunks, shards=shards)
+    checks.check_sizes(tiling.step, volume, tile=tile, chunks=chunks, shards=shards)
     memory = options.memory or checks.default_memory(workers)
     window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None
     if window is None or tile is None:

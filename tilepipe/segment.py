@@ -20,6 +20,7 @@ from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.options import Options
 from tilepipe.plan import Plan, default_target, plan
 from tilepipe.target import (
+    check_free,
     check_target,
     create_target,
     open_target,
@@ -97,19 +98,17 @@ def segment(
     options = options or Options()
     count = choose_workers(engine, scheduler, workers, options)
     made, earlier = _plan(source, model, output, options, count, overwrite=overwrite)
-    if planned is not None:
-        planned(made)
     if short := _short_of_disk(made):
         raise BadRequest(short)
-    made = _normalized(made, earlier, scanned)
-    with (
-        _connected(scheduler) as client,  # before anything is written
-        _ledger(made, earlier, overwrite=overwrite) as ledger,
-    ):
-        report = Report(made, ledger.tiles, ledger.done)
-        _run(report, ledger, count=count, client=client, progress=progress)
-        if ledger.done == ledger.tiles:
-            update_attributes(made.target, {"state": "done", "nonfinite": report.nonfinite})
+    with _connected(scheduler) as client:  # before anything is written
+        if planned is not None:
+            planned(made)
+        made = _normalized(made, earlier, scanned)
+        with _ledger(made, earlier, overwrite=overwrite) as ledger:
+            report = Report(made, ledger.tiles, ledger.done)
+            _run(report, ledger, count=count, client=client, progress=progress)
+            if ledger.done == ledger.tiles:
+                update_attributes(made.target, {"state": "done", "nonfinite": report.nonfinite})
     return report
 
 
@@ -145,9 +144,11 @@ def _plan(
 ) -> tuple[Plan, dict[str, object] | None]:
     """Make the plan, and return what the ledger of an earlier run keeps, if there was one."""
     if not str(source):
-        raise BadRequest("source (=) must be a path")
+        raise BadRequest("source is empty; name a Zarr, an OME-Zarr or a TIFF")
     target = str(output) if output is not None else default_target(source)
     check_target(target, source)
+    if overwrite:
+        check_free(target, overwrite=True)
     earlier = None if overwrite else _earlier(target)
     kept = cast("Mapping[str, object]", (earlier or {}).get("identity") or {})
     made = plan(
@@ -203,11 +204,9 @@ def _earlier(target: str) -> dict[str, object] | None:
         raise BadRequest(
             f"output (={target}) has a ledger without its plan; replace it with --overwrite"
         )
-    try:
-        begun = read_attributes(target).get("state") == "created"
-    except BadRequest:
-        return None  # create_target says what lies there
-    if not begun:
+    begun = _begun(target)
+    check_free(target, overwrite=True)  # says what else lies there
+    if not begun and any(Path(target).iterdir()):
         raise BadRequest(
             f"output (={target}) exists without the ledger of its run; name another, or replace"
             " it with --overwrite"
@@ -370,10 +369,11 @@ def _run(
                 write = report.plan.grid[outcome.index].write
                 named = replace(outcome, cause=f"voxels {write}: {outcome.cause}")
                 report.failures.append(named)
-                log.warning("tile %d set aside: %s", outcome.index, named.cause)
+                log.info("tile %d set aside: %s", outcome.index, named.cause)
             report.seconds = time.perf_counter() - began
             if progress is not None:
                 progress(report)
+    report.failures.sort(key=lambda failure: failure.index)
     ledger.set_aside(report.failures)
 
 

@@ -144,7 +144,7 @@ def create_target(
         version=ome_version,
     )
     try:
-        _check_free(target, overwrite=overwrite)
+        check_free(target, overwrite=overwrite)
         _clear(target)
         _create(target, axes, whole, kind, chunk, shard, {**described, OURS: dict(attributes)})
     except OSError as error:
@@ -247,8 +247,9 @@ def _is_foreign(entry: Path) -> bool:
     return entry.name not in _PARTS and not entry.name.endswith(".partial")
 
 
-def _check_free(target: Path, *, overwrite: bool) -> None:
-    """Raise BadRequest unless ``target`` is free: absent, empty, or ours and to be overwritten."""
+def check_free(path: str | Path, *, overwrite: bool) -> None:
+    """Raise BadRequest unless the place is free: absent, empty, or ours and to be overwritten."""
+    target = _resolve(path)
     _check_parent(target, target)
     if not target.exists():
         return

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of TIFF and BigTIFF files, little- and big-endian."""
+SUFFIXES = (".tif", ".tiff", ".svs", ".btf")
 LETTERS = tuple("tzyxc")
 _BROKEN = re.compile(r"invalid page offset|corrupt|failed to reshape|TiffTag 2\d\d .*invalid")
 

@@ -214,7 +214,7 @@ def choose(
     if not fitting:
         assert smallest is not None
         raise BadRequest(
-            f"memory (={describe_bytes(memory)}) must hold the smallest tile"
+            f"memory (={describe_bytes(memory)}) must hold the {'' if tile else 'smallest '}tile"
             f" (={describe_bytes(smallest.memory)}); give more with --memory"
             + (" or a smaller --tile" if tile else "")
         )

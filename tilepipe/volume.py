@@ -7,6 +7,7 @@ channels first, ``(channels, *region.shape)``, in the machine's byte order.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import threading
@@ -118,10 +119,31 @@ class Volume:
             raise
         except Exception as error:
             cause = str(error) or type(error).__name__
-            raise OSError(f"cannot read voxels {region} of {self.path}: {cause}") from error
+            raise OSError(
+                f"cannot read voxels {region} of {self.path}{self._culprit(region)}: {cause}"
+            ) from error
         kept = [letter for letter in self._letters if letter is not None]
         voxels = np.moveaxis(voxels, kept.index("c"), 0) if self.has_channels else voxels[None]
         return np.ascontiguousarray(voxels, dtype=self.dtype)
+
+    def _culprit(self, region: Region) -> str:
+        """Name the first stored chunk in a region that cannot be read, where chunks have names."""
+        if self._file is not None:
+            return ""
+        stored = self._array.shards or self._array.chunks
+        along = dict(zip(self.axes, zip(region.start, region.stop, strict=True), strict=True))
+        spans = []
+        for letter, edge, length in zip(self._letters, stored, self._array.shape, strict=True):
+            start, stop = along.get(letter or "", (0, length))
+            spans.append(range(start // edge, -(-stop // edge)))
+        for place in itertools.product(*spans):
+            try:
+                self._array[
+                    tuple(slice(n * e, (n + 1) * e) for n, e in zip(place, stored, strict=True))
+                ]
+            except Exception:  # as before
+                return f" (chunk {self._array.metadata.encode_chunk_key(place)})"
+        return ""
 
 
 def _reopen(path: str, axes: str | None, level: int) -> Volume:
@@ -191,7 +213,11 @@ def _open_tiff(path: Path, *, axes: str | None, level: int) -> Volume:
     if magic not in tiff.MAGIC:
         raise BadRequest(
             f"source (={path}) must be a Zarr store, a TIFF or an SVS file; "
-            "for a TIFF that was truncated at its start, copy it again"
+            + (
+                "this one is damaged at its start: copy it again"
+                if path.suffix.lower() in tiff.SUFFIXES
+                else "convert it"
+            )
         )
     image = tiff.open_tiff(path, level=level)
     try:
