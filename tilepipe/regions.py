@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from tilepipe.cost import Cost
-from tilepipe.evaluate import clip, extents, reads_along, rows_along
 from tilepipe.operations import shape_of
+from tilepipe.rows import clip, extents, reads_along, rows_along
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import fx
 
-    from tilepipe.evaluate import Rows
     from tilepipe.geometry import Context, Region, Shape
     from tilepipe.network import Graph, Node
     from tilepipe.profile import Profile
+    from tilepipe.rows import Rows
     from tilepipe.windows import Span
 
 

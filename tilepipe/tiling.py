@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from torch import fx
 
-    from tilepipe.evaluate import Rows
     from tilepipe.model import Model
     from tilepipe.network import Graph
     from tilepipe.profile import Profile
+    from tilepipe.rows import Rows
 
 PROCESS = 420_000_000
 """Bytes of a process that has loaded torch, zarr and dask and does nothing yet."""

@@ -1,0 +1,104 @@
+"""Swept slab by slab, a region is the same piece of the whole pass, and nothing is done twice."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import zoo
+from tests.test_evaluate import SIZES, graph_of, model_of
+from tilepipe.evaluate import RegionEvaluator
+from tilepipe.geometry import Region
+from tilepipe.rows import clip, extents, reads_along, rows_along
+from tilepipe.sweep import Sweep, steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAMES = [*zoo.FLAT, *zoo.SOLID, "milesial", "paper unet"]
+
+
+def draw_shape(data: st.DataObject, name: str) -> tuple[int, ...]:
+    shape = data.draw(st.sampled_from(SIZES.get(name, [(64, 48), (37, 61), (33, 40)])))
+    if model_of(name).output_shape(shape) is None:
+        shape = tuple(n // 8 * 8 for n in shape)
+    return shape
+
+
+def draw_rows(data: st.DataObject, length: int) -> tuple[int, int]:
+    start = data.draw(st.integers(0, length - 1))
+    return start, data.draw(st.integers(start + 1, length))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=6, derandomize=True)
+@given(data=st.data())
+def test_a_swept_region_is_a_piece_of_the_whole_pass(name: str, data: st.DataObject) -> None:
+    model, shape = model_of(name), draw_shape(data, name)
+    graph = graph_of(name, shape)
+    image = torch.rand(1, model.channels, *shape, dtype=torch.float64)
+    with torch.inference_mode():
+        whole = model.module(image)
+    rows = [draw_rows(data, n) for n in whole.shape[2:]]
+    box = Region(tuple(a for a, _ in rows), tuple(b for _, b in rows))
+    axis, slab = data.draw(st.integers(0, len(shape) - 1)), data.draw(st.integers(1, 24))
+    seen: list[tuple[int, int]] = []
+
+    def read(region: Region) -> Tensor:
+        seen.append((region.start[axis], region.stop[axis]))
+        return image[(slice(None), slice(None), *region.slices)]
+
+    with torch.inference_mode():
+        found = list(Sweep(RegionEvaluator(graph, model.module), box, axis).run(slab, read))
+    assert [a for (a, _), _ in found] == [rows[axis][0], *(b for (_, b), _ in found[:-1])]
+    assert all(one[1] == two[0] for one, two in itertools.pairwise(seen))
+    truth = whole[(slice(None), slice(None), *box.slices)]
+    answer = torch.cat([value for _, value in found], 2 + axis)
+    assert answer.shape == truth.shape
+    assert (answer - truth).abs().max() <= 1e-12 * (whole.max() - whole.min())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=10, derandomize=True)
+@given(data=st.data())
+def test_every_row_is_computed_once_from_rows_that_are_there(
+    name: str, data: st.DataObject
+) -> None:
+    shape = draw_shape(data, name)
+    graph = graph_of(name, shape)
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    start, stop = draw_rows(data, graph.out_shape[2 + axis])
+    needed = rows_along(graph, axis, start, stop)
+    done = {node: low for node, (low, _) in needed.items()}
+    keep = dict(done)
+    for step in steps(graph, axis, start, stop, data.draw(st.integers(1, 24))):
+        for node, (low, high) in step.new.items():
+            assert low == done[node] < high
+            done[node] = high
+        for item in graph.nodes:
+            if item.node in step.new:
+                for source, rows in reads_along(graph, item, axis, step.new[item.node]):
+                    low, high = clip(rows, extents(graph, source)[axis])
+                    assert keep[source] <= low
+                    assert high <= done[source]
+        assert all(keep[node] <= step.keep[node] <= done[node] for node in done)
+        keep = dict(step.keep)
+    assert done == {node: high for node, (_, high) in needed.items()}
+
+
+@pytest.mark.parametrize(("name", "size"), [("paper unet", 16 * 40 + 188), ("same unet", 800)])
+def test_steps_are_alike_and_as_large_in_the_middle_as_at_the_start(name: str, size: int) -> None:
+    graph = graph_of(name, (size, 188 if name == "paper unet" else 32))
+    sizes = [
+        {node: high - low for node, (low, high) in step.new.items()}
+        for step in steps(graph, 0, 0, graph.out_shape[2], 64)
+    ]
+    middle = [one for one in sizes[3:-2] if graph.output in one]
+    assert len(middle) >= 3
+    assert all(one == middle[0] for one in middle)
+    assert all(one.get(graph.source, 0) <= middle[0][graph.source] for one in sizes)

@@ -1,0 +1,88 @@
+"""Calls of ATen operations on parts of an image, with the fastest kernel that the library has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from tilepipe.geometry import Region
+
+
+def call(
+    node: fx.Node, values: Mapping[fx.Node, object], replaced: Mapping[str, object] | None = None
+) -> object:
+    """Call a node's operation on these values, with some of its arguments replaced by name."""
+    target = cast("Callable[..., object]", node.target)
+    args: list[object] = list(node.args)
+    kwargs: dict[str, object] = dict(node.kwargs)
+    if replaced:
+        schema = cast("torch._ops.OpOverload", node.target)._schema
+        for place, argument in enumerate(schema.arguments):
+            if argument.name in replaced:
+                if place < len(args):
+                    args[place] = replaced[argument.name]
+                else:
+                    kwargs[argument.name] = replaced[argument.name]
+    filled = tree_map(
+        lambda leaf: values[leaf] if isinstance(leaf, fx.Node) else leaf, (args, kwargs)
+    )
+    return target(*filled[0], **filled[1])
+
+
+def convolve(
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolve; in 3D on a CPU always by oneDNN, as the library does for large tensors only."""
+    known = tensor.ndim == 5 and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    if known and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(
+            tensor, weight, bias, tuple(padding), tuple(stride), tuple(dilation), groups
+        )
+    function = F.conv2d if tensor.ndim == 4 else F.conv3d
+    return function(tensor, weight, bias, list(stride), list(padding), list(dilation), groups)
+
+
+def crop(value: object, dims: Sequence[int], rows: Region, origin: Sequence[int]) -> object:
+    """Return rows of a tensor, or of each of several."""
+    if isinstance(value, tuple | list):
+        return tuple(crop(one, dims, rows, origin) for one in value)
+    tensor = cast("Tensor", value)
+    for d, a, n, o in zip(dims, rows.start, rows.shape, origin, strict=True):
+        if tensor.ndim > d and tensor.shape[d] != n:
+            tensor = tensor.narrow(d, a - o, n)
+    return tensor
+
+
+def fit(tensor: Tensor, dims: Sequence[int], held: Region, wanted: Region, value: float) -> Tensor:
+    """Return the wanted rows of a tensor that holds others: cut off, and filled with a value."""
+    pads = [0] * (2 * tensor.ndim)
+    for d, a, b, c, e in zip(dims, held.start, held.stop, wanted.start, wanted.stop, strict=True):
+        pads[2 * (tensor.ndim - 1 - d)] = a - c
+        pads[2 * (tensor.ndim - 1 - d) + 1] = e - b
+    if max(pads) > 0:
+        return F.pad(tensor, pads, value=value)
+    for d, a, c, n in zip(dims, held.start, wanted.start, wanted.shape, strict=True):
+        tensor = tensor.narrow(d, c - a, n)
+    return tensor
+
+
+def empty(like: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """Return memory for a tensor: batch, ``dims`` from the outermost inwards, then the rest."""
+    rest = [d for d in range(len(shape)) if d not in dims]
+    order = [*rest[:1], *dims, *rest[1:]]
+    memory = like.new_empty([shape[d] for d in order])
+    return memory.permute([order.index(d) for d in range(len(shape))])
