@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
+from tilepipe.sweep import Step, steps, sweeps_as_view
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import fx
 
@@ -39,6 +40,8 @@ class Regions:
     """None where the network has no lattice on which regions repeat."""
     known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
     """Rows that were found before, by axis, start and stop; may be shared."""
+    schedules: dict[tuple[int, int, int, int], list[Step]] = field(default_factory=dict)
+    """Steps that were found before, by axis, start, stop and slab; may be shared."""
 
     def rows(self, axis: int, start: int, stop: int) -> dict[fx.Node, Rows]:
         """Return the rows of every node that volume voxels ``start:stop`` need."""
@@ -105,6 +108,46 @@ class Regions:
         ]
         return Cost(total, self._peak(largest))
 
+    def swept(self, spans: Sequence[Sequence[Span]], axis: int, slab: int) -> Cost:
+        """Return the cost of the same regions, each swept along ``axis`` by ``slab`` rows.
+
+        The peak is that of a region away from the borders, or at the start, and no longer than it
+        takes to be alike from slab to slab.
+        """
+        total = self.cost(spans).multiply_adds
+        widths = {
+            node: _voxel_bytes(self.graph, node)
+            for node in (self.graph.source, *(item.node for item in self.graph.nodes))
+        }
+        for other, along in enumerate(spans):
+            if other != axis:
+                rows = [self.rows(other, a - m, b - m) for a, b, m in self._alike(other, along)]
+                for node in widths:
+                    widths[node] *= max(r[node][1] - r[node][0] if node in r else 0 for r in rows)
+        first = self.origin[axis] + self.offset[axis]
+        peak = 0
+        for a, b, _ in self._alike(axis, spans[axis])[:2]:
+            schedule = self._schedule(axis, a - first, b - first, slab)
+            peak = max(peak, _swept_peak(self.graph, axis, widths, schedule))
+        return Cost(total, peak)
+
+    def _alike(self, axis: int, spans: Sequence[Span]) -> list[tuple[int, int, int]]:
+        """Return one of all regions that need as many rows: its rows, and how far to move it."""
+        found: dict[tuple[int, int], tuple[int, int, int]] = {}
+        for _, _, a, b in spans:
+            moved = self.moved(axis, a, b)
+            found.setdefault((a - moved, b - moved), (a, b, moved))
+        return list(found.values())
+
+    def _schedule(self, axis: int, start: int, stop: int, slab: int) -> list[Step]:
+        """Return the steps until they are alike."""
+        reach = 0 if self.context is None else self.context.before[axis] + self.context.after[axis]
+        stop = min(stop, start + 2 * reach + 4 * slab) if self.context is not None else stop
+        key = axis, start, stop, slab
+        if key not in self.schedules:
+            self.schedules[key] = list(steps(self.graph, axis, start, stop, slab))
+        return self.schedules[key]
+
     def _peak(self, rows: Sequence[dict[fx.Node, int]]) -> int:
         """Return the most bytes alive at once, in the order in which operations are computed."""
         sizes = {
@@ -133,16 +176,75 @@ class Regions:
         return peak
 
 
+def _swept_peak(
+    graph: Graph, axis: int, widths: Mapping[fx.Node, int], schedule: Sequence[Step]
+) -> int:
+    """Return the most bytes alive at once, with the decisions that `Sweep` takes."""
+    held: dict[fx.Node, list[list[int]]] = {node: [] for node in widths}  # first, last, bytes
+    last = {a.source: item for item in graph.nodes for a in item.reading.accesses}
+    views = {item.node for item in graph.nodes if sweeps_as_view(graph, item)}
+    viewed = {i.reading.accesses[0].source for i in graph.nodes if i.node in views} - views
+    alive = peak = later = 0  # later: what is let go when the views of it are
+    for step in schedule:
+        if (rows := step.new.get(graph.source)) is not None:
+            size = (rows[1] - rows[0]) * widths[graph.source]
+            held[graph.source].append([*rows, size])
+            alive += size
+        for item in graph.nodes:
+            node = item.node
+            if (rows := step.new.get(node)) is not None:
+                read, copies = item.reading.accesses[0].source, 0
+                size = (rows[1] - rows[0]) * widths[node]
+                if node in views:
+                    held[node].append([*rows, 0])
+                else:
+                    pieces, made = held[node], size
+                    kept = rows[0] - pieces[0][0] if pieces else 0
+                    if len(held[read]) > 1 and item.operation.name != "cat":
+                        copies += size * widths[read] // max(widths[node], 1)  # read as one
+                    if 0 < kept <= rows[1] - rows[0]:
+                        made = (rows[1] - pieces[0][0]) * widths[node]
+                        copies += 0 if item.operation.name in ("relu", "cat") else size
+                        old = sum(piece[2] for piece in pieces)
+                        held[node] = [[pieces[0][0], rows[1], made]]
+                        peak = max(peak, alive + made + copies)
+                        alive += made - old
+                    else:
+                        pieces.append([*rows, made])
+                        alive += made
+                    peak = max(peak, alive + copies)
+            for source in {a.source for a in item.reading.accesses if last[a.source] is item}:
+                keep, pieces, before = step.keep[source], held[source], alive
+                while pieces and pieces[0][1] <= keep:
+                    alive -= pieces.pop(0)[2]
+                if len(pieces) == 1 and 2 * (pieces[0][1] - keep) < pieces[0][1] - pieces[0][0]:
+                    size = (pieces[0][1] - keep) * widths[source] * (source not in views)
+                    alive += size - pieces[0][2]
+                    pieces[0] = [keep, pieces[0][1], size]
+                    if source in viewed:  # the old piece is there beside the new one
+                        alive, later = alive + pieces[0][2], later + pieces[0][2]
+                if source in viewed:
+                    alive, later = max(alive, before), later + max(0, before - alive)
+        for piece in held[graph.output]:
+            alive -= piece[2]
+        alive, later, held[graph.output] = alive - later, 0, []
+    return peak
+
+
 def regions_of(
     profile: Profile,
     graph: Graph,
     box: Region,
     size: Shape,
     known: dict[tuple[int, int, int], dict[fx.Node, Rows]] | None = None,
+    schedules: dict[tuple[int, int, int, int], list[Step]] | None = None,
 ) -> Regions:
     """Return the regions of a network whose one pass over ``box`` has this graph."""
     context = None if profile.off_lattice else profile.context
-    return Regions(graph, box.start, profile.offset, size, context, {} if known is None else known)
+    return Regions(
+        graph, box.start, profile.offset, size, context, {} if known is None else known,
+        {} if schedules is None else schedules,
+    )  # fmt: skip
 
 
 def _weights(item: Node) -> int:

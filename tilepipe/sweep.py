@@ -158,7 +158,7 @@ class Held:
         """Free the rows before ``keep``."""
         while self.pieces and self.pieces[0][1] <= keep:
             self.pieces.pop(0)
-        if self.pieces and isinstance(tensor := self.pieces[0][2], Tensor):
+        if len(self.pieces) == 1 and isinstance(tensor := self.pieces[0][2], Tensor):
             first, last, _ = self.pieces[0]
             if 2 * (last - keep) < last - first:
                 kept = tensor.narrow(self._dims[self._axis], keep - first, last - keep).clone()
@@ -215,14 +215,13 @@ class Sweep:
     def _compute(self, item: Node, rows: Rows) -> None:
         """Compute new rows of a node and put them behind those that are held."""
         held, region = self._held[item.node], self._region(item.node, rows)
-        if item.operation.name == "slice" and item.operation.number("step", 1) == 1:
+        if sweeps_as_view(self._graph, item):
             [(source, read)] = reads(self._graph, item, region)
-            if read.shape == region.shape and self._is_spatial(item):
-                for first, part in self._held[source].parts(read):  # nothing is copied
-                    low = rows[0] + first - read.start[self._axis]
-                    size = cast("Tensor", part).shape[self._graph.dims[source][self._axis]]
-                    held.pieces.append((low, low + size, part))
-                return
+            for first, part in self._held[source].parts(read):
+                low = rows[0] + first - read.start[self._axis]
+                size = cast("Tensor", part).shape[self._graph.dims[source][self._axis]]
+                held.pieces.append((low, low + size, part))
+            return
         tail = held.pieces[0][2] if held.pieces else None
         kept = rows[0] - held.rows[0] if held.pieces else 0
         if not isinstance(tail, Tensor) or kept > rows[1] - rows[0]:
@@ -251,7 +250,7 @@ class Sweep:
         name, axis = item.operation.name, self._axis
         if name == "relu":
             torch.clamp_min(self._fetch(item.operation.source, region), 0, out=out)
-        elif name == "cat" and not self._is_spatial(item):
+        elif name == "cat" and not _is_spatial(self._graph, item):
             dims = self._graph.dims[item.node]
             along, across = item.operation.number("dim") % out.ndim, dims[axis]
             place = 0
@@ -264,7 +263,14 @@ class Sweep:
         else:
             out.copy_(cast("Tensor", self._evaluator.compute(item, region, self._fetch)))
 
-    def _is_spatial(self, item: Node) -> bool:
-        """Whether an operation's ``dim`` is one of the image's axes."""
-        rank = len(item.operation.shape())
-        return item.operation.number("dim") % rank in self._graph.dims[item.node]
+
+def sweeps_as_view(graph: Graph, item: Node) -> bool:
+    """Whether an operation crops along the image's axes, so that nothing is copied."""
+    operation = item.operation
+    plain = operation.name == "slice" and operation.number("step", 1) == 1
+    return plain and _is_spatial(graph, item)
+
+
+def _is_spatial(graph: Graph, item: Node) -> bool:
+    """Whether an operation's ``dim`` is one of the image's axes."""
+    return item.operation.number("dim") % len(item.operation.shape()) in graph.dims[item.node]
