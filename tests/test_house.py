@@ -15,7 +15,7 @@ import tilepipe
 ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "demo", "inspect", "describe", "segment", "worker", "ledger", "engines", "plan",
-    "tiling", "checks", "options", "normalize", "predict", "regions", "windows", "profile",
+    "tiling", "checks", "options", "normalize", "predict", "regions", "feed", "windows", "profile",
     "probe", "model", "cost", "sweep", "evaluate", "kernels", "rows", "network", "operations",
     "rules", "program", "unet",
     "overlay", "synthetic", "target", "volume", "ome", "tiff", "geometry", "errors",

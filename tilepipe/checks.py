@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tilepipe.model import Model
     from tilepipe.options import Options
     from tilepipe.profile import Profile
+    from tilepipe.tiling import Tiling
     from tilepipe.volume import Volume
 
 
@@ -139,6 +140,17 @@ def check_sizes(
                 f" (={comma(unit)}), or two tiles write into one; nearest:"
                 f" {max(unit[axis], tile[axis] // unit[axis] * unit[axis])}"
             )
+
+
+def check_sweep(options: Options, tiling: Tiling) -> None:
+    """Refuse a sweep where there is no graph to sweep, or a network of fewer axes."""
+    if options.strategy == "sweep" and (tiling.graph is None or tiling.leading):
+        why = (
+            "a network that can be exported and is exact"
+            if tiling.graph is None
+            else ("a network of as many axes as the volume")
+        )
+        raise BadRequest(f"strategy (=sweep) needs {why}: use auto")
 
 
 def check_rank(volume: Volume, options: Options) -> None:

@@ -33,7 +33,7 @@ def describe_plan(plan: Plan) -> str:
         ("boundary", plan.options.boundary),
         ("tile", f"{comma(sizes.tile)}, {costs.tiles} of them ({grid})"),
         ("window", f"gives {comma(sizes.window)}; {counted(costs.calls, 'call')} of the network"),
-        ("strategy", plan.strategy),
+        ("strategy", _strategy(plan)),
         (
             "compute",
             f"{sizes.device}, {plan.options.precision},"
@@ -130,6 +130,14 @@ def describe_report(report: Report) -> str:
         if len(report.failures) > 20:
             lines.append(f"  and {len(report.failures) - 20} more, in the output's ledger")
     return "\n".join(lines)
+
+
+def _strategy(plan: Plan) -> str:
+    sweep, why = plan.sizes.sweep, f"; {plan.why}" if plan.why else ""
+    if sweep is None:
+        return plan.strategy + why
+    rows = plan.sizes.window[sweep]
+    return f"sweep along {plan.source.axes[sweep]}, {counted(rows, 'row')} at a time{why}"
 
 
 def _compared(share: float) -> str:

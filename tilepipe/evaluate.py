@@ -369,6 +369,12 @@ def _compute_of(item: Node) -> Callable[[RegionEvaluator, Node, Region, Fetch], 
     return special.get(name, RegionEvaluator.same)
 
 
+def is_special(item: Node) -> bool:
+    """Whether an operation is computed otherwise than by calling it on the same rows."""
+    several = isinstance(item.node.meta["val"], tuple | list)
+    return several or _compute_of(item) is not RegionEvaluator.same
+
+
 def _interpolation_mode(name: str) -> str:
     if "nearest" in name:
         return "nearest-exact" if "exact" in name else "nearest"

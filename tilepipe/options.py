@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "write": ("labels", "probabilities", "logits", "values"),
     "boundary": ("mirror", "network"),
-    "strategy": ("auto", "direct"),
+    "strategy": ("auto", "sweep", "direct"),
     "precision": ("float32", "bfloat16", "float16"),
     "ome_version": ("0.5", "0.4"),
 }
@@ -51,7 +51,7 @@ class Options:
     memory: int | None = None
     """Bytes per worker."""
     strategy: str = "auto"
-    """``auto`` or ``direct``: windows that overlap by the context."""
+    """``sweep``: slab by slab along an axis; ``direct``: box by box; ``auto``: what costs least."""
     threads: int | None = None
     """Compute threads per worker; part of the plan, since rounding depends on it."""
     device: str = "auto"

@@ -22,11 +22,13 @@ from tilepipe.predict import PRECISIONS, find_device, label_type
 from tilepipe.profile import Profile, find_profile
 from tilepipe.tiling import (
     Tiling,
+    Work,
     choose,
     choose_chunks,
     choose_shards,
     describe_bytes,
     floor_work,
+    sweep_work,
     work,
 )
 from tilepipe.volume import Volume, open_volume
@@ -90,12 +92,14 @@ class Sizes:
 
     tile: Shape
     window: Shape
-    """Voxels that one call of the network answers for at most, per axis of the network."""
+    """Voxels that one call answers for at most, per axis of the network; of a sweep, a slab."""
     chunks: Shape
     shards: Shape | None
     threads: int
     device: str
     """``cpu`` or ``cuda``."""
+    sweep: int | None = None
+    """The axis of the volume along which tiles are swept; None where they are not."""
 
     @property
     def unit(self) -> Shape:
@@ -145,7 +149,9 @@ class Plan:
     """None until the volume has been read once, where the rule needs that."""
     sizes: Sizes
     strategy: str
-    """``regions`` of the whole-image graph, or ``windows`` that the network is given whole."""
+    """``sweep`` or ``regions`` of the whole-image graph, or ``windows`` given to the network."""
+    why: str
+    """How that compares with the alternative; empty where a run goes on."""
     costs: Costs
     notices: tuple[str, ...]
 
@@ -230,7 +236,8 @@ def plan(
         graph=graph,
         ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
     )
-    sizes = _sizes(tiling, volume, options, workers, earlier)
+    checks.check_sweep(options, tiling)
+    sizes, why = _sizes(tiling, volume, options, workers, earlier)
     normalize = options.normalize or network.normalize or "none"
     rule = parse(normalize)
     return Plan(
@@ -244,7 +251,8 @@ def plan(
         normalize=normalize,
         normalization=None if rule.needs_pass else resolve(rule, volume),
         sizes=sizes,
-        strategy=strategy,
+        strategy=strategy if sizes.sweep is None else "sweep",
+        why=why,
         costs=_costs(tiling, volume, sizes),
         notices=tuple(checks.notices(volume, network, profile, options, strategy)),
     )
@@ -320,7 +328,7 @@ def _sizes(
     options: Options,
     workers: int,
     earlier: Mapping[str, object] | None,
-) -> Sizes:
+) -> tuple[Sizes, str]:
     """Choose tile, window and write unit; a run that goes on keeps those it began with."""
     kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
     device = find_device(options.device).split(":")[0]
@@ -341,16 +349,30 @@ def _sizes(
     checks.check_sizes(tiling.step, volume, tile=tile, chunks=chunks, shards=shards)
     memory = options.memory or checks.default_memory(workers)
     window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None
-    if window is None or tile is None:
-        tile, window = choose(tiling, shards or chunks, volume.chunks, memory, tile)
-    elif options.memory is not None:
-        need = work(tiling, tile, window, volume.chunks).memory
-        if need > options.memory:
-            raise BadRequest(
-                f"memory (={describe_bytes(options.memory)}) must hold a tile of the run that goes"
-                f" on (={describe_bytes(need)}); give more, or begin anew with --overwrite"
-            )
-    return Sizes(tile, window, chunks, shards, threads, device)
+    swept = kept.get("sweep") is not None
+    if (
+        window is None
+        or tile is None
+        or swept == {"sweep": False, "direct": True}.get(options.strategy)
+    ):
+        found = choose(tiling, shards or chunks, volume.chunks, memory, tile, options.strategy)
+        sweep = found.sweep
+        return Sizes(found.tile, found.window, chunks, shards, threads, device, sweep), found.why
+    sizes = Sizes(tile, window, chunks, shards, threads, device, cast("int | None", kept["sweep"]))
+    need = _work(tiling, volume, sizes).memory
+    if options.memory is not None and need > options.memory:
+        raise BadRequest(
+            f"memory (={describe_bytes(options.memory)}) must hold a tile of the run that goes"
+            f" on (={describe_bytes(need)}); give more, or begin anew with --overwrite"
+        )
+    return sizes, ""
+
+
+def _work(tiling: Tiling, volume: Volume, sizes: Sizes) -> Work:
+    if sizes.sweep is None:
+        return work(tiling, sizes.tile, sizes.window, volume.chunks)
+    slab = sizes.window[sizes.sweep]
+    return sweep_work(tiling, sizes.tile, sizes.sweep, slab, volume.chunks, sizes.unit)
 
 
 def _kept(kept: Mapping[str, object], name: str) -> Shape | None:
@@ -359,7 +381,7 @@ def _kept(kept: Mapping[str, object], name: str) -> Shape | None:
 
 
 def _costs(tiling: Tiling, volume: Volume, sizes: Sizes) -> Costs:
-    found = work(tiling, sizes.tile, sizes.window, volume.chunks)
+    found = _work(tiling, volume, sizes)
     return Costs(
         tiles=len(TileGrid(volume.shape, sizes.tile)),
         calls=found.windows,

@@ -12,13 +12,17 @@ import torch
 
 from tilepipe.errors import BadRequest
 from tilepipe.evaluate import RegionEvaluator
+from tilepipe.sweep import Sweep
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from numpy.typing import NDArray
 
     from tilepipe.geometry import Region
     from tilepipe.model import Model
     from tilepipe.network import Graph
+    from tilepipe.rows import Rows
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +61,6 @@ class Predictor:
                 parameter.data = parameter.data.contiguous(memory_format=layout)
         self._network = network
         self._evaluator = None if graph is None else RegionEvaluator(graph, network)
-        if self._device.type == "cpu":
-            keep_memory()
 
     def __call__(
         self, image: NDArray[np.floating], region: Region | None = None
@@ -68,8 +70,7 @@ class Predictor:
         With ``region``, rows of the graph's output, ``image`` is what that region reads. The
         answer has shape (classes, *axes), or (1, *axes) of unsigned integers for labels.
         """
-        if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
+        self._set_threads()
         with torch.inference_mode():
             tensor = torch.from_numpy(np.ascontiguousarray(image))[None]
             tensor = tensor.to(self._device, self._dtype).contiguous(memory_format=self._layout)
@@ -78,6 +79,36 @@ class Predictor:
             else:
                 answer = self._evaluator(region, lambda _: tensor)
             return self._finish(answer[0]).cpu().numpy()
+
+    def sweep(
+        self, region: Region, axis: int, slab: int, read: Callable[[Region], NDArray[np.floating]]
+    ) -> Iterator[tuple[Rows, NDArray[np.generic]]]:
+        """Yield the answer for a region of the graph's output, ``slab`` rows of ``axis`` at a time.
+
+        ``read`` gives rows of the graph's input, normalized, with ``axis`` in front and the
+        channels last. What is yielded is shaped as that of a call.
+        """
+        assert self._evaluator is not None
+        rank = len(region.start)
+        order = [rank, *(1 + n - (n > axis) if n != axis else 0 for n in range(rank))]
+
+        def load(box: Region) -> torch.Tensor:
+            tensor = torch.from_numpy(np.ascontiguousarray(read(box)))
+            return tensor.to(self._device, self._dtype).permute(order)[None]
+
+        swept = Sweep(self._evaluator, region, axis).run(slab, load)
+        while True:
+            self._set_threads()
+            with torch.inference_mode():
+                found = next(swept, None)
+                if found is None:
+                    return
+                answer = self._finish(found[1][0]).cpu().numpy()
+            yield found[0], answer
+
+    def _set_threads(self) -> None:
+        if self._device.type == "cpu" and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
 
     def _finish(self, answer: torch.Tensor) -> torch.Tensor:
         """Turn what the network gives into what is written."""
@@ -103,7 +134,8 @@ def keep_memory() -> None:
     """Let glibc keep the memory that a layer frees for the next one.
 
     By default every large tensor is mapped anew and its pages are faulted in again, which costs
-    a CPU more than a third of its time. Elsewhere than on glibc nothing is changed.
+    a CPU more than a third of its time. To be called before the thread that computes is begun:
+    it must take its memory from where all others do. Elsewhere than on glibc nothing is changed.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import Step, steps, sweeps_as_view
+from tilepipe.sweep import CACHE, Step, chains, steps, sweeps_as_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,7 +128,10 @@ class Regions:
         peak = 0
         for a, b, _ in self._alike(axis, spans[axis])[:2]:
             schedule = self._schedule(axis, a - first, b - first, slab)
-            peak = max(peak, _swept_peak(self.graph, axis, widths, schedule))
+            memory = _SweptMemory(self.graph, axis, widths)
+            for step in schedule:
+                memory.take(step)
+            peak = max(peak, memory.peak)
         return Cost(total, peak)
 
     def _alike(self, axis: int, spans: Sequence[Span]) -> list[tuple[int, int, int]]:
@@ -176,59 +179,81 @@ class Regions:
         return peak
 
 
-def _swept_peak(
-    graph: Graph, axis: int, widths: Mapping[fx.Node, int], schedule: Sequence[Step]
-) -> int:
-    """Return the most bytes alive at once, with the decisions that `Sweep` takes."""
-    held: dict[fx.Node, list[list[int]]] = {node: [] for node in widths}  # first, last, bytes
-    last = {a.source: item for item in graph.nodes for a in item.reading.accesses}
-    views = {item.node for item in graph.nodes if sweeps_as_view(graph, item)}
-    viewed = {i.reading.accesses[0].source for i in graph.nodes if i.node in views} - views
-    alive = peak = later = 0  # later: what is let go when the views of it are
-    for step in schedule:
+class _SweptMemory:
+    """The bytes that `Sweep` holds, by the decisions that it takes, without a tensor."""
+
+    def __init__(self, graph: Graph, axis: int, widths: Mapping[fx.Node, int]) -> None:
+        """``widths`` are the bytes of one row of each node along the axis."""
+        self._graph, self._axis, self._widths = graph, axis, widths
+        self._chains = chains(graph)
+        self._inner = {link.node for chain in self._chains.values() for link in chain[:-1]}
+        self._last = {a.source: item.node for item in graph.nodes for a in item.reading.accesses}
+        self._views = {item.node for item in graph.nodes if sweeps_as_view(graph, item)}
+        viewed = {i.reading.accesses[0].source for i in graph.nodes if i.node in self._views}
+        self._viewed = viewed - self._views
+        self._held: dict[fx.Node, list[tuple[int, int, int]]] = {node: [] for node in widths}
+        self._alive = self._later = self.peak = 0
+
+    def take(self, step: Step) -> None:
+        """Go through a step, and see the most that is held in it."""
+        graph = self._graph
         if (rows := step.new.get(graph.source)) is not None:
-            size = (rows[1] - rows[0]) * widths[graph.source]
-            held[graph.source].append([*rows, size])
-            alive += size
+            self._append(graph.source, rows)
         for item in graph.nodes:
-            node = item.node
-            if (rows := step.new.get(node)) is not None:
-                read, copies = item.reading.accesses[0].source, 0
-                size = (rows[1] - rows[0]) * widths[node]
-                if node in views:
-                    held[node].append([*rows, 0])
-                else:
-                    pieces, made = held[node], size
-                    kept = rows[0] - pieces[0][0] if pieces else 0
-                    if len(held[read]) > 1 and item.operation.name != "cat":
-                        copies += size * widths[read] // max(widths[node], 1)  # read as one
-                    if 0 < kept <= rows[1] - rows[0]:
-                        made = (rows[1] - pieces[0][0]) * widths[node]
-                        copies += 0 if item.operation.name in ("relu", "cat") else size
-                        old = sum(piece[2] for piece in pieces)
-                        held[node] = [[pieces[0][0], rows[1], made]]
-                        peak = max(peak, alive + made + copies)
-                        alive += made - old
-                    else:
-                        pieces.append([*rows, made])
-                        alive += made
-                    peak = max(peak, alive + copies)
-            for source in {a.source for a in item.reading.accesses if last[a.source] is item}:
-                keep, pieces, before = step.keep[source], held[source], alive
-                while pieces and pieces[0][1] <= keep:
-                    alive -= pieces.pop(0)[2]
-                if len(pieces) == 1 and 2 * (pieces[0][1] - keep) < pieces[0][1] - pieces[0][0]:
-                    size = (pieces[0][1] - keep) * widths[source] * (source not in views)
-                    alive += size - pieces[0][2]
-                    pieces[0] = [keep, pieces[0][1], size]
-                    if source in viewed:  # the old piece is there beside the new one
-                        alive, later = alive + pieces[0][2], later + pieces[0][2]
-                if source in viewed:
-                    alive, later = max(alive, before), later + max(0, before - alive)
-        for piece in held[graph.output]:
-            alive -= piece[2]
-        alive, later, held[graph.output] = alive - later, 0, []
-    return peak
+            if item.node in self._inner:
+                continue
+            if (rows := step.new.get(item.node)) is not None:
+                self._compute(item, rows)
+            for link in self._chains.get(item.node, (item,)):
+                for source in {a.source for a in link.reading.accesses}:
+                    if self._last[source] is link.node and source not in self._inner:
+                        self._let_go(source, step.keep[source])
+        for piece in self._held[graph.output]:
+            self._alive -= piece[2]
+        self._held[graph.output] = []
+        self._alive, self._later = self._alive - self._later, 0
+
+    def _append(self, node: fx.Node, rows: Rows) -> None:
+        size = (rows[1] - rows[0]) * self._widths[node] * (node not in self._views)
+        self._held[node].append((*rows, size))
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+
+    def _compute(self, item: Node, rows: Rows) -> None:
+        node, count = item.node, rows[1] - rows[0]
+        pieces, chain = self._held[node], self._chains.get(node)
+        kept = rows[0] - pieces[0][0] if pieces else 0
+        read = (chain or (item,))[0].reading.accesses[0].source
+        between = 0  # what is read as one, and what is made before it is put in its place
+        if len(self._held[read]) > 1 and item.operation.name != "cat" and node not in self._views:
+            between += count * self._widths[read]
+        if chain:
+            between += min(CACHE, count * self._widths[node])
+        elif kept and item.operation.name not in ("relu", "cat"):
+            between += count * self._widths[node]
+        if node in self._views or not 0 < kept <= count:
+            self._append(node, rows)
+        else:
+            old, first = sum(piece[2] for piece in pieces), pieces[0][0]
+            made = (rows[1] - first) * self._widths[node]
+            self.peak = max(self.peak, self._alive + made + between)
+            self._alive += made - old
+            self._held[node] = [(first, rows[1], made)]
+        self.peak = max(self.peak, self._alive + between)
+
+    def _let_go(self, node: fx.Node, keep: int) -> None:
+        pieces, freed = self._held[node], 0
+        while pieces and pieces[0][1] <= keep:
+            freed += pieces.pop(0)[2]
+        if len(pieces) == 1 and 2 * (pieces[0][1] - keep) < pieces[0][1] - pieces[0][0]:
+            size = (pieces[0][1] - keep) * self._widths[node] * (node not in self._views)
+            freed += pieces[0][2]
+            pieces[0] = keep, pieces[0][1], size
+            self._alive += size
+        if node in self._viewed:  # views hold it until the end of the step
+            self._later += freed
+        else:
+            self._alive -= freed
 
 
 def regions_of(

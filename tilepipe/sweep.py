@@ -7,12 +7,14 @@ and nothing is computed twice along it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, fx
 
+from tilepipe.evaluate import is_special
 from tilepipe.geometry import Region
 from tilepipe.kernels import crop, empty
 from tilepipe.rows import clip, extents, pad_mode, pads_of, reads, reads_along, rows_along
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from tilepipe.evaluate import RegionEvaluator
     from tilepipe.network import Graph, Node
     from tilepipe.rows import Rows
+
+CACHE = 24 << 20
+"""Bytes of a tensor between two operations of a chain: about what a processor's cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +182,8 @@ class Sweep:
             for a, edges in enumerate(zip(box.start, box.stop, strict=True))
         ]
         self._held: dict[fx.Node, Held] = {}
+        self._chains = chains(self._graph)
+        self._inner = {link.node for chain in self._chains.values() for link in chain[:-1]}
 
     def run(self, slab: int, read: Callable[[Region], Tensor]) -> Iterator[tuple[Rows, Tensor]]:
         """Yield rows of the output in order, with batch and channels.
@@ -197,10 +204,13 @@ class Sweep:
                 value = read(self._region(graph.source, rows))
                 self._held[graph.source].pieces.append((*rows, value))
             for item in graph.nodes:
+                if item.node in self._inner:
+                    continue
                 if (rows := step.new.get(item.node)) is not None:
                     self._compute(item, rows)
-                for node in evaluator.last_reads(item):
-                    self._held[node].let_go(step.keep[node])
+                for link in self._chains.get(item.node, (item,)):
+                    for node in evaluator.last_reads(link):
+                        self._held[node].let_go(step.keep[node])
             if (rows := step.new.get(graph.output)) is not None:
                 yield rows, cast("Tensor", self._held[graph.output].pieces.pop()[2])
 
@@ -224,6 +234,9 @@ class Sweep:
             return
         tail = held.pieces[0][2] if held.pieces else None
         kept = rows[0] - held.rows[0] if held.pieces else 0
+        if item.node in self._chains:
+            self._flow(self._chains[item.node], rows, kept if kept <= rows[1] - rows[0] else 0)
+            return
         if not isinstance(tail, Tensor) or kept > rows[1] - rows[0]:
             value = self._evaluator.compute(item, region, self._fetch)
             held.pieces.append((*rows, value))
@@ -231,11 +244,47 @@ class Sweep:
         dims = self._graph.dims[item.node]
         first, dim = rows[0] - kept, dims[self._axis]
         buffer = self._buffer(item.node, tail, (first, rows[1]))
-        for low, part in held.parts(self._region(item.node, (first, rows[0]))):
-            size = cast("Tensor", part).shape[dim]
-            buffer.narrow(dim, low - first, size).copy_(cast("Tensor", part))
+        self._move_tail(item.node, buffer, first)
         self._fill(item, region, buffer.narrow(dim, kept, rows[1] - rows[0]))
         held.pieces = [(first, rows[1], buffer)]
+
+    def _move_tail(self, node: fx.Node, buffer: Tensor, first: int) -> None:
+        """Copy the rows of a node that are held to the start of a buffer, at row ``first``."""
+        held, dim = self._held[node], self._graph.dims[node][self._axis]
+        for low, part in held.parts(self._region(node, (first, held.rows[1]))):
+            tensor = cast("Tensor", part)
+            buffer.narrow(dim, low - first, tensor.shape[dim]).copy_(tensor)
+
+    def _flow(self, chain: tuple[Node, ...], rows: Rows, kept: int) -> None:
+        """Compute new rows of a chain a few at a time, behind the ``kept`` rows of its end.
+
+        What lies between the first operation and the last is small and soon used again.
+        """
+        end, held = chain[-1], self._held[chain[-1].node]
+        dim, first = self._graph.dims[end.node][self._axis], rows[0] - kept
+        row = self._region(end.node, (0, 1)).size * end.operation.shape()[1] * 4
+        thick = max(2, CACHE // max(row, 1))
+        buffer: Tensor | None = None
+        for low in range(rows[0], rows[1], thick):
+            region = self._region(end.node, (low, min(low + thick, rows[1])))
+            value = cast("Tensor", self._evaluator.compute(chain[0], region, self._fetch))
+            for link in chain[1:-1]:
+                value = self._next(link, region, value)
+            if buffer is None:
+                buffer = self._buffer(end.node, value, (first, rows[1]))
+                if kept:
+                    self._move_tail(end.node, buffer, first)
+            out = buffer.narrow(dim, low - first, value.shape[dim])
+            if end.operation.name == "relu":
+                torch.clamp_min(value, 0, out=out)
+            else:
+                out.copy_(self._next(end, region, value))
+        if kept:
+            held.pieces.clear()
+        held.pieces.append((first, rows[1], buffer))
+
+    def _next(self, link: Node, region: Region, value: Tensor) -> Tensor:
+        return cast("Tensor", self._evaluator.compute(link, region, lambda *_: value))
 
     def _buffer(self, node: fx.Node, like: Tensor, rows: Rows) -> Tensor:
         """Return memory for rows of a node, the axis outermost and the channels innermost."""
@@ -262,6 +311,32 @@ class Sweep:
                 place += tensor.shape[along]
         else:
             out.copy_(cast("Tensor", self._evaluator.compute(item, region, self._fetch)))
+
+
+def chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
+    """Return the convolutions that only pointwise operations follow, by the last of these.
+
+    A chain is a convolution, operations that take each row from the same row of the one before,
+    and nothing else reads what lies between.
+    """
+    readers = Counter(access.source for item in graph.nodes for access in item.reading.accesses)
+    found: dict[fx.Node, tuple[Node, ...]] = {}
+    for item in graph.nodes:
+        name = item.operation.name
+        if "conv" in name and "transpose" not in name and not item.operation.number("transposed"):
+            found[item.node] = (item,)
+            continue
+        if len(item.reading.accesses) != 1 or is_special(item):
+            continue
+        [access] = item.reading.accesses
+        same = all(rule == SAME for rule in access.rules) and access.source in found
+        if (
+            same
+            and readers[access.source] == 1
+            and graph.dims[item.node] == graph.dims[access.source]
+        ):
+            found[item.node] = (*found.pop(access.source), item)
+    return {node: chain for node, chain in found.items() if len(chain) > 1}
 
 
 def sweeps_as_view(graph: Graph, item: Node) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tilepipe.cost import Cost
 from tilepipe.errors import BadRequest
+from tilepipe.feed import blocks
 from tilepipe.geometry import Region, Shape, TileGrid, ceil_to
 from tilepipe.regions import Regions, regions_of
 from tilepipe.windows import Span, Windows
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tilepipe.network import Graph
     from tilepipe.profile import Profile
     from tilepipe.rows import Rows
+    from tilepipe.sweep import Step
 
 PROCESS = 420_000_000
 """Bytes of a process that has loaded torch, zarr and dask and does nothing yet."""
@@ -36,8 +38,14 @@ BYTE_WORK = 50
 """Multiply-adds that take as long as decoding a byte of the source."""
 CALL_WORK = 50_000_000
 """Multiply-adds that take as long as calling the network once."""
-GAIN = 1.02
+SLABS = {2: (32, 64, 128, 256), 3: (8, 16, 32)}
+"""Rows of a slab that are tried, by the network's axes."""
+STEP_WORK = 10_000_000
+"""Multiply-adds that take as long as beginning one operation on a slab. Measured: 0.1 ms."""
+GAIN = 1.01
 """A choice that takes more memory must save at least this much time."""
+LOSS = 1.01
+"""Time that shorter tiles may take: they are what is lost where one fails, and what is shown."""
 READS = 10
 """Chunks that are decoded at once while one tile is read."""
 CHUNK_EDGES = {1: (16, 256, 256), 2: (1024, 1024), 3: (128, 128, 128)}
@@ -70,6 +78,7 @@ class Tiling:
     """Bytes of a number in the network, over those of the model's own type."""
     costs: dict[Shape, Cost] = field(default_factory=dict)
     known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
+    schedules: dict[tuple[int, int, int, int], list[Step]] = field(default_factory=dict)
 
     @property
     def leading(self) -> int:
@@ -91,7 +100,7 @@ class Tiling:
         """Return how tiles are cut into parts that answer for ``size`` voxels each."""
         if self.graph is None:
             return Windows(self.profile, size, self.limit)
-        return regions_of(self.profile, self.graph, self.box, size, self.known)
+        return regions_of(self.profile, self.graph, self.box, size, self.known, self.schedules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +145,48 @@ def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
     memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + decoding + 2 * weights
     time = total + BYTE_WORK * decoded * tiling.voxel_bytes + CALL_WORK * number
     return Work(total, number, memory, decoded, time)
+
+
+def sweep_work(
+    tiling: Tiling, tile: Shape, axis: int, slab: int, chunks: Shape, unit: Shape
+) -> Work:
+    """Count the work of sweeping each tile along an axis, ``slab`` rows at a time."""
+    cuts = tiling.cuts(tile)
+    assert isinstance(cuts, Regions)
+    spans, decoded, widest, touched, thick = [], 1, 1, 1, 1
+    for a, (length, edge, chunk) in enumerate(zip(tiling.shape, tile, chunks, strict=True)):
+        starts = range(0, length, edge)
+        every = [s for n in starts for s in cuts.along(a, n, min(n + edge, length))]
+        spans.append(every)
+        if a == axis:
+            block = block_rows(slab, chunk)
+            parts = [part for s in every for part in blocks(s[0], s[1], length, block)]
+            thick = max(high - low for low, high in parts)
+            decoded *= sum(_decoded(low, high, length, chunk) for low, high in parts)
+            continue
+        along = [_decoded(low, high, length, chunk) for low, high, _, _ in every]
+        decoded, touched = decoded * sum(along), touched * max(1, max(along) // chunk)
+        widest *= max(high - low for low, high, _, _ in every)
+    cost = cuts.swept(spans, axis, slab)
+    number = math.prod(map(len, spans)) * -(-min(tile[axis], tiling.shape[axis]) // slab)
+    channels = tiling.model.channels
+    rows = thick * 3 + slab  # one block in use, one read ahead, one between; and those of a slab
+    source = rows * widest * 4 * channels + thick * widest * tiling.voxel_bytes
+    decoding = min(READS, touched * max(1, thick // chunks[axis])) * math.prod(chunks)
+    across = math.prod(n for a, n in enumerate(tile) if a != axis)
+    answer = 2 * (min(unit[axis], tile[axis]) + slab) * across * tiling.answer_bytes
+    weights = sum(p.nbytes for p in tiling.model.module.parameters())
+    peak = int(SPREAD * cost.peak * tiling.ratio) + slab * across * 4 * tiling.profile.classes
+    memory = PROCESS + KERNELS + peak + source + decoding * tiling.voxel_bytes + answer
+    slabs = STEP_WORK * len(cuts.graph.nodes) * number
+    reading = BYTE_WORK * decoded * tiling.voxel_bytes
+    time = cost.multiply_adds + slabs + reading
+    return Work(cost.multiply_adds, number, memory + 2 * weights, decoded, time)
+
+
+def block_rows(slab: int, chunk: int) -> int:
+    """Return the rows that a sweep reads at once: whole chunks, a slab at least."""
+    return ceil_to(slab, chunk)
 
 
 def _windows_cost(tiling: Tiling, spans: Sequence[Sequence[Span]]) -> Cost:
@@ -190,15 +241,75 @@ def choose_shards(tiling: Tiling, chunks: Shape) -> Shape | None:
     return tuple(shards)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Sizes that fit, with what they cost."""
+
+    tile: Shape
+    window: Shape
+    """Voxels that one call answers for at most, per axis of the network; of a sweep, a slab."""
+    sweep: int | None
+    """The axis of the volume along which tiles are swept; None for windows."""
+    work: Work
+    why: str = ""
+    """How it compares with the other strategy."""
+
+
 def choose(
-    tiling: Tiling, unit: Shape, chunks: Shape, memory: int, tile: Shape | None
-) -> tuple[Shape, Shape]:
-    """Return the tile and the window that take least time and fit, no larger than it pays.
+    tiling: Tiling,
+    unit: Shape,
+    chunks: Shape,
+    memory: int,
+    tile: Shape | None,
+    strategy: str = "auto",
+) -> Choice:
+    """Return the sizes that take least time and fit, no larger than it pays.
 
     ``unit`` is the write unit, ``chunks`` the source's, ``memory`` in bytes per worker. Raises
     `BadRequest` where not even the smallest window fits.
     """
-    fitting: list[tuple[Shape, Shape, Work]] = []
+    boxes, smallest = (
+        ([], None) if strategy == "sweep" else _boxes(tiling, unit, chunks, memory, tile)
+    )
+    swept, least = (
+        ([], None) if strategy == "direct" else _sweeps(tiling, unit, chunks, memory, tile)
+    )
+    if not (boxes or swept):
+        needed = min(w.memory for w in (smallest, least) if w is not None)
+        raise BadRequest(
+            f"memory (={describe_bytes(memory)}) must hold the {'' if tile else 'smallest '}tile"
+            f" (={describe_bytes(needed)}); give more with --memory"
+            + (" or a smaller --tile" if tile else "")
+        )
+    chosen = _cheapest(boxes + swept)
+    assert chosen is not None
+    other = _cheapest(boxes if chosen.sweep is not None else swept)
+    if chosen.sweep is not None and tile is None:
+        chosen = _shortened(tiling, unit, chunks, chosen)
+    return replace(chosen, why=_compared(chosen, other))
+
+
+def _cheapest(choices: Sequence[Choice]) -> Choice | None:
+    least = min((choice.work.time for choice in choices), default=0.0)
+    paying = [choice for choice in choices if choice.work.time <= GAIN * least]
+    return min(paying, key=lambda choice: choice.work.memory, default=None)
+
+
+def _compared(chosen: Choice, other: Choice | None) -> str:
+    name = "boxes" if chosen.sweep is not None else "a sweep"
+    if other is None:
+        return f"{name} were not asked for, or do not fit"
+    return (
+        f"{name} would take {other.work.time / chosen.work.time:.2f} times as long and"
+        f" {describe_bytes(other.work.memory)}"
+    )
+
+
+def _boxes(
+    tiling: Tiling, unit: Shape, chunks: Shape, memory: int, tile: Shape | None
+) -> tuple[list[Choice], Work | None]:
+    """Return the tiles and windows that fit, and what the smallest costs."""
+    fitting: list[Choice] = []
     smallest: Work | None = None
     for window in _windows(tiling, tile or tiling.shape):
         size, before = window[tiling.leading :], len(fitting)
@@ -208,20 +319,63 @@ def choose(
                 smallest = found
             if found.memory > memory:
                 break
-            fitting.append((chosen, size, found))
+            fitting.append(Choice(chosen, size, None, found))
         if len(fitting) == before:
             break
-    if not fitting:
-        assert smallest is not None
-        raise BadRequest(
-            f"memory (={describe_bytes(memory)}) must hold the {'' if tile else 'smallest '}tile"
-            f" (={describe_bytes(smallest.memory)}); give more with --memory"
-            + (" or a smaller --tile" if tile else "")
+    return fitting, smallest
+
+
+def _sweeps(
+    tiling: Tiling, unit: Shape, chunks: Shape, memory: int, tile: Shape | None
+) -> tuple[list[Choice], Work | None]:
+    """Return the sweeps that fit, as long as the volume, and what the smallest costs."""
+    fitting: list[Choice] = []
+    smallest: Work | None = None
+    if tiling.graph is None or tiling.leading:
+        return fitting, smallest
+    for axis, slab in itertools.product(range(len(tiling.shape)), SLABS[tiling.profile.axes]):
+        slab = min(ceil_to(slab, tiling.step[axis]), (tile or tiling.shape)[axis])
+        for cross in [tile] if tile else _crosses(tiling, unit, axis):
+            found = sweep_work(tiling, cross, axis, slab, chunks, unit)
+            if smallest is None or found.memory < smallest.memory:
+                smallest = found
+            if found.memory > memory:
+                break
+            window = (*cross[:axis], slab, *cross[axis + 1 :])
+            fitting.append(Choice(cross, window, axis, found))
+    return fitting, smallest
+
+
+def _crosses(tiling: Tiling, unit: Shape, axis: int) -> Iterator[Shape]:
+    """Yield tiles as long as the volume along an axis, from thin to thick; whole write units."""
+    whole = tuple(ceil_to(n, u) for n, u in zip(tiling.shape, unit, strict=True))
+    last: Shape = ()
+    for edge in (base * 2**power for power in range(4, 60) for base in (1, 1.5)):
+        tile = tuple(
+            n if a == axis else min(ceil_to(int(edge), u), n)
+            for a, (u, n) in enumerate(zip(unit, whole, strict=True))
         )
-    least = min(found.time for _, _, found in fitting)
-    paying = [choice for choice in fitting if choice[2].time <= GAIN * least]
-    best = min(paying, key=lambda choice: choice[2].memory)
-    return best[0], best[1]
+        if tile != last:
+            yield tile
+        last = tile
+        if tile == whole:
+            return
+
+
+def _shortened(tiling: Tiling, unit: Shape, chunks: Shape, choice: Choice) -> Choice:
+    """Return the shortest tiles that take next to no more time: less is lost where one fails."""
+    axis = choice.sweep
+    assert axis is not None
+    length = unit[axis]
+    while length < choice.tile[axis]:
+        tile = (*choice.tile[:axis], length, *choice.tile[axis + 1 :])
+        slab = min(choice.window[axis], length)
+        found = sweep_work(tiling, tile, axis, slab, chunks, unit)
+        if found.time <= LOSS * choice.work.time and found.memory <= GAIN * choice.work.memory:
+            window = (*choice.window[:axis], slab, *choice.window[axis + 1 :])
+            return replace(choice, tile=tile, window=window, work=found)
+        length *= 2
+    return choice
 
 
 def _windows(tiling: Tiling, room: Shape) -> Iterator[Shape]:

@@ -14,13 +14,14 @@ import numpy as np
 
 from tilepipe.engines import TileResult
 from tilepipe.errors import TileError
+from tilepipe.feed import Feed, Store, blocks
 from tilepipe.geometry import Region
 from tilepipe.model import load_model
 from tilepipe.plan import whole_graph
-from tilepipe.predict import Predictor
+from tilepipe.predict import Predictor, keep_memory
 from tilepipe.regions import Regions, regions_of
 from tilepipe.target import open_target
-from tilepipe.tiling import SLOTS
+from tilepipe.tiling import SLOTS, block_rows
 from tilepipe.volume import open_volume, read_mirrored, read_zero_padded
 from tilepipe.windows import Window, Windows, cut, read_box
 
@@ -42,8 +43,11 @@ class SegmentJob:
 
     @property
     def slots(self) -> int:
-        """Tiles in flight in a process: one is read, one computed, one written."""
-        return SLOTS
+        """Tiles in flight in a process: one is read, one computed, one written.
+
+        A sweep reads and writes its own rows meanwhile; beside it the next tile begins to read.
+        """
+        return SLOTS if self.plan.sizes.sweep is None else 2
 
     def open(self) -> Callable[[int], TileResult]:
         """Load the model, open source and target; return what processes a tile by its index."""
@@ -69,11 +73,16 @@ class Worker:
 
     def __init__(self, plan: Plan) -> None:
         options = plan.options
+        if plan.sizes.device == "cpu":
+            keep_memory()
         self._plan = plan
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
         self._target = open_target(plan.target)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._reading = threading.Lock()  # one tile at a time, or memory is not what was planned
+        self._sweeping = threading.Lock()
+        self._reads = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-read")
+        self._writes = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-write")
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
         self._predictor = self._compute.submit(self._load).result()
 
@@ -88,12 +97,15 @@ class Worker:
         if model.digest != self._plan.model.digest:
             raise TileError(f"model (={model.path}) has changed since the plan was made")
         plan = self._plan
-        graph = whole_graph(model, plan.profile, plan.box) if plan.strategy == "regions" else None
+        graph = None
+        if plan.strategy != "windows":
+            graph = whole_graph(model, plan.profile, plan.box)
         self._cuts: Windows | Regions
         if graph is None:
             self._cuts = Windows(plan.profile, plan.sizes.window, plan.limit)
         else:
-            self._cuts = regions_of(plan.profile, graph, plan.box, plan.sizes.window)
+            size = plan.sizes.window if plan.sizes.sweep is None else plan.sizes.tile
+            self._cuts = regions_of(plan.profile, graph, plan.box, size)
         device = options.device if options.device != "auto" else self._plan.sizes.device
         return Predictor(
             model,
@@ -108,6 +120,8 @@ class Worker:
 
     def __call__(self, index: int) -> TileResult:
         """Read, compute and write one tile; its voxels are in the target when this returns."""
+        if self._plan.sizes.sweep is not None:
+            return self._sweep(index, self._plan.sizes.sweep)
         write = self._plan.grid[index].write
         began = time.perf_counter()
         part = self.read(write)
@@ -126,28 +140,84 @@ class Worker:
             worker=self._name,
         )
 
+    def _sweep(self, index: int, axis: int) -> TileResult:
+        """Read, compute and write one tile slab by slab, all three at once."""
+        plan, cuts = self._plan, self._cuts
+        assert isinstance(cuts, Regions)
+        write = plan.grid[index].write
+        slab, unit = plan.sizes.window[axis], plan.sizes.unit[axis]
+        spoiled, loading = 0, 0.0
+
+        def load(region: Region) -> NDArray[np.float32]:
+            nonlocal spoiled, loading
+            began = time.perf_counter()
+            image = self._read(region)
+            inside = region.intersect(write)
+            spoiled += _spoiled(image[(slice(None), *inside.within(region.start))])
+            grey = np.moveaxis(self._normalized(image, region), (1 + axis, 0), (0, -1))
+            loading += time.perf_counter() - began
+            return np.ascontiguousarray(grey)
+
+        box = read_box(cut(cuts, plan.profile.axes, write))
+        rows = block_rows(slab, plan.source.chunks[axis])
+        parts = list(blocks(box.start[axis], box.stop[axis], plan.source.shape[axis], rows))
+        feed = Feed(box, axis=axis, parts=parts, load=load, pool=self._reads)
+        with self._sweeping:
+            began = time.perf_counter()
+            output, origin = cuts.output_box(write), cuts.origin[axis]
+            swept = self._predictor.sweep(
+                output,
+                axis,
+                slab,
+                lambda r: feed.rows(r.start[axis] + origin, r.stop[axis] + origin),
+            )
+            store = Store(self._target, write, axis=axis, unit=unit, pool=self._writes)
+            while (found := self._compute.submit(next, swept, None).result()) is not None:
+                store.add(found[1] if plan.options.write != "labels" else found[1][0])
+            computing = time.perf_counter() - began
+        writing = store.finish()
+        return TileResult(
+            index=index,
+            voxels=write.size,
+            nonfinite=spoiled,
+            read_seconds=loading,
+            compute_seconds=computing - feed.waited - store.waited,
+            write_seconds=writing,
+            worker=self._name,
+        )
+
+    def _read(self, region: Region) -> NDArray[np.generic]:
+        """Return a region of the source, which goes on mirrored or as zeros."""
+        read = read_mirrored if self._plan.limit is None else read_zero_padded
+        return read(self._volume, region)
+
+    def _normalized(self, image: NDArray[np.generic], region: Region) -> NDArray[np.float32]:
+        """Return what the network is given for voxels of the source."""
+        plan = self._plan
+        assert plan.normalization is not None
+        grey = plan.normalization.apply(image)
+        if image.dtype.kind == "f":
+            np.nan_to_num(grey, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        if plan.limit is not None:
+            _clear_outside(grey, region, plan.source.shape)
+        return grey
+
     def read(self, write: Region) -> Part:
         """Read what a tile needs: its halo comes straight from the source."""
         windows = cut(self._cuts, self._plan.profile.axes, write)
         box = read_box(windows)
-        read = read_mirrored if self._plan.limit is None else read_zero_padded
         with self._reading:
-            return Part(write, windows, box, read(self._volume, box))
+            return Part(write, windows, box, self._read(box))
 
     def answer(self, part: Part) -> tuple[NDArray[np.generic], float]:
         """Run the network over a tile's windows; shape (channels, *write.shape), and seconds."""
         began = time.perf_counter()
         plan = self._plan
-        assert plan.normalization is not None
         leading = len(part.write.start) - plan.profile.axes
         answer = np.empty((plan.answer.channels, *part.write.shape), plan.answer.dtype)
         for window in part.windows:
             seen = part.image[(slice(None), *window.read.within(part.box.start))]
-            grey = plan.normalization.apply(seen)
-            if seen.dtype.kind == "f":
-                np.nan_to_num(grey, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-            if plan.limit is not None:
-                _clear_outside(grey, window.read, plan.source.shape)
+            grey = self._normalized(seen, window.read)
             grey = grey.reshape(grey.shape[0], *grey.shape[1 + leading :])
             keep = Region(window.keep.start[leading:], window.keep.stop[leading:])
             if isinstance(self._cuts, Regions):
