@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,20 +16,33 @@ from torch.utils.flop_counter import FlopCounterMode
 import tilepipe as tp
 from tests import zoo
 from tests.support import noise, write_unet, write_volume
+from tilepipe.cost import Liveness
 from tilepipe.engines import serial
 from tilepipe.errors import BadRequest
+from tilepipe.evaluate import RegionEvaluator
 from tilepipe.geometry import Region, ceil_to, mirror
+from tilepipe.model import wrap
+from tilepipe.network import export
 from tilepipe.options import Options
 from tilepipe.plan import default_target
+from tilepipe.profile import find_profile
+from tilepipe.regions import regions_of
 from tilepipe.segment import _create
+from tilepipe.sweep import Sweep
 from tilepipe.tiling import _decoded
 from tilepipe.volume import Volume
+from tilepipe.windows import whole
 from tilepipe.worker import SegmentJob, Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from tilepipe.model import Model
+    from tilepipe.regions import Regions
+    from tilepipe.windows import Span
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +55,9 @@ def source(tmp_path: Path) -> Path:
     return write_volume(tmp_path / "image.zarr", noise(90, 110), "yx", chunks=(32, 32))
 
 
+@pytest.mark.parametrize("strategy", ["direct", "sweep"])
 def test_bytes_read_are_what_is_decoded(
-    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = 0
     read = Volume.read
@@ -57,10 +72,22 @@ def test_bytes_read_are_what_is_decoded(
         return read(self, region)
 
     monkeypatch.setattr(Volume, "read", counted)
-    options = Options(tile=(32, 48), chunks=(16, 16))
+    options = Options(tile=(32, 48), chunks=(16, 16), strategy=strategy)
     report = tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
     assert decoded == report.plan.costs.read_bytes
-    assert report.plan.costs.calls == report.plan.costs.tiles == 9
+    assert report.plan.costs.tiles == 9
+    if strategy == "direct":
+        assert report.plan.costs.calls == 9
+
+
+class Here(ThreadPoolExecutor):
+    """Runs what is submitted at once, in the thread that submits it."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **more: Any) -> Future[Any]:
+        """Return what is done already."""
+        done: Future[Any] = Future()
+        done.set_result(function(*args, **more))
+        return done
 
 
 @pytest.mark.parametrize(
@@ -70,6 +97,10 @@ def test_bytes_read_are_what_is_decoded(
         ("Residual", "regions"),
         ("Modern", "regions"),
         ("align_corners", "regions"),
+        ("valid_unet", "sweep"),
+        ("Residual", "sweep"),
+        ("Modern", "sweep"),
+        ("align_corners", "sweep"),
         ("same_unet", "windows"),
         ("Residual", "windows"),
     ],
@@ -79,7 +110,10 @@ def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path
     torch.save(getattr(zoo, name)().state_dict(), tmp_path / "weights.pt")
     channels = 2 if name == "Residual" else 1
     source = write_volume(tmp_path / "v.zarr", noise(channels, 90, 110), "cyx")
-    options = Options(network=f"tests.zoo:{name}", tile=(32, 48), chunks=(16, 16), inexact=True)
+    options = Options(
+        network=f"tests.zoo:{name}", tile=(32, 48), chunks=(16, 16), inexact=True,
+        strategy="sweep" if strategy == "sweep" else "direct",
+    )  # fmt: skip
     plan = tp.plan(source, model=tmp_path / "weights.pt", output=tmp_path / "o", options=options)
     if strategy == "windows":
         network = tp.load_model(tmp_path / "weights.pt", network=f"tests.zoo:{name}").module
@@ -93,14 +127,15 @@ def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path
     _create(plan, overwrite=False)
     worker = SegmentJob(plan, "key").open()
     assert isinstance(worker, Worker)
+    worker._compute = Here()  # the counter sees its own thread only
     with FlopCounterMode(display=False) as counter:
         for tile in plan.grid:
-            worker.answer(worker.read(tile.write))
+            worker(tile.index)
     assert counter.get_total_flops() // 2 == plan.costs.multiply_adds
     network = tp.load_model(tmp_path / "weights.pt", network=f"tests.zoo:{name}").module
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, channels, *plan.box.shape))
-    if strategy == "regions":
+    if strategy != "windows":
         assert counter.get_total_flops() // 2 == plan.costs.floor
 
 
@@ -110,6 +145,39 @@ def test_chunks_that_a_mirrored_range_needs(length: int, chunk: int, low: int, s
     first, last = places.min() // chunk * chunk, min(length, ceil_to(int(places.max()) + 1, chunk))
     if low < length and low + size > 0:  # as every window, it holds voxels of the volume
         assert _decoded(low, low + size, length, chunk) == last - first
+
+
+def swept(name: str, length: int) -> tuple[Regions, list[list[Span]], Model]:
+    """Return a region ``length`` rows long with its spans, and its network."""
+    model = wrap(getattr(zoo, name)().float())
+    profile = find_profile(model)
+    box = whole(profile, (length, 512), None)
+    graph = export(model.on_meta(), (1, 1, *box.shape))
+    regions = regions_of(profile, graph, box, (length, 256))
+    return regions, [regions.along(0, 0, length), regions.along(1, 0, 256)], model
+
+
+@pytest.mark.parametrize("name", ["valid_unet", "same_unet", "bilinear"])
+def test_a_longer_sweep_takes_no_more_memory(name: str) -> None:
+    costs = [
+        regions.swept(spans, 0, 64)
+        for regions, spans, _ in (swept(name, 64 * times) for times in (8, 32, 320))
+    ]
+    assert costs[2].multiply_adds > 9 * costs[1].multiply_adds
+    assert costs[2].peak == costs[1].peak <= 1.1 * costs[0].peak
+
+
+@pytest.mark.parametrize("name", ["valid_unet", "same_unet", "align_corners"])
+def test_the_memory_of_a_sweep_is_what_its_tensors_take(name: str) -> None:
+    regions, spans, model = swept(name, 512)
+    predicted = regions.swept(spans, 0, 64).peak
+    output = regions.output_box(Region((0, 0), (512, 256)))
+    sweep = Sweep(RegionEvaluator(regions.graph, model.on_meta()), output, 0)
+    alive = Liveness(torch.empty(1, device="meta"))
+    with torch.inference_mode(), alive:
+        for _ in sweep.run(64, lambda r: torch.empty(1, 1, *r.shape, device="meta")):
+            pass
+    assert 0.7 * alive.peak <= predicted <= 1.45 * alive.peak
 
 
 def test_a_larger_memory_never_costs_more_work(model: Path, source: Path) -> None:

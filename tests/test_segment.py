@@ -32,8 +32,11 @@ def assert_close(found: NDArray[np.generic], truth: NDArray[np.generic]) -> None
     assert np.abs(found - truth).max() <= 1e-5 * np.ptp(truth)
 
 
+@pytest.mark.parametrize("strategy", ["sweep", "direct"])
 @pytest.mark.parametrize("write", ["labels", "probabilities", "logits", "values"])
-def test_a_plane_in_tiles_is_one_pass_over_the_whole(tmp_path: Path, write: str) -> None:
+def test_a_plane_in_tiles_is_one_pass_over_the_whole(
+    tmp_path: Path, write: str, strategy: str
+) -> None:
     model = write_unet(tmp_path / "unet.pt")
     image = noise(101, 83)
     source = write_volume(tmp_path / "image.zarr", image, "yx")
@@ -41,7 +44,7 @@ def test_a_plane_in_tiles_is_one_pass_over_the_whole(tmp_path: Path, write: str)
         source,
         model=model,
         output=tmp_path / "out.zarr",
-        options=Options(write=write, tile=(32, 20)),
+        options=Options(write=write, tile=(32, 20), strategy=strategy),
     )
     assert (report.done, report.tiles, report.failures) == (20, 20, [])
     truth = one_pass(model, image[None] / 255)
@@ -120,6 +123,39 @@ def test_several_windows_in_a_tile_and_shards(tmp_path: Path) -> None:
     tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
     assert_close(read(tmp_path / "out.zarr"), one_pass(model, image[None] / 255))
     assert zarr.open_array(tmp_path / "out.zarr/0").shards == (1 * 2, 80, 64)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_sweep_along_any_axis_and_with_any_engine(tmp_path: Path, axis: int) -> None:
+    """Long tiles, several channels in and out, units of several slabs, NaN counted once."""
+    model = write_unet(tmp_path / "unet.pt", ndim=3, depth=2, in_channels=2, normalize="none")
+    shape = [20, 20, 20]
+    shape[axis] = 83
+    image = noise(2, *shape, dtype="float32")
+    image[0, 3, 4, 5] = np.nan
+    source = write_volume(tmp_path / "image.zarr", image, "czyx", chunks=(1, 9, 9, 9))
+    tile = tuple(40 if a == axis else 10 for a in range(3))
+    options = Options(write="probabilities", tile=tile, chunks=(10, 10, 10), strategy="sweep")
+    reports = [
+        tp.segment(
+            source, model=model, output=tmp_path / engine, options=options, engine=engine
+        )
+        for engine in ("serial", "dask")
+    ]  # fmt: skip
+    assert all(report.plan.sizes.sweep is not None for report in reports)
+    assert [report.nonfinite for report in reports] == [1, 1]
+    assert reports[0].plan.identity() == reports[1].plan.identity()
+    found, other = read(tmp_path / "serial"), read(tmp_path / "dask")
+    assert found.tobytes() == other.tobytes()
+    truth = one_pass(model, np.nan_to_num(image, nan=0.0))
+    assert_close(found, torch.softmax(torch.from_numpy(truth), 0).numpy())
+
+
+def test_a_sweep_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    model = write_unet(tmp_path / "unet.pt")
+    source = write_volume(tmp_path / "image.zarr", noise(4, 40, 40), "zyx")
+    with pytest.raises(BadRequest, match=r"strategy .*=sweep.* as many axes as the volume"):
+        tp.plan(source, model=model, options=Options(strategy="sweep"))
 
 
 def test_one_channel_and_its_threshold(tmp_path: Path) -> None:
@@ -211,7 +247,10 @@ def test_sizes_are_numbers(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("boundary", ["mirror", "network"])
 @pytest.mark.parametrize("network", ["align_corners", "bilinear", "Residual"])
-def test_padded_networks_at_odd_sizes(tmp_path: Path, network: str, boundary: str) -> None:
+@pytest.mark.parametrize("strategy", ["regions", "sweep"])
+def test_padded_networks_at_odd_sizes(
+    tmp_path: Path, network: str, boundary: str, strategy: str
+) -> None:
     """Regions of the whole graph are exact where no lattice is."""
     torch.manual_seed(0)
     module = getattr(zoo, network)().eval()
@@ -220,13 +259,14 @@ def test_padded_networks_at_odd_sizes(tmp_path: Path, network: str, boundary: st
     image = noise(channels, 61, 85, dtype="float32")
     source = write_volume(tmp_path / "image.zarr", image, "cyx")
     options = Options(
-        write="logits", tile=(16, 32), boundary=boundary, network=f"tests.zoo:{network}"
-    )
+        write="logits", tile=(16, 32), boundary=boundary, network=f"tests.zoo:{network}",
+        strategy="sweep" if strategy == "sweep" else "direct",
+    )  # fmt: skip
     report = tp.segment(
         source, model=tmp_path / "weights.pt", output=tmp_path / "out.zarr", options=options
     )
     plan = report.plan
-    assert plan.strategy == "regions"
+    assert plan.strategy == strategy
     whole = image
     for axis, (a, b) in enumerate(zip(plan.box.start, plan.box.stop, strict=True), start=1):
         if boundary == "mirror":

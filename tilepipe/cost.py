@@ -27,7 +27,7 @@ class Cost:
     """Bytes of tensors alive at once, input and output included; in 3D a convolution's too."""
 
 
-class _Liveness(TorchDispatchMode):
+class Liveness(TorchDispatchMode):
     """Adds up the bytes of the tensors that are alive after each operation."""
 
     def __init__(self, image: torch.Tensor) -> None:
@@ -64,7 +64,7 @@ class _Liveness(TorchDispatchMode):
 
 def measure_cost(network: nn.Module, image: torch.Tensor) -> Cost:
     """Return the cost of ``network(image)``; both lie on ``meta``."""
-    liveness = _Liveness(image)
+    liveness = Liveness(image)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with FlopCounterMode(display=False) as flops, liveness:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import CACHE, Step, chains, steps, sweeps_as_view
+from tilepipe.sweep import CACHE, Step, chains, is_transposed, steps, sweeps_as_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,13 +87,10 @@ class Regions:
         Multiply-adds are exact: those of an operation are a product over the axes of the rows it
         computes. The peak is that of one region, from the liveness of the tensors.
         """
-        chosen = []
-        for axis, along in enumerate(spans):
-            alike = Counter[tuple[int, int]]()
-            for _, _, a, b in along:
-                moved = self.moved(axis, a, b)
-                alike[a - moved, b - moved] += 1
-            chosen.append([(self.rows(axis, a, b), n) for (a, b), n in alike.items()])
+        chosen = [
+            [(self.rows(axis, a, b), n) for (a, b), n in self._alike(axis, along).items()]
+            for axis, along in enumerate(spans)
+        ]
         total = 0
         for item in self.graph.nodes:
             if weights := _weights(item):
@@ -114,19 +111,19 @@ class Regions:
         The peak is that of a region away from the borders, or at the start, and no longer than it
         takes to be alike from slab to slab.
         """
-        total = self.cost(spans).multiply_adds
+        total = self.cost(spans).multiply_adds + self._again(spans, axis, slab)
         widths = {
             node: _voxel_bytes(self.graph, node)
             for node in (self.graph.source, *(item.node for item in self.graph.nodes))
         }
         for other, along in enumerate(spans):
             if other != axis:
-                rows = [self.rows(other, a - m, b - m) for a, b, m in self._alike(other, along)]
+                rows = [self.rows(other, a, b) for a, b in self._alike(other, along)]
                 for node in widths:
                     widths[node] *= max(r[node][1] - r[node][0] if node in r else 0 for r in rows)
         first = self.origin[axis] + self.offset[axis]
         peak = 0
-        for a, b, _ in self._alike(axis, spans[axis])[:2]:
+        for a, b in list(self._alike(axis, spans[axis]))[:2]:
             schedule = self._schedule(axis, a - first, b - first, slab)
             memory = _SweptMemory(self.graph, axis, widths)
             for step in schedule:
@@ -134,13 +131,37 @@ class Regions:
             peak = max(peak, memory.peak)
         return Cost(total, peak)
 
-    def _alike(self, axis: int, spans: Sequence[Span]) -> list[tuple[int, int, int]]:
-        """Return one of all regions that need as many rows: its rows, and how far to move it."""
-        found: dict[tuple[int, int], tuple[int, int, int]] = {}
+    def _again(self, spans: Sequence[Sequence[Span]], axis: int, slab: int) -> int:
+        """Return the multiply-adds of what two slabs compute: where transposed kernels overlap."""
+        total, first = 0, self.origin[axis] + self.offset[axis]
+        for item in self.graph.nodes:
+            rule = item.reading.accesses[0].rules[axis]
+            if not is_transposed(item) or rule.last - rule.first < rule.den:
+                continue
+            rows = 0
+            for (a, b), n in self._alike(axis, spans[axis]).items():
+                once = _computed(self.graph, item, axis, self.rows(axis, a, b))
+                every = steps(self.graph, axis, a - first, b - first, slab)
+                new = (_computed(self.graph, item, axis, step.new) for step in every)
+                rows += n * (sum(new) - once)
+            for other, along in enumerate(spans):
+                if other != axis:
+                    alike = self._alike(other, along).items()
+                    computed = (
+                        n * _computed(self.graph, item, other, self.rows(other, a, b))
+                        for (a, b), n in alike
+                    )
+                    rows *= sum(computed)
+            total += _weights(item) * rows
+        return total
+
+    def _alike(self, axis: int, spans: Sequence[Span]) -> Counter[Rows]:
+        """Return one of all regions that need as many rows, as volume voxels, and their number."""
+        alike = Counter[Rows]()
         for _, _, a, b in spans:
             moved = self.moved(axis, a, b)
-            found.setdefault((a - moved, b - moved), (a, b, moved))
-        return list(found.values())
+            alike[a - moved, b - moved] += 1
+        return alike
 
     def _schedule(self, axis: int, start: int, stop: int, slab: int) -> list[Step]:
         """Return the steps until they are alike."""
@@ -227,6 +248,11 @@ class _SweptMemory:
         between = 0  # what is read as one, and what is made before it is put in its place
         if len(self._held[read]) > 1 and item.operation.name != "cat" and node not in self._views:
             between += count * self._widths[read]
+        first = (chain or (item,))[0]
+        if any(rule.first < 0 for a in first.reading.accesses for rule in a.rules):
+            between += count * self._widths[read]  # with the rows outside put round it
+        if "upsample" in first.operation.name:
+            between += 2 * count * self._widths[node]
         if chain:
             between += min(CACHE, count * self._widths[node])
         elif kept and item.operation.name not in ("relu", "cat"):
@@ -234,11 +260,11 @@ class _SweptMemory:
         if node in self._views or not 0 < kept <= count:
             self._append(node, rows)
         else:
-            old, first = sum(piece[2] for piece in pieces), pieces[0][0]
-            made = (rows[1] - first) * self._widths[node]
+            old, start = sum(piece[2] for piece in pieces), pieces[0][0]
+            made = (rows[1] - start) * self._widths[node]
             self.peak = max(self.peak, self._alive + made + between)
             self._alive += made - old
-            self._held[node] = [(first, rows[1], made)]
+            self._held[node] = [(start, rows[1], made)]
         self.peak = max(self.peak, self._alive + between)
 
     def _let_go(self, node: fx.Node, keep: int) -> None:
@@ -283,12 +309,12 @@ def _weights(item: Node) -> int:
     return 0
 
 
-def _computed(graph: Graph, item: Node, axis: int, rows: dict[fx.Node, Rows]) -> int:
+def _computed(graph: Graph, item: Node, axis: int, rows: Mapping[fx.Node, Rows]) -> int:
     """Return the rows along one axis that multiply: of the output, or of what is transposed."""
     if item.node not in rows:
         return 0
     low, high = rows[item.node]
-    if "transpose" in item.operation.name or item.operation.arguments.get("transposed"):
+    if is_transposed(item):
         [(source, read)] = reads_along(graph, item, axis, (low, high))
         low, high = clip(read, extents(graph, source)[axis])
     return high - low

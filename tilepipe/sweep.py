@@ -99,7 +99,12 @@ def _until(
         if item.node in until and until[item.node] > done[item.node]:
             new = done[item.node], until[item.node]
             for source, rows in reads_along(graph, item, axis, new):
-                until[source] = max(until[source], clip(rows, extents(graph, source)[axis])[1])
+                high = clip(rows, extents(graph, source)[axis])[1]
+                until[source] = max(until[source], high)
+                if is_transposed(item):  # all that the rows read give, or they are read again
+                    rule = item.reading.accesses[0].rules[axis]
+                    given = (high * rule.den - rule.last) // rule.num
+                    until[item.node] = max(until[item.node], min(given, final[item.node][1]))
     return until
 
 
@@ -323,7 +328,7 @@ def chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
     found: dict[fx.Node, tuple[Node, ...]] = {}
     for item in graph.nodes:
         name = item.operation.name
-        if "conv" in name and "transpose" not in name and not item.operation.number("transposed"):
+        if "conv" in name and not is_transposed(item):
             found[item.node] = (item,)
             continue
         if len(item.reading.accesses) != 1 or is_special(item):
@@ -337,6 +342,14 @@ def chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
         ):
             found[item.node] = (*found.pop(access.source), item)
     return {node: chain for node, chain in found.items() if len(chain) > 1}
+
+
+def is_transposed(item: Node) -> bool:
+    """Whether an operation is a transposed convolution."""
+    name = item.operation.name
+    return "conv" in name and (
+        "transpose" in name or bool(item.operation.arguments.get("transposed"))
+    )
 
 
 def sweeps_as_view(graph: Graph, item: Node) -> bool:
