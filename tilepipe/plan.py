@@ -358,7 +358,9 @@ def _sizes(
         found = choose(tiling, shards or chunks, volume.chunks, memory, tile, options.strategy)
         sweep = found.sweep
         return Sizes(found.tile, found.window, chunks, shards, threads, device, sweep), found.why
-    sizes = Sizes(tile, window, chunks, shards, threads, device, cast("int | None", kept["sweep"]))
+    sizes = Sizes(
+        tile, window, chunks, shards, threads, device, cast("int | None", kept.get("sweep"))
+    )
     need = _work(tiling, volume, sizes).memory
     if options.memory is not None and need > options.memory:
         raise BadRequest(

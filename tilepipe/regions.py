@@ -157,7 +157,7 @@ class Regions:
 
     def _alike(self, axis: int, spans: Sequence[Span]) -> Counter[Rows]:
         """Return one of all regions that need as many rows, as volume voxels, and their number."""
-        alike = Counter[Rows]()
+        alike: Counter[Rows] = Counter()
         for _, _, a, b in spans:
             moved = self.moved(axis, a, b)
             alike[a - moved, b - moved] += 1

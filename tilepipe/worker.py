@@ -172,8 +172,12 @@ class Worker:
                 lambda r: feed.rows(r.start[axis] + origin, r.stop[axis] + origin),
             )
             store = Store(self._target, write, axis=axis, unit=unit, pool=self._writes)
-            while (found := self._compute.submit(next, swept, None).result()) is not None:
-                store.add(found[1] if plan.options.write != "labels" else found[1][0])
+            try:
+                while (found := self._compute.submit(next, swept, None).result()) is not None:
+                    store.add(found[1] if plan.options.write != "labels" else found[1][0])
+            except BaseException:
+                store.finish()  # when the tile is tried again, nobody else may write there
+                raise
             computing = time.perf_counter() - began
         writing = store.finish()
         return TileResult(
