@@ -14,7 +14,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.evaluate import RegionEvaluator
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
 from tilepipe.model import load_model
-from tilepipe.network import NotExported, export
+from tilepipe.network import Graph, NotExported, export
 from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.operations import NoRule
 from tilepipe.options import Options
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tilepipe.model import Model
-    from tilepipe.network import Graph
 
 log = logging.getLogger(__name__)
+
+_graphs: dict[tuple[str, Shape], Graph] = {}
+"""The last graph that was exported, which takes seconds: a plan's worker often needs the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,13 +268,17 @@ def whole_graph(model: Model, profile: Profile, box: Region) -> Graph | None:
     """
     if profile.method != "graph" or profile.fixed or profile.troubles:
         return None
-    try:
-        graph = export(model.on_meta(), (1, model.channels, *box.shape))
-        RegionEvaluator(graph, model.on_meta())
-    except (NotExported, NoRule) as reason:
-        log.info("tiles are computed in windows: %s", reason)
-        return None
-    return graph
+    key = model.digest, box.shape
+    if key not in _graphs:
+        try:
+            graph = export(model.on_meta(), (1, model.channels, *box.shape))
+            RegionEvaluator(graph, model.on_meta())
+        except (NotExported, NoRule) as reason:
+            log.info("tiles are computed in windows: %s", reason)
+            return None
+        _graphs.clear()
+        _graphs[key] = graph
+    return _graphs[key]
 
 
 def default_target(source: str | Path) -> str:
