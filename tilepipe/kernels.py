@@ -15,25 +15,13 @@ if TYPE_CHECKING:
     from tilepipe.geometry import Region
 
 
-def call(
-    node: fx.Node, values: Mapping[fx.Node, object], replaced: Mapping[str, object] | None = None
-) -> object:
-    """Call a node's operation on these values, with some of its arguments replaced by name."""
+def call(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
+    """Call a node's operation on these values."""
     target = cast("Callable[..., object]", node.target)
-    args: list[object] = list(node.args)
-    kwargs: dict[str, object] = dict(node.kwargs)
-    if replaced:
-        schema = cast("torch._ops.OpOverload", node.target)._schema
-        for place, argument in enumerate(schema.arguments):
-            if argument.name in replaced:
-                if place < len(args):
-                    args[place] = replaced[argument.name]
-                else:
-                    kwargs[argument.name] = replaced[argument.name]
-    filled = tree_map(
-        lambda leaf: values[leaf] if isinstance(leaf, fx.Node) else leaf, (args, kwargs)
+    args, kwargs = tree_map(
+        lambda leaf: values[leaf] if isinstance(leaf, fx.Node) else leaf, (node.args, node.kwargs)
     )
-    return target(*filled[0], **filled[1])
+    return target(*args, **kwargs)
 
 
 def convolve(

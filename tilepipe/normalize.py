@@ -5,7 +5,6 @@ All four ways are one map for each channel: ``(value - center) * scale``.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.volume import Volume
-
-log = logging.getLogger(__name__)
 
 BINS = 65536
 """Of the histogram from which percentiles are read; exact for integers of up to 16 bits."""

@@ -125,7 +125,7 @@ class Regions:
         peak = 0
         for a, b in list(self._alike(axis, spans[axis]))[:2]:
             schedule = self._schedule(axis, a - first, b - first, slab)
-            memory = _SweptMemory(self.graph, axis, widths)
+            memory = _SweptMemory(self.graph, widths)
             for step in schedule:
                 memory.take(step)
             peak = max(peak, memory.peak)
@@ -203,9 +203,9 @@ class Regions:
 class _SweptMemory:
     """The bytes that `Sweep` holds, by the decisions that it takes, without a tensor."""
 
-    def __init__(self, graph: Graph, axis: int, widths: Mapping[fx.Node, int]) -> None:
-        """``widths`` are the bytes of one row of each node along the axis."""
-        self._graph, self._axis, self._widths = graph, axis, widths
+    def __init__(self, graph: Graph, widths: Mapping[fx.Node, int]) -> None:
+        """``widths`` are the bytes of one row of each node along the axis of the sweep."""
+        self._graph, self._widths = graph, widths
         self._chains = chains(graph)
         self._inner = {link.node for chain in self._chains.values() for link in chain[:-1]}
         self._last = {a.source: item.node for item in graph.nodes for a in item.reading.accesses}

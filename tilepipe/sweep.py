@@ -2,7 +2,7 @@
 
 Each row of each operation is computed once: of every tensor the trailing rows are kept that later
 rows of other operations read. So memory does not grow with the region's length along the axis,
-and nothing is computed twice along it.
+and nothing is computed twice along it but what overlapping transposed kernels share.
 """
 
 from __future__ import annotations
