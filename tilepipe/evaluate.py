@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tilepipe.geometry import Region
-from tilepipe.kernels import call, convolve, crop, fit
+from tilepipe.kernels import call, convolve, convolve_transposed, crop, fit
 from tilepipe.operations import NoRule, shape_of
 from tilepipe.rows import extents, inside_of, needs, pad_mode, padded_rows, pads_of, reads
 
@@ -233,14 +233,13 @@ class RegionEvaluator:
         written = Region(start, stop)
         added = None if bias is None else cast("Tensor", values[bias])
         covered = written.intersect(box) == box
-        function = F.conv_transpose2d if axes == 2 else F.conv_transpose3d
         full = self._turned(
             cast("Tensor", values[source]),
-            lambda turned: function(
+            lambda turned: convolve_transposed(
                 turned,
                 self._turned_weight(weight),
                 added if covered else None,
-                self._order(stride),
+                stride=self._order(stride),
                 groups=operation.number("groups", 1),
                 dilation=self._order(dilation),
             ),

@@ -35,13 +35,37 @@ def convolve(
     groups: int,
 ) -> Tensor:
     """Convolve; in 3D on a CPU always by oneDNN, as the library does for large tensors only."""
-    known = tensor.ndim == 5 and tensor.device.type == "cpu" and tensor.dtype == torch.float32
-    if known and torch.backends.mkldnn.is_available():
+    if _is_slow(tensor):
         return torch.mkldnn_convolution(
             tensor, weight, bias, tuple(padding), tuple(stride), tuple(dilation), groups
         )
     function = F.conv2d if tensor.ndim == 4 else F.conv3d
     return function(tensor, weight, bias, list(stride), list(padding), list(dilation), groups)
+
+
+def convolve_transposed(
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolve transposed without padding; in 3D on a CPU by oneDNN, as `convolve`."""
+    by_onednn = getattr(torch.ops.mkldnn, "_convolution_transpose_pointwise", None)
+    if groups == 1 and by_onednn is not None and _is_slow(tensor):
+        none = [0] * len(stride)
+        sizes = none, none, list(stride), list(dilation)
+        return cast("Tensor", by_onednn(tensor, weight, bias, *sizes, groups, "none", [], ""))
+    function = F.conv_transpose2d if tensor.ndim == 4 else F.conv_transpose3d
+    return function(tensor, weight, bias, list(stride), 0, 0, groups, list(dilation))
+
+
+def _is_slow(tensor: Tensor) -> bool:
+    """Whether the library computes small tensors of this kind by slow kernels of its own."""
+    plain = tensor.ndim == 5 and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return plain and torch.backends.mkldnn.is_available()
 
 
 def crop(value: object, dims: Sequence[int], rows: Region, origin: Sequence[int]) -> object:

@@ -76,11 +76,23 @@ def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (example,), strict=False)
-            program = program.run_decompositions({})  # without operations in place
+            if not all(_is_plain(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})  # which takes longer than the export
     except Exception as error:
         # torch.export raises whatever the traced code and its own parts raise.
         raise NotExported(first_line(error)) from error
     return _read_graph(program, shape)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether an operation neither changes what it is given nor stands for views of it."""
+    if not isinstance(operation := node.target, torch._ops.OpOverload):
+        return node.op != "call_function"
+    schema, composite = operation._schema, torch._C.DispatchKey.CompositeImplicitAutograd
+    views = any(value.alias_info is not None for value in schema.returns)
+    return not schema.is_mutable and not (
+        views and operation.has_kernel_for_dispatch_key(composite)
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -126,8 +126,11 @@ class Operation:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of a node's tensor, the first one where there are several."""
-    value = node.meta["val"]
-    return tuple(int(n) for n in (value[0] if isinstance(value, list | tuple) else value).shape)
+    if "shape" not in node.meta:  # read once: it is asked for again and again
+        value = node.meta["val"]
+        first = value[0] if isinstance(value, list | tuple) else value
+        node.meta["shape"] = tuple(int(n) for n in first.shape)
+    return cast("tuple[int, ...]", node.meta["shape"])
 
 
 def read_operation(operation: Operation) -> Reading:

@@ -88,6 +88,7 @@ def find_profile(model: Model) -> Profile:
     if not model.exportable:
         return _probed(model)
     best: Profile | None = None
+    place: Shape = ()
     for size in _sizes(model):
         shape = (size,) * model.axes
         try:
@@ -95,17 +96,16 @@ def find_profile(model: Model) -> Profile:
         except NotExported as reason:
             log.warning("the network cannot be exported (%s): it is probed instead", reason)
             return _probed(model)
-        best = best or _smallest(model, found, shape)
-        if not found.off_lattice:
-            return _smallest(model, found, shape)
-        if any("align_corners" in why for why in found.off_lattice):
+        if best is None or not found.off_lattice:
+            best, place = found, shape
+        if not found.off_lattice or any("align_corners" in why for why in found.off_lattice):
             break
     if best is None:
         raise BadRequest(
             f"model (={model.path}) runs on no input of {model.channels} channels and"
             f" {SIZES[0]} to {SIZES[-1]} voxels per side: {model.refusal((SIZES[0],) * model.axes)}"
         )
-    return best
+    return _smallest(model, best, place)
 
 
 def context(model: str | Path | Model | nn.Module, *, network: str | None = None) -> Context:

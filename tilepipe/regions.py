@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import CACHE, Step, chains, is_transposed, steps, sweeps_as_view
+from tilepipe.sweep import CACHE, Step, chains, is_transposed, pieced, steps, sweeps_as_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -208,6 +208,7 @@ class _SweptMemory:
         self._graph, self._widths = graph, widths
         self._chains = chains(graph)
         self._inner = {link.node for chain in self._chains.values() for link in chain[:-1]}
+        self._pieced = pieced(graph)
         self._last = {a.source: item.node for item in graph.nodes for a in item.reading.accesses}
         self._views = {item.node for item in graph.nodes if sweeps_as_view(graph, item)}
         viewed = {i.reading.accesses[0].source for i in graph.nodes if i.node in self._views}
@@ -244,6 +245,8 @@ class _SweptMemory:
         node, count = item.node, rows[1] - rows[0]
         pieces, chain = self._held[node], self._chains.get(node)
         kept = rows[0] - pieces[0][0] if pieces else 0
+        if kept > count or node in self._pieced:
+            kept = 0
         read = (chain or (item,))[0].reading.accesses[0].source
         between = 0  # what is read as one, and what is made before it is put in its place
         if len(self._held[read]) > 1 and item.operation.name != "cat" and node not in self._views:
@@ -257,7 +260,7 @@ class _SweptMemory:
             between += min(CACHE, count * self._widths[node])
         elif kept and item.operation.name not in ("relu", "cat"):
             between += count * self._widths[node]
-        if node in self._views or not 0 < kept <= count:
+        if node in self._views or not kept:
             self._append(node, rows)
         else:
             old, start = sum(piece[2] for piece in pieces), pieces[0][0]

@@ -189,6 +189,7 @@ class Sweep:
         self._held: dict[fx.Node, Held] = {}
         self._chains = chains(self._graph)
         self._inner = {link.node for chain in self._chains.values() for link in chain[:-1]}
+        self._pieced = pieced(self._graph)
 
     def run(self, slab: int, read: Callable[[Region], Tensor]) -> Iterator[tuple[Rows, Tensor]]:
         """Yield rows of the output in order, with batch and channels.
@@ -239,10 +240,12 @@ class Sweep:
             return
         tail = held.pieces[0][2] if held.pieces else None
         kept = rows[0] - held.rows[0] if held.pieces else 0
+        if kept > rows[1] - rows[0] or item.node in self._pieced:
+            tail, kept = None, 0  # the new rows become a piece of their own
         if item.node in self._chains:
-            self._flow(self._chains[item.node], rows, kept if kept <= rows[1] - rows[0] else 0)
+            self._flow(self._chains[item.node], rows, kept)
             return
-        if not isinstance(tail, Tensor) or kept > rows[1] - rows[0]:
+        if not isinstance(tail, Tensor):
             value = self._evaluator.compute(item, region, self._fetch)
             held.pieces.append((*rows, value))
             return
@@ -357,6 +360,17 @@ def sweeps_as_view(graph: Graph, item: Node) -> bool:
     operation = item.operation
     plain = operation.name == "slice" and operation.number("step", 1) == 1
     return plain and _is_spatial(graph, item)
+
+
+def pieced(graph: Graph) -> set[fx.Node]:
+    """Return the nodes that are read by concatenations alone, which take them piece by piece."""
+    found: set[fx.Node] = set()
+    whole = {graph.output}
+    for item in reversed(graph.nodes):
+        cat = item.operation.name == "cat" and not _is_spatial(graph, item)
+        view = sweeps_as_view(graph, item) and item.node not in whole
+        (found if cat or view else whole).update(access.source for access in item.reading.accesses)
+    return found - whole
 
 
 def _is_spatial(graph: Graph, item: Node) -> bool:

@@ -198,7 +198,7 @@ def _crop(skip_BCS: Tensor, like_BCS: Tensor) -> Tensor:
     for axis in range(2, skip_BCS.dim()):
         size = like_BCS.shape[axis]
         start = (skip_BCS.shape[axis] - size) // 2
-        skip_BCS = skip_BCS.narrow(axis, start, size)
+        skip_BCS = skip_BCS[(slice(None),) * axis + (slice(start, start + size),)]
     return skip_BCS
 
 
