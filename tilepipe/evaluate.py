@@ -7,6 +7,7 @@ computed here is a piece of the one pass over the whole, however large and where
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -40,7 +41,7 @@ class RegionEvaluator:
         self.graph = graph
         self.outermost = 0
         """The axis that is outermost in the memory of the tensors that `fetch` gives."""
-        self._weights: dict[tuple[int, int], Tensor] = {}
+        self._weights: dict[tuple[int, int, tuple[int, int] | None], Tensor] = {}
         self._constants = _constants(graph, network)
         self._last: dict[fx.Node, list[fx.Node]] = {}
         unread = {graph.source, *(item.node for item in graph.nodes)}
@@ -101,22 +102,45 @@ class RegionEvaluator:
 
     def convolved(self, item: Node, box: Region, fetch: Fetch) -> object:
         """Convolve, given the rows outside the tensor where only one end has any."""
+        return self._convolved(item, box, fetch, None, None)
+
+    def convolve_joined(self, item: Node, joined: Node, box: Region, fetch: Fetch) -> Tensor:
+        """Convolve the tensors that a node concatenates, one after the other: it is not made."""
+        total, first = None, 0
+        for access in joined.reading.accesses:
+            source, channels = access.source, shape_of(access.source)[1]
+            held = partial(_fetch_of, fetch, source)
+            total = self._convolved(item, box, held, (first, channels), total)
+            first += channels
+        assert total is not None
+        return total
+
+    def _convolved(
+        self,
+        item: Node,
+        box: Region,
+        fetch: Fetch,
+        channels: tuple[int, int] | None,
+        total: Tensor | None,
+    ) -> Tensor:
+        """Convolve some of the input's channels, and add that to the ``total`` of those before."""
         operation, axes = item.operation, len(box.start)
         tensor, _, padding = self._padded(item, box, fetch, 0.0)
         weight = cast("Tensor", self._constants[cast("fx.Node", operation.arguments["weight"])])
+        weight = self._turned_weight(weight, channels)
         bias = cast("fx.Node | None", operation.arguments.get("bias"))
-        return self._turned(
-            tensor,
-            lambda turned: convolve(
-                turned,
-                self._turned_weight(weight),
-                None if bias is None else cast("Tensor", self._constants[bias]),
-                stride=self._order(operation.window("stride", axes, [1] * axes)),
-                padding=self._order(padding),
-                dilation=self._order(operation.window("dilation", axes, [1] * axes)),
-                groups=operation.number("groups", 1),
-            ),
+        added = None if bias is None else cast("Tensor", self._constants[bias])
+        convolution = partial(
+            convolve,
+            weight=weight,
+            bias=added if total is None else None,
+            stride=self._order(operation.window("stride", axes, [1] * axes)),
+            padding=self._order(padding),
+            dilation=self._order(operation.window("dilation", axes, [1] * axes)),
+            groups=operation.number("groups", 1),
+            onto=None if total is None else self._turn(total),
         )
+        return self._turned(tensor, convolution)
 
     def largest(self, item: Node, box: Region, fetch: Fetch) -> object:
         """Take the maximum over windows."""
@@ -192,19 +216,22 @@ class RegionEvaluator:
         """Call with the axis that is outermost in memory in front of the others."""
         if not self.outermost:
             return function(tensor)
-        dims = [2 + axis for axis in self._order(range(tensor.ndim - 2))]
-        found = function(tensor.permute(0, 1, *dims))
-        return found.permute(0, 1, *(2 + dims.index(2 + a) for a in range(len(dims))))
+        found = function(self._turn(tensor))
+        dims = self._order(range(tensor.ndim - 2))
+        return found.permute(0, 1, *(2 + dims.index(a) for a in range(len(dims))))
 
-    def _turned_weight(self, weight: Tensor) -> Tensor:
-        if not self.outermost:
+    def _turn(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(0, 1, *(2 + axis for axis in self._order(range(tensor.ndim - 2))))
+
+    def _turned_weight(self, weight: Tensor, channels: tuple[int, int] | None = None) -> Tensor:
+        """Return a weight as `_turned` needs it, for the first and number of some channels."""
+        if not self.outermost and channels is None:
             return weight
-        key = id(weight), self.outermost
+        key = id(weight), self.outermost, channels
         if key not in self._weights:
-            dims = [2 + axis for axis in self._order(range(weight.ndim - 2))]
             layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
-            turned = weight.permute(0, 1, *dims).contiguous(memory_format=layout)
-            self._weights[key] = turned
+            part = weight if channels is None else weight.narrow(1, *channels)
+            self._weights[key] = self._turn(part).contiguous(memory_format=layout)
         return self._weights[key]
 
     def _order(self, values: Sequence[int]) -> list[int]:
@@ -337,6 +364,10 @@ class RegionEvaluator:
         factor = item.operation.number("upscale_factor")
         full = Region(tuple(a * factor for a in rows.start), tuple(b * factor for b in rows.stop))
         return fit(found, item.reading.dims, full, box, 0.0)
+
+
+def _fetch_of(fetch: Fetch, source: fx.Node, _: fx.Node, rows: Region) -> Tensor:
+    return fetch(source, rows)
 
 
 def _compute_of(item: Node) -> Callable[[RegionEvaluator, Node, Region, Fetch], object]:

@@ -33,14 +33,24 @@ def convolve(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """Convolve; in 3D on a CPU always by oneDNN, as the library does for large tensors only."""
-    if _is_slow(tensor):
-        return torch.mkldnn_convolution(
-            tensor, weight, bias, tuple(padding), tuple(stride), tuple(dilation), groups
-        )
-    function = F.conv2d if tensor.ndim == 4 else F.conv3d
-    return function(tensor, weight, bias, list(stride), list(padding), list(dilation), groups)
+    """Convolve, and add it to ``onto`` in place where that is given.
+
+    On a CPU by oneDNN always in 3D, as the library does for large tensors only, and in one pass
+    where it is added.
+    """
+    sizes = list(padding), list(stride), list(dilation), groups
+    by_onednn = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
+    if onto is not None and by_onednn is not None and _suits_onednn(tensor):
+        added = by_onednn.binary(onto, tensor, weight, bias, *sizes, "add", 1.0, None, [], None)
+        return cast("Tensor", added)
+    if tensor.ndim == 5 and _suits_onednn(tensor):
+        found = torch.mkldnn_convolution(tensor, weight, bias, *sizes)
+    else:
+        function = F.conv2d if tensor.ndim == 4 else F.conv3d
+        found = function(tensor, weight, bias, sizes[1], sizes[0], sizes[2], groups)
+    return found if onto is None else onto.add_(found)
 
 
 def convolve_transposed(
@@ -54,7 +64,7 @@ def convolve_transposed(
 ) -> Tensor:
     """Convolve transposed without padding; in 3D on a CPU by oneDNN, as `convolve`."""
     by_onednn = getattr(torch.ops.mkldnn, "_convolution_transpose_pointwise", None)
-    if groups == 1 and by_onednn is not None and _is_slow(tensor):
+    if groups == 1 and by_onednn is not None and tensor.ndim == 5 and _suits_onednn(tensor):
         none = [0] * len(stride)
         sizes = none, none, list(stride), list(dilation)
         return cast("Tensor", by_onednn(tensor, weight, bias, *sizes, groups, "none", [], ""))
@@ -62,9 +72,8 @@ def convolve_transposed(
     return function(tensor, weight, bias, list(stride), 0, 0, groups, list(dilation))
 
 
-def _is_slow(tensor: Tensor) -> bool:
-    """Whether the library computes small tensors of this kind by slow kernels of its own."""
-    plain = tensor.ndim == 5 and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+def _suits_onednn(tensor: Tensor) -> bool:
+    plain = tensor.device.type == "cpu" and tensor.dtype == torch.float32
     return plain and torch.backends.mkldnn.is_available()
 
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import CACHE, Step, chains, is_transposed, pieced, steps, sweeps_as_view
+from tilepipe.sweep import (
+    PIECE_BYTES,
+    PIECE_ROWS,
+    Step,
+    chains,
+    is_transposed,
+    pieced,
+    steps,
+    sweeps_as_view,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -247,17 +256,21 @@ class _SweptMemory:
         kept = rows[0] - pieces[0][0] if pieces else 0
         if kept > count or node in self._pieced:
             kept = 0
-        read = (chain or (item,))[0].reading.accesses[0].source
+        first, width = (chain or (item,))[0], self._widths[node]
+        rows_at_once = min(count, max(PIECE_ROWS, PIECE_BYTES // max(width, 1))) if chain else count
         between = 0  # what is read as one, and what is made before it is put in its place
-        if len(self._held[read]) > 1 and item.operation.name != "cat" and node not in self._views:
-            between += count * self._widths[read]
-        first = (chain or (item,))[0]
-        if any(rule.first < 0 for a in first.reading.accesses for rule in a.rules):
-            between += count * self._widths[read]  # with the rows outside put round it
+        for read in {a.source for a in first.reading.accesses}:
+            piecewise = node in self._views or item.operation.name == "cat"
+            if len(self._held[read]) > 1 and not piecewise:
+                between += rows_at_once * self._widths[read]
+        convolution = chain[1] if chain and first.operation.name == "cat" else first
+        if any(rule.first < 0 for a in convolution.reading.accesses for rule in a.rules):
+            read = convolution.reading.accesses[0].source
+            between += rows_at_once * self._widths[read]  # with the rows outside put round it
         if "upsample" in first.operation.name:
-            between += 2 * count * self._widths[node]
+            between += 2 * count * width
         if chain:
-            between += min(CACHE, count * self._widths[node])
+            between += rows_at_once * width * (2 if convolution is not first else 1)
         elif kept and item.operation.name not in ("relu", "cat"):
             between += count * self._widths[node]
         if node in self._views or not kept:

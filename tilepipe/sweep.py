@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from tilepipe.network import Graph, Node
     from tilepipe.rows import Rows
 
-CACHE = 24 << 20
-"""Bytes of a tensor between two operations of a chain: about what a processor's cache holds."""
+PIECE_BYTES = 48 << 20
+"""Bytes of a tensor between two operations of a chain. Measured: less and more are slower."""
+PIECE_ROWS = 8
+"""Rows of it at least: a convolution of fewer reads too many rows of its source twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def steps(graph: Graph, axis: int, start: int, stop: int, slab: int) -> Iterator
     once and in order; a step reads nothing but new and kept rows. The context before the first
     output row is computed in slabs, too, so that no step is larger than those in the middle.
     """
-    final = rows_along(graph, axis, start, stop)
+    final, unmade = rows_along(graph, axis, start, stop), joined(graph)
     done = {node: low for node, (low, _) in final.items()}
     edge = _first_edge(graph, axis, start + slab, done[graph.source] + slab, slab)
     while done[graph.output] < stop:
@@ -57,7 +59,7 @@ def steps(graph: Graph, axis: int, start: int, stop: int, slab: int) -> Iterator
         new = {n: (low, until[n]) for n, low in done.items() if until[n] > low}
         done = until
         if new:
-            yield Step(new, _kept(graph, axis, done, final))
+            yield Step(new, _kept(graph, axis, done, final, unmade))
         edge += slab
 
 
@@ -109,13 +111,23 @@ def _until(
 
 
 def _kept(
-    graph: Graph, axis: int, done: Mapping[fx.Node, int], final: Mapping[fx.Node, Rows]
+    graph: Graph,
+    axis: int,
+    done: Mapping[fx.Node, int],
+    final: Mapping[fx.Node, Rows],
+    unmade: set[fx.Node],
 ) -> dict[fx.Node, int]:
-    """Return the first row of each node that rows not computed yet will read."""
+    """Return the first row of each node that rows not computed yet will read.
+
+    What is never made is read from its sources again.
+    """
     keep = dict(done)
-    for item in graph.nodes:
-        if item.node in done and done[item.node] < final[item.node][1]:
-            left = done[item.node], final[item.node][1]
+    for item in reversed(graph.nodes):
+        if item.node not in done:
+            continue
+        first = keep[item.node] if item.node in unmade else done[item.node]
+        if first < final[item.node][1]:
+            left = first, final[item.node][1]
             for source, rows in reads_along(graph, item, axis, left):
                 keep[source] = min(keep[source], clip(rows, extents(graph, source)[axis])[0])
     return keep
@@ -271,12 +283,17 @@ class Sweep:
         end, held = chain[-1], self._held[chain[-1].node]
         dim, first = self._graph.dims[end.node][self._axis], rows[0] - kept
         row = self._region(end.node, (0, 1)).size * end.operation.shape()[1] * 4
-        thick = max(2, CACHE // max(row, 1))
+        thick = max(PIECE_ROWS, PIECE_BYTES // max(row, 1))
         buffer: Tensor | None = None
         for low in range(rows[0], rows[1], thick):
             region = self._region(end.node, (low, min(low + thick, rows[1])))
-            value = cast("Tensor", self._evaluator.compute(chain[0], region, self._fetch))
-            for link in chain[1:-1]:
+            if chain[0].operation.name == "cat":
+                value = self._evaluator.convolve_joined(chain[1], chain[0], region, self._fetch)
+                links = chain[2:-1]
+            else:
+                value = cast("Tensor", self._evaluator.compute(chain[0], region, self._fetch))
+                links = chain[1:-1]
+            for link in links:
                 value = self._next(link, region, value)
             if buffer is None:
                 buffer = self._buffer(end.node, value, (first, rows[1]))
@@ -325,14 +342,21 @@ def chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
     """Return the convolutions that only pointwise operations follow, by the last of these.
 
     A chain is a convolution, operations that take each row from the same row of the one before,
-    and nothing else reads what lies between.
+    and nothing else reads what lies between. It begins with the concatenation of channels that the
+    convolution alone reads, which is then never made.
     """
+    before = {item.node: item for item in graph.nodes}
     readers = Counter(access.source for item in graph.nodes for access in item.reading.accesses)
     found: dict[fx.Node, tuple[Node, ...]] = {}
     for item in graph.nodes:
         name = item.operation.name
         if "conv" in name and not is_transposed(item):
-            found[item.node] = (item,)
+            read = before.get(item.operation.source)
+            plain = item.operation.number("groups", 1) == 1
+            if plain and read and readers[read.node] == 1 and _joins_channels(graph, read):
+                found[item.node] = (read, item)
+            else:
+                found[item.node] = (item,)
             continue
         if len(item.reading.accesses) != 1 or is_special(item):
             continue
@@ -344,7 +368,20 @@ def chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
             and graph.dims[item.node] == graph.dims[access.source]
         ):
             found[item.node] = (*found.pop(access.source), item)
-    return {node: chain for node, chain in found.items() if len(chain) > 1}
+    return {n: chain for n, chain in found.items() if "conv" not in chain[-1].operation.name}
+
+
+def joined(graph: Graph) -> set[fx.Node]:
+    """Return the concatenations that are never made."""
+    heads = (chain[0] for chain in chains(graph).values())
+    return {head.node for head in heads if head.operation.name == "cat"}
+
+
+def _joins_channels(graph: Graph, item: Node) -> bool:
+    operation = item.operation
+    if operation.name != "cat" or 1 in graph.dims[item.node]:
+        return False
+    return operation.number("dim") % len(operation.shape()) == 1
 
 
 def is_transposed(item: Node) -> bool:
