@@ -218,15 +218,12 @@ def test_every_plan_has_one_writer_for_each_write_unit(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"tile": (30, 32)}, r"tile \(=30,32\) along y must be a multiple .*step \(=4\); "
-                             "nearest: 28 or 32"),
         ({"tile": (0, 32)}, "must be positive"),
         ({"tile": (-4, 32)}, "must be positive"),
         ({"tile": (32,)}, "one size for each of the axes yx"),
         ({"tile": (16, 16), "chunks": (32, 32)}, "or two tiles write into one"),
         ({"tile": (16, 16), "chunks": (16, 16), "shards": (32, 32)}, "or two tiles write into one"),
         ({"chunks": (16, 16), "shards": (24, 16)}, "must be a multiple of the chunks"),
-        ({"chunks": (6, 8)}, r"chunks \(=6,8\) .* multiple of the network's step"),
         ({"memory": 10**6}, r"memory \(=1 MB\) must hold the smallest tile"),
         ({"boundary": "network"}, "consumes 40,40 voxels: use mirror"),
         ({"boundary": "periodic"}, "must be one of mirror, network"),
@@ -251,6 +248,34 @@ def test_what_cannot_work_is_refused_in_one_line(
         )  # fmt: skip
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tile": (30, 32)}, r"tile \(=30,32\) along y must be a multiple .*step \(=8\); "
+                             "nearest: 24 or 32"),
+        ({"chunks": (6, 8)}, r"chunks \(=6,8\) .* multiple of the network's step"),
+    ],
+)  # fmt: skip
+def test_windows_begin_on_the_lattice(
+    options: dict[str, tuple[int, int]], says: str, tmp_path: Path
+) -> None:
+    script = torch.jit.trace(zoo.valid_unet().eval(), torch.rand(1, 1, 108, 108))
+    torch.jit.save(script, tmp_path / "script.pt")
+    source = write_volume(tmp_path / "v.zarr", noise(90, 110), "yx")
+    with pytest.raises(BadRequest, match=says):
+        tp.plan(source, model=tmp_path / "script.pt", options=Options(**options))  # type: ignore[arg-type]
+
+
+def test_chunks_of_a_tile_off_the_lattice_divide_it(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "v.zarr"
+    zarr.create_array(source, shape=(5000, 5000), dtype="uint8", chunks=(512, 512),
+                      dimension_names="yx")  # fmt: skip
+    plan = tp.plan(source, model=model, options=Options(tile=(1500, 1021)))
+    assert plan.sizes.tile == (1500, 1021)
+    assert plan.sizes.chunks == (500, 1021)  # a prime has no divisor that would do
+    assert plan.costs.tiles == 4 * 5
 
 
 def test_volumes_that_do_not_fit_the_network(model: Path, tmp_path: Path) -> None:

@@ -343,8 +343,8 @@ def _sizes(
     threads = options.threads or cast("int", kept.get("threads") or 0)
     threads = threads or max(1, checks.cores() // workers)
     tile = options.tile and tuple(
-        min(edge, ceil_to(n, step))
-        for edge, n, step in zip(options.tile, volume.shape, tiling.step, strict=True)
+        min(edge, ceil_to(n, multiple))
+        for edge, n, multiple in zip(options.tile, volume.shape, tiling.multiple, strict=True)
     )
     chosen = tile
     tile = tile or _kept(kept, "tile")
@@ -352,7 +352,7 @@ def _sizes(
     shards = options.shards or _kept(kept, "shards")
     if shards is None and options.chunks is None and options.tile is None and not kept:
         shards = choose_shards(tiling, chunks) if options.ome_version != "0.4" else None
-    checks.check_sizes(tiling.step, volume, tile=tile, chunks=chunks, shards=shards)
+    checks.check_sizes(tiling.multiple, volume, tile=tile, chunks=chunks, shards=shards)
     memory = options.memory or checks.default_memory(workers)
     window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None
     swept = kept.get("sweep") is not None

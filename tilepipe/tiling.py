@@ -90,6 +90,11 @@ class Tiling:
         """Step per axis of the volume."""
         return (1,) * self.leading + self.profile.context.step
 
+    @property
+    def multiple(self) -> Shape:
+        """What tiles and chunks must be multiples of: windows begin on the lattice."""
+        return self.step if self.graph is None else (1,) * len(self.shape)
+
     def cost(self, shape: Shape) -> Cost:
         """Return the cost of one window of this input shape."""
         if shape not in self.costs:
@@ -211,7 +216,7 @@ def _decoded(low: int, high: int, length: int, chunk: int) -> int:
 
 
 def choose_chunks(tiling: Tiling, tile: Shape | None) -> Shape:
-    """Return chunk edges: multiples of the step that divide the tile, where one is given."""
+    """Return chunk edges: multiples of the step; where a tile is given, its divisors."""
     rank = len(tiling.shape)
     edges = CHUNK_EDGES[2 if rank == 2 else 3 if not tiling.leading else 1]
     edges = (1,) * (rank - len(edges)) + edges
@@ -221,8 +226,9 @@ def choose_chunks(tiling: Tiling, tile: Shape | None) -> Shape:
     for axis, (edge, step, length) in enumerate(zip(edges, tiling.step, tiling.shape, strict=True)):
         chunk = ceil_to(edge, step)
         if tile is not None:
-            divisors = [d for d in range(step, tile[axis] + 1, step) if tile[axis] % d == 0]
-            chunk = max((d for d in divisors if d <= chunk), default=tile[axis])
+            multiple = step if tile[axis] % step == 0 else 1
+            divisors = [d for d in range(multiple, chunk + 1, multiple) if tile[axis] % d == 0]
+            chunk = max((d for d in divisors if d >= chunk // 8), default=tile[axis])
         chosen.append(min(chunk, ceil_to(length, step)))
     return tuple(chosen)
 
