@@ -76,3 +76,9 @@ def one_pass(model_path: Path, image: NDArray[np.floating]) -> NDArray[np.float3
 def read(path: Path) -> NDArray[np.generic]:
     """Return the full resolution of an output."""
     return np.asarray(zarr.open_array(path / "0", mode="r")[:])
+
+
+def assert_close(found: NDArray[np.generic], truth: NDArray[np.generic]) -> None:
+    """Fail where values differ by more than float rounding."""
+    assert found.shape == truth.shape
+    assert np.abs(found - truth).max() <= 1e-5 * np.ptp(truth)

@@ -13,7 +13,7 @@ import zarr
 
 import tilepipe as tp
 from tests import zoo
-from tests.support import noise, one_pass, read, write_unet, write_volume
+from tests.support import assert_close, noise, one_pass, read, write_unet, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, mirror
 from tilepipe.model import load_model
@@ -23,13 +23,6 @@ from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from numpy.typing import NDArray
-
-
-def assert_close(found: NDArray[np.generic], truth: NDArray[np.generic]) -> None:
-    assert found.shape == truth.shape
-    assert np.abs(found - truth).max() <= 1e-5 * np.ptp(truth)
 
 
 @pytest.mark.parametrize("strategy", ["sweep", "direct"])

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import psutil
+import torch
 
 from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Shape, ceil_to
@@ -190,6 +191,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def default_memory(workers: int) -> int:
-    """Return the bytes a worker may use where nothing is said: 4 GB, or its share of half."""
+def default_memory(workers: int, device: str = "cpu") -> int:
+    """Return the bytes a worker may use where nothing is said: 4 GB, or its share of half.
+
+    On a CUDA device that is here, nine tenths of what is free on it.
+    """
+    if device == "cuda" and torch.cuda.is_available():
+        return int(0.9 * torch.cuda.mem_get_info()[0])
     return min(4 << 30, int(psutil.virtual_memory().total) // (2 * workers))

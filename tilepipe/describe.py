@@ -122,6 +122,11 @@ def describe_report(report: Report) -> str:
         )
     if report.nonfinite:
         lines.append(f"{report.nonfinite} values of the source are NaN or infinite: taken as 0")
+    if report.narrowed:
+        lines.append(
+            f"memory ran short: {counted(report.narrowed, 'tile')} computed in smaller parts than"
+            " planned, which agree with it within rounding; give less with --memory"
+        )
     if report.failures:
         lines.append(
             f"{counted(len(report.failures), 'tile')} failed; run the same command to try again:"

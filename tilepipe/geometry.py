@@ -190,3 +190,34 @@ def ceil_to(value: int, multiple: int) -> int:
     (32, -4)
     """
     return -(-value // multiple) * multiple
+
+
+def halved(region: Region, unit: Shape, times: int, axis: int | None = None) -> list[Region]:
+    """Return the parts of a tile that is halved so often, across its widest axis but ``axis``.
+
+    Parts begin on multiples of ``unit`` from the tile's start; what is one unit wide stays.
+
+    >>> [str(part) for part in halved(Region((0, 0), (512, 1000)), (64, 64), 1, axis=0)]
+    ['0:512,0:512', '0:512,512:1000']
+    >>> len(halved(Region((0, 0), (512, 1000)), (64, 1000), 3, axis=0))
+    1
+    """
+    parts = [region]
+    for _ in range(times):
+        shape = parts[0].shape
+        wide = [a for a, n in enumerate(shape) if a != axis and n > unit[a]]
+        if not wide:
+            break
+        across = max(wide, key=lambda a: shape[a])
+        size = ceil_to(-(-shape[across] // 2), unit[across])
+        parts = [half for part in parts for half in _cut(part, across, size)]
+    return parts
+
+
+def _cut(region: Region, axis: int, size: int) -> list[Region]:
+    place = region.start[axis] + size
+    if place >= region.stop[axis]:
+        return [region]
+    stop = (*region.stop[:axis], place, *region.stop[axis + 1 :])
+    start = (*region.start[:axis], place, *region.start[axis + 1 :])
+    return [Region(region.start, stop), Region(start, region.stop)]

@@ -17,7 +17,7 @@ CHOICES = {
     "write": ("labels", "probabilities", "logits", "values"),
     "boundary": ("mirror", "network"),
     "strategy": ("auto", "sweep", "direct"),
-    "precision": ("float32", "bfloat16", "float16"),
+    "precision": ("float32", "tf32", "bfloat16", "float16"),
     "ome_version": ("0.5", "0.4"),
 }
 """What each of these options may be; the first is the default."""

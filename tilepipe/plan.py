@@ -237,6 +237,7 @@ def plan(
         box=box,
         graph=graph,
         ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
+        device=_device(options, earlier),
     )
     checks.check_sweep(options, tiling)
     sizes, why = _sizes(tiling, volume, options, workers, earlier)
@@ -337,9 +338,7 @@ def _sizes(
 ) -> tuple[Sizes, str]:
     """Choose tile, window and write unit; a run that goes on keeps those it began with."""
     kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
-    device = find_device(options.device).split(":")[0]
-    if options.device == "auto":
-        device = str(kept.get("device", device))
+    device = tiling.device
     threads = options.threads or cast("int", kept.get("threads") or 0)
     threads = threads or max(1, checks.cores() // workers)
     tile = options.tile and tuple(
@@ -353,7 +352,7 @@ def _sizes(
     if shards is None and options.chunks is None and options.tile is None and not kept:
         shards = choose_shards(tiling, chunks) if options.ome_version != "0.4" else None
     checks.check_sizes(tiling.multiple, volume, tile=tile, chunks=chunks, shards=shards)
-    memory = options.memory or checks.default_memory(workers)
+    memory = options.memory or checks.default_memory(workers, device)
     window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None
     swept = kept.get("sweep") is not None
     if (
@@ -381,6 +380,13 @@ def _work(tiling: Tiling, volume: Volume, sizes: Sizes) -> Work:
         return work(tiling, sizes.tile, sizes.window, volume.chunks)
     slab = sizes.window[sizes.sweep]
     return sweep_work(tiling, sizes.tile, sizes.sweep, slab, volume.chunks, sizes.unit)
+
+
+def _device(options: Options, earlier: Mapping[str, object] | None) -> str:
+    """Return the kind of device; a run that goes on keeps its own unless it is told another."""
+    device = find_device(options.device).split(":")[0]
+    kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
+    return str(kept.get("device", device)) if options.device == "auto" else device
 
 
 def _kept(kept: Mapping[str, object], name: str) -> Shape | None:

@@ -7,16 +7,17 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from tilepipe.errors import BadRequest
 from tilepipe.evaluate import RegionEvaluator
 from tilepipe.sweep import Sweep
+from tilepipe.transfer import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from tilepipe.geometry import Region
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = {
     "float32": torch.float32,
+    "tf32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
@@ -59,7 +61,11 @@ class Predictor:
         for parameter in network.parameters():
             if parameter.ndim == model.axes + 2:
                 parameter.data = parameter.data.contiguous(memory_format=layout)
+        if self._device.type == "cuda":  # for the whole process, which runs one network
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         self._network = network
+        self._transfer = Transfer(self._device, self._dtype)
         self._evaluator = None if graph is None else RegionEvaluator(graph, network)
 
     def __call__(
@@ -72,13 +78,12 @@ class Predictor:
         """
         self._set_threads()
         with torch.inference_mode():
-            tensor = torch.from_numpy(np.ascontiguousarray(image))[None]
-            tensor = tensor.to(self._device, self._dtype).contiguous(memory_format=self._layout)
+            tensor = self._transfer.send(image)[None].contiguous(memory_format=self._layout)
             if region is None or self._evaluator is None:
                 answer = self._network(tensor)
             else:
                 answer = self._evaluator(region, lambda _: tensor)
-            return self._finish(answer[0]).cpu().numpy()
+            return self._transfer.fetch(self._finish(answer[0]))()
 
     def sweep(
         self, region: Region, axis: int, slab: int, read: Callable[[Region], NDArray[np.floating]]
@@ -86,25 +91,32 @@ class Predictor:
         """Yield the answer for a region of the graph's output, ``slab`` rows of ``axis`` at a time.
 
         ``read`` gives rows of the graph's input, normalized, with ``axis`` in front and the
-        channels last. What is yielded is shaped as that of a call.
+        channels last. What is yielded is shaped as that of a call, a slab after it was begun: on a
+        device it comes back while the next one is computed.
         """
         assert self._evaluator is not None
         rank = len(region.start)
         order = [rank, *(1 + n - (n > axis) if n != axis else 0 for n in range(rank))]
 
         def load(box: Region) -> torch.Tensor:
-            tensor = torch.from_numpy(np.ascontiguousarray(read(box)))
-            return tensor.to(self._device, self._dtype).permute(order)[None]
+            return self._transfer.send(read(box)).permute(order)[None]
 
         swept = Sweep(self._evaluator, region, axis).run(slab, load)
+        before: tuple[Rows, Callable[[], NDArray[np.generic]]] | None = None
         while True:
             self._set_threads()
             with torch.inference_mode():
                 found = next(swept, None)
-                if found is None:
-                    return
-                answer = self._finish(found[1][0]).cpu().numpy()
-            yield found[0], answer
+                now = found and (found[0], self._transfer.fetch(self._finish(found[1][0])))
+            if before is not None:
+                yield before[0], before[1]()
+            if now is None:
+                return
+            before = now
+
+    def free(self) -> None:
+        """Give back the device's memory that is kept for later."""
+        self._transfer.free()
 
     def _set_threads(self) -> None:
         if self._device.type == "cpu" and torch.get_num_threads() != self._threads:

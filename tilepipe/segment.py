@@ -62,6 +62,8 @@ class Report:
     read_seconds: float = 0.0
     compute_seconds: float = 0.0
     write_seconds: float = 0.0
+    narrowed: int = 0
+    """Tiles that were computed in smaller parts than planned, since memory was short."""
     failures: list[TileFailure] = field(default_factory=list)
     dashboard: str | None = None
     """Address of the Dask dashboard, where there is one."""
@@ -365,6 +367,7 @@ def _run(
                 report.read_seconds += outcome.read_seconds
                 report.compute_seconds += outcome.compute_seconds
                 report.write_seconds += outcome.write_seconds
+                report.narrowed += outcome.narrowed > 0
             else:
                 write = report.plan.grid[outcome.index].write
                 named = replace(outcome, cause=f"voxels {write}: {outcome.cause}")

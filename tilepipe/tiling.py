@@ -38,10 +38,12 @@ BYTE_WORK = 50
 """Multiply-adds that take as long as decoding a byte of the source."""
 CALL_WORK = 50_000_000
 """Multiply-adds that take as long as calling the network once."""
-SLABS = {2: (32, 64, 128, 256), 3: (8, 16, 32)}
+SLABS = {2: (32, 64, 128, 256, 512, 1024), 3: (8, 16, 32, 64, 128)}
 """Rows of a slab that are tried, by the network's axes."""
 STEP_WORK = 10_000_000
 """Multiply-adds that take as long as beginning one operation on a slab. Measured: 0.1 ms."""
+FASTER = {"cpu": 1, "cuda": 100}
+"""How much faster a device multiplies, while decoding and beginning take as long. Not measured."""
 GAIN = 1.01
 """A choice that takes more memory must save at least this much time."""
 LOSS = 1.01
@@ -76,6 +78,8 @@ class Tiling:
     """The graph at that size where tiles are regions of it; None for windows."""
     ratio: float = 1.0
     """Bytes of a number in the network, over those of the model's own type."""
+    device: str = "cpu"
+    """Where the network runs: ``cpu`` or ``cuda``."""
     costs: dict[Shape, Cost] = field(default_factory=dict)
     known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
     schedules: dict[tuple[int, int, int, int], list[Step]] = field(default_factory=dict)
@@ -148,7 +152,8 @@ def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
     buffers = SLOTS * (widest * tiling.voxel_bytes + math.prod(tile) * tiling.answer_bytes)
     weights = sum(p.nbytes for p in tiling.model.module.parameters())
     memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + decoding + 2 * weights
-    time = total + BYTE_WORK * decoded * tiling.voxel_bytes + CALL_WORK * number
+    other = BYTE_WORK * decoded * tiling.voxel_bytes + CALL_WORK * number
+    time = total + FASTER[tiling.device] * other
     return Work(total, number, memory, decoded, time)
 
 
@@ -181,11 +186,12 @@ def sweep_work(
     across = math.prod(n for a, n in enumerate(tile) if a != axis)
     answer = 2 * (min(unit[axis], tile[axis]) + slab) * across * tiling.answer_bytes
     weights = sum(p.nbytes for p in tiling.model.module.parameters())
-    peak = int(SPREAD * cost.peak * tiling.ratio) + slab * across * 4 * tiling.profile.classes
+    here = 2 * slab * across * 4 * tiling.profile.classes  # one slab's answer, and that before
+    peak = int(SPREAD * cost.peak * tiling.ratio) + here
     memory = PROCESS + KERNELS + peak + source + decoding * tiling.voxel_bytes + answer
     slabs = STEP_WORK * len(cuts.graph.nodes) * number
     reading = BYTE_WORK * decoded * tiling.voxel_bytes
-    time = cost.multiply_adds + slabs + reading
+    time = cost.multiply_adds + FASTER[tiling.device] * (slabs + reading)
     return Work(cost.multiply_adds, number, memory + 2 * weights, decoded, time)
 
 

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilepipe.engines import TileResult
+from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
 from tilepipe.feed import Feed, Store, blocks
-from tilepipe.geometry import Region
+from tilepipe.geometry import Region, halved
 from tilepipe.model import load_model
 from tilepipe.plan import whole_graph
 from tilepipe.predict import Predictor, keep_memory
 from tilepipe.regions import Regions, regions_of
 from tilepipe.target import open_target
 from tilepipe.tiling import SLOTS, block_rows
+from tilepipe.transfer import is_out_of_memory
 from tilepipe.volume import open_volume, read_mirrored, read_zero_padded
 from tilepipe.windows import Window, Windows, cut, read_box
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.plan import Plan
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,8 @@ class Worker:
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._reading = threading.Lock()  # one tile at a time, or memory is not what was planned
         self._sweeping = threading.Lock()
+        self._narrowing = threading.Lock()
+        self._narrowed = 0
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-write")
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
@@ -119,12 +126,63 @@ class Worker:
         )
 
     def __call__(self, index: int) -> TileResult:
-        """Read, compute and write one tile; its voxels are in the target when this returns."""
-        if self._plan.sizes.sweep is not None:
-            return self._sweep(index, self._plan.sizes.sweep)
+        """Read, compute and write one tile; its voxels are in the target when this returns.
+
+        Where memory is short, on this tile and all that follow the network gets half as much.
+        """
+        while True:
+            times = self._narrowed
+            try:
+                return self._process(index, times)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._narrow(times, one_line(error))
+            self._predictor.free()
+
+    def _narrow(self, times: int, why: str) -> None:
+        """Halve what the network gets at once, unless another tile has done so meanwhile."""
+        with self._narrowing:
+            if times != self._narrowed:
+                return
+            if not self._can_narrow(times):
+                raise TileError(f"memory is short for the smallest part of a tile: {why}")
+            self._narrowed += 1
+            log.warning("memory is short, tiles are computed in smaller parts: %s", why)
+
+    def _can_narrow(self, times: int) -> bool:
+        if self._plan.sizes.sweep is None:
+            return self._cuts_for(times + 1).size != self._cuts_for(times).size
+        parts = [len(self._strips(self._plan.grid[0].write, n)) for n in (times, times + 1)]
+        return parts[1] > parts[0]
+
+    def _strips(self, write: Region, times: int) -> list[Region]:
+        """Return the parts of a tile that are swept one after the other; whole write units."""
+        return halved(write, self._plan.sizes.unit, times, self._plan.sizes.sweep)
+
+    def _cuts_for(self, times: int) -> Windows | Regions:
+        """Return how tiles are cut into windows where memory was short so often."""
+        size, step = list(self._cuts.size), self._plan.profile.context.step
+        for _ in range(times):
+            axis = max(range(len(size)), key=size.__getitem__)
+            size[axis] = max(step[axis], size[axis] // 2 // step[axis] * step[axis])
+        return replace(self._cuts, size=tuple(size))
+
+    def _process(self, index: int, times: int) -> TileResult:
         write = self._plan.grid[index].write
-        began = time.perf_counter()
-        part = self.read(write)
+        if (axis := self._plan.sizes.sweep) is not None:
+            parts = [self._sweep(index, axis, part) for part in self._strips(write, times)]
+            return replace(
+                parts[0],
+                voxels=write.size,
+                nonfinite=sum(part.nonfinite for part in parts),
+                read_seconds=sum(part.read_seconds for part in parts),
+                compute_seconds=sum(part.compute_seconds for part in parts),
+                write_seconds=sum(part.write_seconds for part in parts),
+                narrowed=times,
+            )
+        cuts, began = self._cuts_for(times), time.perf_counter()
+        part = self.read(write, cuts)
         spoiled = _spoiled(part.image[(slice(None), *write.within(part.box.start))])
         ready = time.perf_counter()
         answer, seconds = self._compute.submit(self.answer, part).result()
@@ -138,13 +196,13 @@ class Worker:
             compute_seconds=seconds,
             write_seconds=time.perf_counter() - done,
             worker=self._name,
+            narrowed=times,
         )
 
-    def _sweep(self, index: int, axis: int) -> TileResult:
-        """Read, compute and write one tile slab by slab, all three at once."""
+    def _sweep(self, index: int, axis: int, write: Region) -> TileResult:
+        """Read, compute and write a tile, or a part, slab by slab, all three at once."""
         plan, cuts = self._plan, self._cuts
         assert isinstance(cuts, Regions)
-        write = plan.grid[index].write
         slab, unit = plan.sizes.window[axis], plan.sizes.unit[axis]
         spoiled, loading = 0, 0.0
 
@@ -206,9 +264,9 @@ class Worker:
             _clear_outside(grey, region, plan.source.shape)
         return grey
 
-    def read(self, write: Region) -> Part:
+    def read(self, write: Region, cuts: Windows | Regions | None = None) -> Part:
         """Read what a tile needs: its halo comes straight from the source."""
-        windows = cut(self._cuts, self._plan.profile.axes, write)
+        windows = cut(cuts or self._cuts, self._plan.profile.axes, write)
         box = read_box(windows)
         with self._reading:
             return Part(write, windows, box, self._read(box))

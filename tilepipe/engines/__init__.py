@@ -28,6 +28,8 @@ class TileResult:
     compute_seconds: float
     write_seconds: float
     worker: str
+    narrowed: int = 0
+    """How often the network's share was halved since memory was short; 0 as planned."""
 
 
 @dataclass(frozen=True, slots=True)
