@@ -14,72 +14,17 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cases import CASES, SCALE, Case, load, multiply_adds, prepare
+from peers import map_overlap, monai, per_pixel, timed, torch_em
 
-CONTENDERS = ("bare", "tilepipe", "map_overlap", "monai 0.25", "monai 0.5", "per pixel")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network and a volume."""
-
-    architecture: dict[str, Any]
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    memory: int
-    """Bytes that tilepipe may take."""
-    block: tuple[int, ...]
-    """Voxels that `map_overlap` gives to the network at once, and of MONAI's windows."""
-    window: tuple[int, ...]
-    bare: tuple[tuple[int, ...], ...]
-    """Input shapes of the bare network."""
-
-
-CASES = {
-    "2d": Case(
-        {"ndim": 2, "base": 16, "depth": 5}, (4096, 4096), (512, 512), 2_000_000_000,
-        (1024, 1024), (512, 512), ((572, 572), (1212, 1212), (1980, 1980)),
-    ),
-    "2d-large": Case(
-        {"ndim": 2, "base": 16, "depth": 5}, (8192, 8192), (512, 512), 2_000_000_000,
-        (2048, 2048), (512, 512), ((572, 572), (1212, 1212), (1980, 1980)),
-    ),
-    "3d": Case(
-        {"ndim": 3, "base": 8, "depth": 4}, (128, 256, 256), (64, 128, 128), 2_000_000_000,
-        (128, 128, 128), (128, 128, 128), ((132, 132, 132), (164, 164, 164), (196, 196, 196)),
-    ),
-    "3d-large": Case(
-        {"ndim": 3, "base": 8, "depth": 4}, (256, 512, 512), (64, 128, 128), 4_000_000_000,
-        (128, 128, 128), (128, 128, 128), ((132, 132, 132), (164, 164, 164), (196, 196, 196)),
-    ),
-}  # fmt: skip
-
-
-def prepare(case: Case, folder: Path) -> None:
-    """Write the volume and the network."""
-    import torch
-    import zarr
-
-    from tilepipe.unet import UNet, save_checkpoint
-
-    random = np.random.default_rng(0)
-    image = zarr.create_array(
-        folder / "image.zarr", shape=case.shape, chunks=case.chunks, dtype="uint8",
-        dimension_names=tuple("zyx"[-len(case.shape) :]),
-    )  # fmt: skip
-    image[:] = random.integers(0, 256, case.shape, dtype="uint8")
-    torch.manual_seed(0)
-    network = UNet(**case.architecture)
-    save_checkpoint(
-        folder / "unet.pt", network, architecture=case.architecture, normalize=f"scale:{1 / 255},0",
-        labels=["background", "object"], provenance={},
-    )  # fmt: skip
+CONTENDERS = (
+    "bare", "tilepipe", "map_overlap", "torch-em", "monai 0.25", "monai 0.5", "per pixel"
+)  # fmt: skip
 
 
 def contend(name: str, case: Case, folder: Path, threads: int) -> dict[str, object]:
@@ -95,7 +40,7 @@ def contend(name: str, case: Case, folder: Path, threads: int) -> dict[str, obje
     keep_memory()
     functions = {
         "bare": bare, "tilepipe": tilepipe, "map_overlap": map_overlap,
-        "monai 0.25": monai, "monai 0.5": monai, "per pixel": per_pixel,
+        "torch-em": torch_em, "monai 0.25": monai, "monai 0.5": monai, "per pixel": per_pixel,
     }  # fmt: skip
     with torch.inference_mode():
         found = functions[name](name, case, folder, threads)
@@ -103,28 +48,14 @@ def contend(name: str, case: Case, folder: Path, threads: int) -> dict[str, obje
     return {**found, "peak": peak}
 
 
-def timed(function: Any) -> dict[str, object]:
-    """Return seconds of wall and of all processors."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+def options(case: Case, threads: int | None = None) -> Any:
+    """Return what tilepipe is asked for."""
+    import tilepipe as tp
 
-
-def load(case: Case, folder: Path) -> Any:
-    """Return the network, channels last."""
-    import torch
-
-    from tilepipe.model import load_model
-
-    layout = torch.channels_last if len(case.shape) == 2 else torch.channels_last_3d
-    return load_model(folder / "unet.pt").module.to(memory_format=layout)
-
-
-def multiply_adds(case: Case, folder: Path, shape: tuple[int, ...]) -> int:
-    """Return those of one pass."""
-    from tilepipe.model import load_model
-
-    return load_model(folder / "unet.pt").cost(shape).multiply_adds
+    return tp.Options(
+        memory=case.memory, threads=threads, write="logits", network=case.network,
+        network_args=case.architecture if case.network else None, normalize=SCALE,
+    )  # fmt: skip
 
 
 def bare(name: str, case: Case, folder: Path, threads: int) -> dict[str, object]:
@@ -142,7 +73,7 @@ def bare(name: str, case: Case, folder: Path, threads: int) -> dict[str, object]
         runs = [timed(partial(network, image)) for _ in range(3)]
         found = min(runs, key=lambda run: run["wall"])
         best = max(best, (work / found["wall"], work / found["cpu"], shape))
-    floor = plan(folder / "image.zarr", model=folder / "unet.pt").costs.floor
+    floor = plan(folder / "image.zarr", model=folder / "unet.pt", options=options(case)).costs.floor
     return {
         "wall": floor / best[0], "cpu": floor / best[1], "rate": best[0] / 1e9,
         "shape": best[2], "multiply_adds": floor, "floor": floor,
@@ -153,13 +84,12 @@ def tilepipe(name: str, case: Case, folder: Path, threads: int) -> dict[str, obj
     """Run the product, from Zarr to Zarr, its planning included."""
     import tilepipe as tp
 
-    options = tp.Options(memory=case.memory, threads=threads, write="logits")
     reports = []
     found = timed(
         lambda: reports.append(
             tp.segment(
                 folder / "image.zarr", model=folder / "unet.pt", output=folder / "tilepipe.zarr",
-                options=options, engine="serial", overwrite=True,
+                options=options(case, threads), engine="serial", overwrite=True,
             )
         )
     )  # fmt: skip
@@ -170,122 +100,16 @@ def tilepipe(name: str, case: Case, folder: Path, threads: int) -> dict[str, obj
     }  # fmt: skip
 
 
-def same_size(network: Any, image: Any, profile: Any) -> Any:
-    """Run a valid network so that the answer has the size of the image, mirrored outside."""
-    import torch.nn.functional as F
-
-    pads: list[int] = []
-    for n, lead, after, size, step in zip(
-        image.shape[:1:-1], profile.lead[::-1], profile.context.after[::-1],
-        profile.smallest[::-1], profile.context.step[::-1], strict=True,
-    ):  # fmt: skip
-        want = lead + n + after
-        accepted = size + max(0, -(-(want - size) // step)) * step
-        pads += [lead, accepted - lead - n]
-    answer = network(F.pad(image, pads, mode="reflect"))
-    return answer[(..., *(slice(n) for n in image.shape[2:]))]
-
-
-def map_overlap(name: str, case: Case, folder: Path, threads: int) -> dict[str, object]:
-    """Use dask's own overlap, with a depth that is enough, and write what comes to Zarr."""
-    import dask
-    import dask.array as da
-    import torch
-    import zarr
-
-    from tilepipe.model import load_model
-    from tilepipe.profile import find_profile
-
-    network, profile = load(case, folder), find_profile(load_model(folder / "unet.pt"))
-    depth, step = profile.lead[0], profile.context.step[0]
-    while depth < profile.context.after[0]:
-        depth += step  # or blocks begin off the network's lattice
-    layout = torch.channels_last if len(case.shape) == 2 else torch.channels_last_3d
-    calls = []
-
-    def block(values: Any) -> Any:
-        sizes = [profile.accepted(a, n) for a, n in enumerate(values.shape)]
-        after = [(0, size - n) for size, n in zip(sizes, values.shape, strict=True)]
-        tensor = torch.from_numpy(np.pad(values, after).astype(np.float32) / 255)[None, None]
-        calls.append(tensor.shape[2:])
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            answer = network(tensor.contiguous(memory_format=layout))[0]
-        kept = answer[(slice(None), *(slice(depth - o, None) for o in profile.offset))]
-        inner = [n - 2 * depth for n in values.shape]
-        return kept[(slice(None), *map(slice, inner))].numpy()
-
-    image = da.from_zarr(folder / "image.zarr").rechunk(case.block)
-    grown = da.overlap.overlap(image, depth=depth, boundary="reflect")
-    answer = grown.map_blocks(block, dtype=np.float32, new_axis=0, chunks=(2, *image.chunks))
-    out = zarr.create_array(
-        folder / "overlap.zarr", shape=(2, *case.shape), chunks=(2, *case.block), dtype="float32",
-        overwrite=True,
-    )  # fmt: skip
-    with dask.config.set(scheduler="synchronous"):
-        found = timed(lambda: da.store(answer, out, lock=False))
-    work = sum(multiply_adds(case, folder, tuple(shape)) for shape in calls)
-    return {**found, "multiply_adds": work, "out": "overlap.zarr"}
-
-
-def monai(name: str, case: Case, folder: Path, threads: int) -> dict[str, object]:
-    """Use MONAI's sliding window; each window is mirrored outside, as a valid network needs."""
-    import torch
-    import zarr
-    from monai.inferers import sliding_window_inference
-
-    from tilepipe.model import load_model
-    from tilepipe.profile import find_profile
-
-    network, profile = load(case, folder), find_profile(load_model(folder / "unet.pt"))
-    layout = torch.channels_last if len(case.shape) == 2 else torch.channels_last_3d
-    calls = []
-
-    def predictor(image: Any) -> Any:
-        calls.append(image.shape[2:])
-        return same_size(network, image.contiguous(memory_format=layout), profile)
-
-    out = zarr.create_array(
-        folder / "monai.zarr", shape=(2, *case.shape), chunks=(2, *case.block), dtype="float32",
-        overwrite=True,
-    )  # fmt: skip
-
-    def run() -> None:
-        image = zarr.open_array(folder / "image.zarr", mode="r")[:]
-        tensor = torch.from_numpy(image.astype(np.float32) / 255)[None, None]
-        out[:] = sliding_window_inference(
-            tensor, case.window, 1, predictor, overlap=float(name.split()[1]), mode="gaussian"
-        )[0].numpy()
-
-    found = timed(run)
-    grown = profile.accepted(0, profile.lead[0] + case.window[0] + profile.context.after[0])
-    work = len(calls) * multiply_adds(case, folder, (grown,) * len(case.shape))
-    return {**found, "multiply_adds": work, "out": "monai.zarr"}
-
-
-def per_pixel(name: str, case: Case, folder: Path, threads: int) -> dict[str, object]:
-    """Time one patch per pixel, on a sample; the seconds are those of all pixels."""
-    import torch
-
-    from tilepipe.model import load_model
-    from tilepipe.profile import find_profile
-
-    network, profile = load(case, folder), find_profile(load_model(folder / "unet.pt"))
-    image = torch.rand(1, 1, *profile.smallest)
-    network(image)
-    found = timed(lambda: [network(image) for _ in range(5)])
-    pixels = int(np.prod(case.shape))
-    work = pixels * multiply_adds(case, folder, profile.smallest)
-    return {k: v / 5 * pixels for k, v in found.items()} | {"multiply_adds": work}
-
-
 def differences(folder: Path) -> dict[str, float]:
     """Return the largest difference of each answer from tilepipe's, over the range of values."""
     import zarr
 
+    if not (folder / "tilepipe.zarr").exists():
+        return {}
     truth = zarr.open_array(folder / "tilepipe.zarr" / "0", mode="r")[:]
+    places = {"map_overlap": "overlap.zarr", "torch-em": "torch-em.zarr", "monai 0.5": "monai.zarr"}
     found = {"tilepipe": 0.0}
-    for name, place in (("map_overlap", "overlap.zarr"), ("monai 0.5", "monai.zarr")):
+    for name, place in places.items():
         if (folder / place).exists():
             other = zarr.open_array(folder / place, mode="r")[:]
             found[name] = float(np.abs(other - truth).max() / np.ptp(truth))
