@@ -12,12 +12,20 @@ from hypothesis import strategies as st
 
 from tests import zoo
 from tests.test_evaluate import SIZES, graph_of, model_of
+from tilepipe.cost import Liveness
 from tilepipe.evaluate import RegionEvaluator
 from tilepipe.geometry import Region
+from tilepipe.model import wrap
+from tilepipe.network import export
+from tilepipe.profile import find_profile
+from tilepipe.regions import regions_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
 from tilepipe.sweep import Sweep, steps
+from tilepipe.windows import whole
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from torch import Tensor
 
 NAMES = [*zoo.FLAT, *zoo.SOLID, "milesial", "paper unet"]
@@ -102,3 +110,52 @@ def test_steps_are_alike_and_as_large_in_the_middle_as_at_the_start(name: str, s
     assert len(middle) >= 3
     assert all(one == middle[0] for one in middle)
     assert all(one.get(graph.source, 0) <= middle[0][graph.source] for one in sizes)
+
+
+class Alive(Liveness):
+    """The most bytes of tensors that are alive at once."""
+
+    most = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("slab", [16, 64])
+@pytest.mark.parametrize(
+    "name",
+    ["valid unet", "same unet", "bilinear", "nearest", "bicubic", "residual", "even", "milesial",
+     "valid unet 3d", "anisotropic", "same unet 3d", "trilinear", "restoring"],
+)  # fmt: skip
+def test_memory_is_predicted_within_a_fifth(name: str, slab: int) -> None:
+    network = zoo.align_corners() if name == "milesial" else {**zoo.FLAT, **zoo.SOLID}[name]()
+    model = wrap(network.eval())
+    profile, shape = find_profile(model), ((400, 300) if model.axes == 2 else (64, 60, 50))
+    box = whole(profile, shape, None)
+    graph = export(model.on_meta(), (1, model.channels, *box.shape))
+    regions = regions_of(profile, graph, box, shape)
+    spans = [regions.along(axis, 0, n) for axis, n in enumerate(shape)]
+    sweep = Sweep(
+        RegionEvaluator(graph, model.module),
+        regions.output_box(Region((0,) * model.axes, shape)),
+        0,
+    )
+    alive = Alive(torch.zeros(1))
+    with torch.no_grad(), alive:
+        slabs = sweep.run(slab, lambda rows: _channels_last(rows, model.channels))
+        while next(slabs, None) is not None:
+            pass
+    assert regions.swept(spans, 0, slab).peak == pytest.approx(alive.most, rel=0.2)
+
+
+def _channels_last(rows: Region, channels: int) -> Tensor:
+    axes = len(rows.shape)
+    return torch.zeros((*rows.shape, channels)).permute(axes, *range(axes))[None]

@@ -76,10 +76,6 @@ class RegionEvaluator:
         """Return a region of one operation, from what ``fetch`` gives of those before it."""
         return _compute_of(item)(self, item, box, fetch)
 
-    def last_reads(self, item: Node) -> list[fx.Node]:
-        """Return the nodes that no operation after this one reads."""
-        return self._last[item.node]
-
     def _values(self, item: Node, box: Region, fetch: Fetch) -> dict[fx.Node, object]:
         """Return the tensors that an operation reads for a region, and its weights."""
         values = dict(self._constants)
@@ -352,7 +348,7 @@ class RegionEvaluator:
                 tensor.index_select(d, (p - inside.start[axis]).to(tensor.device))
                 for p in (low, high)
             )
-            tensor = one + (two - one) * weight
+            tensor = torch.lerp(one, two, weight)
         return tensor
 
     def shuffled(self, item: Node, box: Region, fetch: Fetch) -> object:

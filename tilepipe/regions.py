@@ -13,12 +13,10 @@ from tilepipe.rows import clip, extents, reads_along, rows_along
 from tilepipe.sweep import (
     PIECE_BYTES,
     PIECE_ROWS,
+    Course,
     Step,
-    chains,
     is_transposed,
-    pieced,
     steps,
-    sweeps_as_view,
 )
 
 if TYPE_CHECKING:
@@ -215,65 +213,52 @@ class _SweptMemory:
     def __init__(self, graph: Graph, widths: Mapping[fx.Node, int]) -> None:
         """``widths`` are the bytes of one row of each node along the axis of the sweep."""
         self._graph, self._widths = graph, widths
-        self._chains = chains(graph)
-        self._inner = {link.node for chain in self._chains.values() for link in chain[:-1]}
-        self._pieced = pieced(graph)
-        self._last = {a.source: item.node for item in graph.nodes for a in item.reading.accesses}
-        self._views = {item.node for item in graph.nodes if sweeps_as_view(graph, item)}
-        viewed = {i.reading.accesses[0].source for i in graph.nodes if i.node in self._views}
-        self._viewed = viewed - self._views
+        self._course = Course(graph)
         self._held: dict[fx.Node, list[tuple[int, int, int]]] = {node: [] for node in widths}
-        self._alive = self._later = self.peak = 0
+        self._alive = self.peak = 0
 
     def take(self, step: Step) -> None:
         """Go through a step, and see the most that is held in it."""
         graph = self._graph
         if (rows := step.new.get(graph.source)) is not None:
             self._append(graph.source, rows)
-        for item in graph.nodes:
-            if item.node in self._inner:
-                continue
+        for item in self._course.computed:
             if (rows := step.new.get(item.node)) is not None:
                 self._compute(item, rows)
-            for link in self._chains.get(item.node, (item,)):
-                for source in {a.source for a in link.reading.accesses}:
-                    if self._last[source] is link.node and source not in self._inner:
-                        self._let_go(source, step.keep[source])
+            for source in self._course.last_reads[item.node]:
+                self._let_go(source, step.keep[source])
         for piece in self._held[graph.output]:
             self._alive -= piece[2]
         self._held[graph.output] = []
-        self._alive, self._later = self._alive - self._later, 0
 
     def _append(self, node: fx.Node, rows: Rows) -> None:
-        size = (rows[1] - rows[0]) * self._widths[node] * (node not in self._views)
+        size = (rows[1] - rows[0]) * self._widths[node]
         self._held[node].append((*rows, size))
         self._alive += size
         self.peak = max(self.peak, self._alive)
 
     def _compute(self, item: Node, rows: Rows) -> None:
         node, count = item.node, rows[1] - rows[0]
-        pieces, chain = self._held[node], self._chains.get(node)
+        pieces, chain = self._held[node], self._course.chains.get(node)
         kept = rows[0] - pieces[0][0] if pieces else 0
-        if kept > count or node in self._pieced:
+        if kept > count or node in self._course.pieced:
             kept = 0
         first, width = (chain or (item,))[0], self._widths[node]
-        rows_at_once = min(count, max(PIECE_ROWS, PIECE_BYTES // max(width, 1))) if chain else count
-        between = 0  # what is read as one, and what is made before it is put in its place
-        for read in {a.source for a in first.reading.accesses}:
-            piecewise = node in self._views or item.operation.name == "cat"
-            if len(self._held[read]) > 1 and not piecewise:
-                between += rows_at_once * self._widths[read]
+        at_once = min(count, max(PIECE_ROWS, PIECE_BYTES // max(width, 1))) if chain else count
+        sources = [self._seen(access.source) for access in first.reading.accesses]
         convolution = chain[1] if chain and first.operation.name == "cat" else first
+        # What is read as one, and what is made before it is put in its place.
+        several = [at_once * self._widths[s] for s in sources if len(self._held[s]) > 1]
+        between = 0 if item.operation.name == "cat" else max(several, default=0)
         if any(rule.first < 0 for a in convolution.reading.accesses for rule in a.rules):
-            read = convolution.reading.accesses[0].source
-            between += rows_at_once * self._widths[read]  # with the rows outside put round it
+            between += at_once * max(self._widths[s] for s in sources)  # rows outside put round it
         if "upsample" in first.operation.name:
-            between += 2 * count * width
-        if chain:
-            between += rows_at_once * width * (2 if convolution is not first else 1)
+            between += count * width * (2 if "nearest" in first.operation.name else 5) // 2
+        if chain:  # a relu is written where it belongs, others are made and then copied
+            between += at_once * width * (1 if item.operation.name == "relu" else 2)
         elif kept and item.operation.name not in ("relu", "cat"):
-            between += count * self._widths[node]
-        if node in self._views or not kept:
+            between += count * width
+        if not kept:
             self._append(node, rows)
         else:
             old, start = sum(piece[2] for piece in pieces), pieces[0][0]
@@ -283,19 +268,21 @@ class _SweptMemory:
             self._held[node] = [(start, rows[1], made)]
         self.peak = max(self.peak, self._alive + between)
 
+    def _seen(self, node: fx.Node) -> fx.Node:
+        while (view := self._course.views.get(node)) is not None:
+            node = view.operation.source
+        return node
+
     def _let_go(self, node: fx.Node, keep: int) -> None:
         pieces, freed = self._held[node], 0
         while pieces and pieces[0][1] <= keep:
             freed += pieces.pop(0)[2]
         if len(pieces) == 1 and 2 * (pieces[0][1] - keep) < pieces[0][1] - pieces[0][0]:
-            size = (pieces[0][1] - keep) * self._widths[node] * (node not in self._views)
+            size = (pieces[0][1] - keep) * self._widths[node]
             freed += pieces[0][2]
             pieces[0] = keep, pieces[0][1], size
             self._alive += size
-        if node in self._viewed:  # views hold it until the end of the step
-            self._later += freed
-        else:
-            self._alive -= freed
+        self._alive -= freed
 
 
 def regions_of(

@@ -50,7 +50,7 @@ def steps(graph: Graph, axis: int, start: int, stop: int, slab: int) -> Iterator
     once and in order; a step reads nothing but new and kept rows. The context before the first
     output row is computed in slabs, too, so that no step is larger than those in the middle.
     """
-    final, unmade = rows_along(graph, axis, start, stop), joined(graph)
+    final, unmade = rows_along(graph, axis, start, stop), Course(graph).unmade
     done = {node: low for node, (low, _) in final.items()}
     edge = _first_edge(graph, axis, start + slab, done[graph.source] + slab, slab)
     while done[graph.output] < stop:
@@ -133,6 +133,58 @@ def _kept(
     return keep
 
 
+class Course:
+    """How a sweep goes through a graph: what is computed, and what never has rows of its own."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.chains = _chains(graph)
+        """Operations that are computed together, by the last of them."""
+        self.views = {
+            item.node: item
+            for item in graph.nodes
+            if _is_crop(graph, item) and item.node is not graph.output
+        }
+        """Crops along the image's axes: they are read from their source."""
+        inner = {link.node for chain in self.chains.values() for link in chain[:-1]}
+        self.computed = [i for i in graph.nodes if i.node not in inner and i.node not in self.views]
+        """Those that have rows, in order."""
+        heads = (chain[0] for chain in self.chains.values())
+        self.unmade = {i.node for i in heads if i.operation.name == "cat"} | set(self.views)
+        """What is read from its sources again, whenever it is read."""
+        self.pieced = self._pieced(graph)
+        """What is read by concatenations alone, which take it piece by piece."""
+        self.last_reads = self._last_reads(graph)
+        """Which nodes nothing reads after this one."""
+
+    def _pieced(self, graph: Graph) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        whole = {graph.output}
+        for item in reversed(graph.nodes):
+            cat = item.operation.name == "cat" and not _is_spatial(graph, item)
+            view = item.node in self.views and item.node not in whole
+            sources = (access.source for access in item.reading.accesses)
+            (found if cat or view else whole).update(sources)
+        return found - whole
+
+    def _last_reads(self, graph: Graph) -> dict[fx.Node, list[fx.Node]]:
+        ends = {link.node: end for end, chain in self.chains.items() for link in chain}
+        order = {item.node: place for place, item in enumerate(graph.nodes)}
+        last: dict[fx.Node, fx.Node] = {}
+        for item in graph.nodes:
+            if item.node in self.views:
+                continue
+            end = ends.get(item.node, item.node)
+            for access in item.reading.accesses:
+                source = access.source
+                while (view := self.views.get(source)) is not None:
+                    source = view.operation.source
+                last[source] = max(last.get(source, end), end, key=order.__getitem__)
+        found: dict[fx.Node, list[fx.Node]] = {item.node: [] for item in graph.nodes}
+        for source, end in last.items():
+            found[end].append(source)
+        return found
+
+
 class Held:
     """The rows of one node that are still read, in pieces along the axis."""
 
@@ -199,9 +251,7 @@ class Sweep:
             for a, edges in enumerate(zip(box.start, box.stop, strict=True))
         ]
         self._held: dict[fx.Node, Held] = {}
-        self._chains = chains(self._graph)
-        self._inner = {link.node for chain in self._chains.values() for link in chain[:-1]}
-        self._pieced = pieced(self._graph)
+        self._course = Course(self._graph)
 
     def run(self, slab: int, read: Callable[[Region], Tensor]) -> Iterator[tuple[Rows, Tensor]]:
         """Yield rows of the output in order, with batch and channels.
@@ -221,14 +271,11 @@ class Sweep:
             if (rows := step.new.get(graph.source)) is not None:
                 value = read(self._region(graph.source, rows))
                 self._held[graph.source].pieces.append((*rows, value))
-            for item in graph.nodes:
-                if item.node in self._inner:
-                    continue
+            for item in self._course.computed:
                 if (rows := step.new.get(item.node)) is not None:
                     self._compute(item, rows)
-                for link in self._chains.get(item.node, (item,)):
-                    for node in evaluator.last_reads(link):
-                        self._held[node].let_go(step.keep[node])
+                for node in self._course.last_reads[item.node]:
+                    self._held[node].let_go(step.keep[node])
             if (rows := step.new.get(graph.output)) is not None:
                 yield rows, cast("Tensor", self._held[graph.output].pieces.pop()[2])
 
@@ -238,24 +285,24 @@ class Sweep:
         return Region(tuple(a for a, _ in along), tuple(b for _, b in along))
 
     def _fetch(self, node: fx.Node, region: Region) -> Tensor:
+        node, region = self._seen(node, region)
         return cast("Tensor", self._held[node].fetch(region))
+
+    def _seen(self, node: fx.Node, region: Region) -> tuple[fx.Node, Region]:
+        """Return where the rows of a node are held: a crop holds none of its own."""
+        while (view := self._course.views.get(node)) is not None:
+            [(node, region)] = reads(self._graph, view, region)
+        return node, region
 
     def _compute(self, item: Node, rows: Rows) -> None:
         """Compute new rows of a node and put them behind those that are held."""
         held, region = self._held[item.node], self._region(item.node, rows)
-        if sweeps_as_view(self._graph, item):
-            [(source, read)] = reads(self._graph, item, region)
-            for first, part in self._held[source].parts(read):
-                low = rows[0] + first - read.start[self._axis]
-                size = cast("Tensor", part).shape[self._graph.dims[source][self._axis]]
-                held.pieces.append((low, low + size, part))
-            return
         tail = held.pieces[0][2] if held.pieces else None
         kept = rows[0] - held.rows[0] if held.pieces else 0
-        if kept > rows[1] - rows[0] or item.node in self._pieced:
+        if kept > rows[1] - rows[0] or item.node in self._course.pieced:
             tail, kept = None, 0  # the new rows become a piece of their own
-        if item.node in self._chains:
-            self._flow(self._chains[item.node], rows, kept)
+        if (chain := self._course.chains.get(item.node)) is not None:
+            self._flow(chain, rows, kept)
             return
         if not isinstance(tail, Tensor):
             value = self._evaluator.compute(item, region, self._fetch)
@@ -329,16 +376,17 @@ class Sweep:
             along, across = item.operation.number("dim") % out.ndim, dims[axis]
             place = 0
             for access in item.reading.accesses:
-                for first, part in self._held[access.source].parts(region):
+                source, read = self._seen(access.source, region)
+                for first, part in self._held[source].parts(read):
                     tensor = cast("Tensor", part)
-                    where = out.narrow(across, first - region.start[axis], tensor.shape[across])
+                    where = out.narrow(across, first - read.start[axis], tensor.shape[across])
                     where.narrow(along, place, tensor.shape[along]).copy_(tensor)
                 place += tensor.shape[along]
         else:
             out.copy_(cast("Tensor", self._evaluator.compute(item, region, self._fetch)))
 
 
-def chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
+def _chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
     """Return the convolutions that only pointwise operations follow, by the last of these.
 
     A chain is a convolution, operations that take each row from the same row of the one before,
@@ -371,12 +419,6 @@ def chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
     return {n: chain for n, chain in found.items() if "conv" not in chain[-1].operation.name}
 
 
-def joined(graph: Graph) -> set[fx.Node]:
-    """Return the concatenations that are never made."""
-    heads = (chain[0] for chain in chains(graph).values())
-    return {head.node for head in heads if head.operation.name == "cat"}
-
-
 def _joins_channels(graph: Graph, item: Node) -> bool:
     operation = item.operation
     if operation.name != "cat" or 1 in graph.dims[item.node]:
@@ -392,22 +434,11 @@ def is_transposed(item: Node) -> bool:
     )
 
 
-def sweeps_as_view(graph: Graph, item: Node) -> bool:
+def _is_crop(graph: Graph, item: Node) -> bool:
     """Whether an operation crops along the image's axes, so that nothing is copied."""
     operation = item.operation
     plain = operation.name == "slice" and operation.number("step", 1) == 1
     return plain and _is_spatial(graph, item)
-
-
-def pieced(graph: Graph) -> set[fx.Node]:
-    """Return the nodes that are read by concatenations alone, which take them piece by piece."""
-    found: set[fx.Node] = set()
-    whole = {graph.output}
-    for item in reversed(graph.nodes):
-        cat = item.operation.name == "cat" and not _is_spatial(graph, item)
-        view = sweeps_as_view(graph, item) and item.node not in whole
-        (found if cat or view else whole).update(access.source for access in item.reading.accesses)
-    return found - whole
 
 
 def _is_spatial(graph: Graph, item: Node) -> bool:
