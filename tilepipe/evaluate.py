@@ -312,7 +312,7 @@ class RegionEvaluator:
         return F.pad(fit(tensor, dims, inside, rows, value), others, value=value)
 
     def interpolated(self, item: Node, box: Region, fetch: Fetch) -> object:
-        """Interpolate: by the library where the scale is whole, else row by row."""
+        """Interpolate: by the library where the scale is whole or an axis is, else row by row."""
         operation = item.operation
         [access] = item.reading.accesses
         [(source, rows)] = reads(self.graph, item, box)
@@ -332,7 +332,13 @@ class RegionEvaluator:
         if mode == "bicubic":
             raise NoRule(f"bicubic interpolation by no whole factor ({item.place})")
         sizes = extents(self.graph, source)
-        for axis, d in enumerate(item.reading.dims):
+        for axis in reversed(self._order(range(len(sizes)))):  # whole rows are copied last
+            d, length = item.reading.dims[axis], extents(self.graph, item.node)[axis]
+            if align and (box.start[axis], box.stop[axis]) == (0, length):
+                shape = list(tensor.shape)
+                shape[d] = length
+                tensor = F.interpolate(tensor, shape[2:], mode=mode, align_corners=True)
+                continue
             rule, last = access.rules[axis], sizes[axis] - 1
             place = torch.arange(box.start[axis], box.stop[axis], dtype=torch.float64)
             if "nearest" in mode:
