@@ -66,7 +66,10 @@ def test_inspect_tells_a_model_a_volume_and_an_output(
     [
         (["segment", "none.zarr", "--model", "{model}"], "none.zarr"),
         (["segment", "{source}", "--model", "none.pt"], "none.pt"),
-        (["segment", "{source}", "--model", "{model}", "--tile", "17,16"], "nearest: 16 or 20"),
+        (
+            ["segment", "{source}", "--model", "{model}", "--tile", "17,16", "--chunks", "8,8"],
+            "two tiles write into one; nearest: 16",
+        ),
         (["segment", "{source}", "--model", "{model}", "--tile", "big"], "whole numbers"),
         (["segment", "{source}", "--model", "{model}", "--write", "poems"], "--write"),
         (["segment", "", "--model", "{model}"], "source"),
