@@ -24,8 +24,6 @@ from tilepipe.sweep import Sweep, steps
 from tilepipe.windows import whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from torch import Tensor
 
 NAMES = [*zoo.FLAT, *zoo.SOLID, "milesial", "paper unet"]
@@ -112,23 +110,6 @@ def test_steps_are_alike_and_as_large_in_the_middle_as_at_the_start(name: str, s
     assert all(one.get(graph.source, 0) <= middle[0][graph.source] for one in sizes)
 
 
-class Alive(Liveness):
-    """The most bytes of tensors that are alive at once."""
-
-    most = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
-        return out
-
-
 @pytest.mark.parametrize("slab", [16, 64])
 @pytest.mark.parametrize(
     "name",
@@ -148,12 +129,12 @@ def test_memory_is_predicted_within_a_fifth(name: str, slab: int) -> None:
         regions.output_box(Region((0,) * model.axes, shape)),
         0,
     )
-    alive = Alive(torch.zeros(1))
+    alive = Liveness(torch.zeros(1))
     with torch.no_grad(), alive:
         slabs = sweep.run(slab, lambda rows: _channels_last(rows, model.channels))
         while next(slabs, None) is not None:
             pass
-    assert regions.swept(spans, 0, slab).peak == pytest.approx(alive.most, rel=0.2)
+    assert regions.swept(spans, 0, slab).peak == pytest.approx(alive.tensors, rel=0.2)
 
 
 def _channels_last(rows: Region, channels: int) -> Tensor:

@@ -28,12 +28,15 @@ class Cost:
 
 
 class Liveness(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive after each operation."""
+    """Adds up the bytes of the tensors that are alive after each operation.
+
+    ``tensors`` is the most of them, ``peak`` with what kernels reorder beside.
+    """
 
     def __init__(self, image: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.peak = self.tensors = 0
         self._note(image)
 
     def _note(self, tensor: torch.Tensor) -> None:
@@ -58,6 +61,7 @@ class Liveness(TorchDispatchMode):
             assert isinstance(image, torch.Tensor)
             copies = image.nbytes + out.nbytes  # reordered for the 3D kernels
         alive = sum(size for _, size in self.alive.values())
+        self.tensors = max(self.tensors, alive)
         self.peak = max(self.peak, alive + copies)
         return out
 

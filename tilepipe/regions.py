@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import (
-    PIECE_BYTES,
-    PIECE_ROWS,
-    Course,
-    Step,
-    is_transposed,
-    steps,
-)
+from tilepipe.sweep import PIECE_BYTES, PIECE_ROWS, Course, Step, is_transposed, steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
