@@ -16,7 +16,7 @@ ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "demo", "inspect", "describe", "segment", "worker", "ledger", "engines", "plan",
     "tiling", "checks", "options", "normalize", "predict", "regions", "feed", "windows", "profile",
-    "probe", "model", "cost", "sweep", "evaluate", "transfer", "kernels", "rows", "network",
+    "probe", "model", "cost", "sweep", "compute", "transfer", "kernels", "rows", "network",
     "operations", "rules", "program", "unet",
     "overlay", "synthetic", "target", "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import tilepipe as tp
 from tests import zoo
 from tests.support import noise, write_unet, write_volume
+from tilepipe.compute import RegionEvaluator
 from tilepipe.cost import Liveness
 from tilepipe.engines import serial
 from tilepipe.errors import BadRequest
-from tilepipe.evaluate import RegionEvaluator
 from tilepipe.geometry import Region, ceil_to, mirror
 from tilepipe.model import wrap
 from tilepipe.network import export

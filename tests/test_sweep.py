@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import zoo
-from tests.test_evaluate import SIZES, graph_of, model_of
+from tests.test_compute import SIZES, graph_of, model_of
+from tilepipe.compute import RegionEvaluator
 from tilepipe.cost import Liveness
-from tilepipe.evaluate import RegionEvaluator
 from tilepipe.geometry import Region
 from tilepipe.model import wrap
 from tilepipe.network import export

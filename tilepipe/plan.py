@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from tilepipe import __version__, checks
+from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
-from tilepipe.evaluate import RegionEvaluator
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
 from tilepipe.model import load_model
 from tilepipe.network import Graph, NotExported, export

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
-from tilepipe.evaluate import RegionEvaluator
 from tilepipe.sweep import Sweep
 from tilepipe.transfer import Transfer
 

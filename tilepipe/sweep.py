@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, fx
 
-from tilepipe.evaluate import is_special
+from tilepipe.compute import is_special
 from tilepipe.geometry import Region
 from tilepipe.kernels import crop, empty
 from tilepipe.rows import clip, extents, pad_mode, pads_of, reads, reads_along, rows_along
@@ -23,7 +23,7 @@ from tilepipe.rules import SAME
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from tilepipe.evaluate import RegionEvaluator
+    from tilepipe.compute import RegionEvaluator
     from tilepipe.network import Graph, Node
     from tilepipe.rows import Rows
 

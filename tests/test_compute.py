@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import zoo
-from tilepipe.evaluate import RegionEvaluator
+from tilepipe.compute import RegionEvaluator
 from tilepipe.geometry import Region
 from tilepipe.model import wrap
 from tilepipe.network import export
