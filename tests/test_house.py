@@ -17,7 +17,7 @@ ORDER = [
     "cli", "demo", "inspect", "describe", "segment", "worker", "ledger", "engines", "plan",
     "tiling", "checks", "options", "normalize", "predict", "regions", "feed", "windows", "profile",
     "probe", "model", "cost", "sweep", "compute", "transfer", "kernels", "rows", "network",
-    "operations", "rules", "program", "unet",
+    "operations", "rules", "program", "unet", "losses", "targets",
     "overlay", "synthetic", "target", "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
@@ -27,6 +27,8 @@ KNOWS_NOT = {
     "volume": {"torch", "dask", "distributed"},
     "target": {"torch", "dask", "distributed"},
     "engines": {"torch", "zarr"},
+    "targets": {"torch", "zarr", "dask", "distributed"},
+    "losses": {"zarr", "dask", "distributed"},
     "geometry": {"torch", "zarr", "dask", "distributed", "tilepipe"},
     "plan": {"dask", "distributed"},
 }
