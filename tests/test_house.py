@@ -17,7 +17,7 @@ ORDER = [
     "cli", "demo", "inspect", "describe", "segment", "worker", "ledger", "engines", "plan",
     "tiling", "checks", "options", "normalize", "predict", "regions", "feed", "windows", "profile",
     "probe", "model", "cost", "sweep", "compute", "transfer", "kernels", "rows", "network",
-    "operations", "rules", "program", "unet", "losses", "targets",
+    "operations", "rules", "program", "unet", "losses", "targets", "augment",
     "overlay", "synthetic", "target", "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
@@ -28,6 +28,7 @@ KNOWS_NOT = {
     "target": {"torch", "dask", "distributed"},
     "engines": {"torch", "zarr"},
     "targets": {"torch", "zarr", "dask", "distributed"},
+    "augment": {"torch", "zarr", "dask", "distributed"},
     "losses": {"zarr", "dask", "distributed"},
     "geometry": {"torch", "zarr", "dask", "distributed", "tilepipe"},
     "plan": {"dask", "distributed"},
