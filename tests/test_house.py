@@ -16,8 +16,8 @@ ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "demo", "inspect", "describe", "segment", "worker", "ledger", "engines", "plan",
     "tiling", "checks", "options", "normalize", "predict", "regions", "feed", "windows", "profile",
-    "probe", "model", "cost", "sweep", "compute", "transfer", "kernels", "rows", "network",
-    "operations", "rules", "program", "unet",
+    "probe", "model", "checkpoint", "cost", "sweep", "compute", "transfer", "kernels", "rows",
+    "network", "operations", "rules", "program", "unet",
     "overlay", "synthetic", "target", "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
