@@ -11,8 +11,9 @@ import torch.nn.functional as F
 import zarr
 from torch import Tensor, nn
 
+from tilepipe.checkpoint import save_checkpoint
 from tilepipe.model import load_model
-from tilepipe.unet import UNet, save_checkpoint
+from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
     from pathlib import Path

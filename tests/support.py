@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import zarr
 
+from tilepipe.checkpoint import save_checkpoint
 from tilepipe.geometry import Region, mirror
 from tilepipe.model import load_model
 from tilepipe.profile import find_profile
-from tilepipe.unet import UNet, save_checkpoint
+from tilepipe.unet import UNet
 from tilepipe.windows import whole
 
 if TYPE_CHECKING:

@@ -36,6 +36,11 @@ SIZES = {
     "same unet 3d": [(12, 16, 24)],
     "trilinear": [(11, 17, 24), (8, 9, 10)],
     "restoring": [(7, 11, 9)],
+    "gated unet": [(60, 76)],
+    "same gated unet": [(32, 44)],
+    "residual unet": [(60, 76)],
+    "both 3d": [(18, 48, 52)],
+    "same both 3d": [(5, 18, 16)],
 }
 """Sizes of the whole image; odd ones where the network takes them."""
 

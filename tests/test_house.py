@@ -14,11 +14,13 @@ import tilepipe
 
 ROOT = Path(tilepipe.__file__).parent
 ORDER = [
-    "cli", "demo", "inspect", "describe", "segment", "worker", "ledger", "engines", "plan",
-    "tiling", "checks", "options", "normalize", "predict", "regions", "feed", "windows", "profile",
-    "probe", "model", "cost", "sweep", "compute", "transfer", "kernels", "rows", "network",
-    "operations", "rules", "program", "unet", "losses", "targets", "augment",
-    "overlay", "synthetic", "target", "volume", "ome", "tiff", "geometry", "errors",
+    "cli", "arguments", "demo", "inspect", "describe", "train", "trainlog", "loader", "learner",
+    "study", "material", "validate", "recipe", "patches", "census", "stop", "segment", "worker",
+    "ledger", "engines", "plan", "tiling", "checks", "options", "cache", "slices", "normalize",
+    "predict", "regions", "feed", "windows", "profile", "probe", "model", "checkpoint", "cost",
+    "sweep", "compute", "transfer", "kernels", "rows", "network", "operations", "rules", "program",
+    "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances", "target",
+    "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

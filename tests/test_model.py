@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from tests import zoo
+from tilepipe.checkpoint import save_checkpoint
 from tilepipe.errors import BadRequest
 from tilepipe.model import load_model, wrap
 from tilepipe.profile import find_profile
-from tilepipe.unet import UNet, save_checkpoint
+from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -114,7 +114,8 @@ def test_steps_are_alike_and_as_large_in_the_middle_as_at_the_start(name: str, s
 @pytest.mark.parametrize(
     "name",
     ["valid unet", "same unet", "bilinear", "nearest", "bicubic", "residual", "even", "milesial",
-     "valid unet 3d", "anisotropic", "same unet 3d", "trilinear", "restoring"],
+     "valid unet 3d", "anisotropic", "same unet 3d", "trilinear", "restoring",
+     "gated unet", "residual unet", "both 3d", "same both 3d"],
 )  # fmt: skip
 def test_memory_is_predicted_within_a_fifth(name: str, slab: int) -> None:
     network = zoo.align_corners() if name == "milesial" else {**zoo.FLAT, **zoo.SOLID}[name]()

@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import tilepipe
+from tilepipe.checkpoint import save_checkpoint
 from tilepipe.errors import BadRequest
-from tilepipe.unet import UNet, save_checkpoint
+from tilepipe.model import wrap
+from tilepipe.profile import find_profile
+from tilepipe.unet import Gate, UNet
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SHIPPED = Path(tilepipe.__file__).parent / "networks" / "nuclei-2d.pt"
@@ -63,26 +66,109 @@ def test_same_padding_keeps_sizes_that_divide(ndim: int):
         network(torch.zeros(2, 1, *(10,) * ndim))
 
 
-def test_valid_answers_do_not_depend_on_the_window():
+VARIANTS = [{}, {"attention": True}, {"residual": True}, {"attention": True, "residual": True}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_valid_answers_do_not_depend_on_the_window(variant: dict):
     torch.manual_seed(0)
-    network = UNet(base=2, depth=3).double()
+    network = UNet(base=2, depth=3, **variant).double()
     image = torch.rand(1, 1, 84, 84, dtype=torch.float64)
     with torch.no_grad():
         whole, shifted = network(image), network(image[..., 8:, 4:])
     torch.testing.assert_close(shifted, whole[..., 8:, 4:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ndim", [2, 3])
-def test_he_initialisation(ndim: int):
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_variants_keep_sizes_and_context(variant: dict, ndim: int, padding: str):
+    options = {"ndim": ndim, "base": 2, "depth": 3, "padding": padding}
+    plain, changed = (find_profile(wrap(UNet(**options, **more))) for more in ({}, variant))
+    assert (plain.shrink, plain.context.step) == (changed.shrink, changed.context.step)
+    if padding == "valid":
+        assert plain.context == changed.context
+        assert plain.smallest == changed.smallest
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_variants_have_the_weights_that_their_layers_say(ndim: int, batch_norm: bool):
+    base, depth, read = 4, 3, 2
+    options = {"ndim": ndim, "base": base, "depth": depth, "in_channels": read}
+    options["batch_norm"] = batch_norm
+    count = {
+        tuple(variant): sum(w.numel() for w in UNet(**options, **variant).parameters())
+        for variant in VARIANTS
+    }
+    channels = [base * 2**level for level in range(depth)]
+    # Per skip: W_x, W_g with its bias, psi with its bias; half of the skip's channels between.
+    gates = sum(c // 2 * c + c // 2 * (2 * c + 1) + c // 2 + 1 for c in channels[:-1])
+    # 1x1 where channels change, which they do in every block: down from half, up from twice.
+    inputs = [
+        (read, base),
+        *((c // 2, c) for c in channels[1:]),
+        *((2 * c, c) for c in channels[:-1]),
+    ]
+    shortcuts = sum(a * c + c * (2 if batch_norm else 1) for a, c in inputs)
+    assert count["attention",] == count[()] + gates
+    assert count["residual",] == count[()] + shortcuts
+    assert count["attention", "residual"] == count[()] + gates + shortcuts
+
+
+def test_a_residual_block_of_like_channels_has_an_identity():
+    network = UNet(base=4, depth=2, in_channels=4, residual=True)
+    assert isinstance(network.down[0].shortcut, nn.Identity)
+    assert isinstance(network.down[1].shortcut, nn.Sequential)
+
+
+def test_a_residual_block_adds_the_middle_of_what_it_reads():
+    network = UNet(base=3, depth=1, in_channels=3, residual=True, kernels=[[2, 5]])
+    for weight in network.down[0].parameters():
+        nn.init.zeros_(weight)
+    image = torch.randn(1, 3, 9, 20)
+    assert torch.equal(network.down[0](image), image[..., 1:-1, 4:-4].relu())
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_gate_weighs_each_voxel_by_the_coarse_one_over_it(smooth: bool):
+    """The paper's formula, voxel by voxel."""
     torch.manual_seed(0)
-    network = UNet(ndim=ndim, base=16, depth=3)
+    gate = Gate(4, 6, (1, 3), smooth=smooth).double()
+    skip = torch.randn(1, 4, 5, 12, dtype=torch.float64)
+    coarse = torch.randn(1, 6, 5, 4, dtype=torch.float64)
+    w_x, w_g, psi = (layer.weight[:, :, 0, 0] for layer in (gate.skip, gate.coarse, gate.psi))
+    kept = torch.empty(1, 1, 5, 4, dtype=torch.float64)
+    for y in range(5):
+        for x in range(4):
+            both = w_x @ skip[0, :, y, 3 * x] + w_g @ coarse[0, :, y, x] + gate.coarse.bias
+            kept[0, 0, y, x] = torch.sigmoid(psi @ both.relu() + gate.psi.bias)
+    if smooth:
+        place = ((torch.arange(12, dtype=torch.float64) + 0.5) / 3 - 0.5).clamp(0, 3)
+        low = place.floor().long()
+        high = (low + 1).clamp(max=3)
+        kept = torch.lerp(kept[..., low], kept[..., high], place - low)
+    else:
+        kept = kept.repeat_interleave(3, dim=3)
+    torch.testing.assert_close(gate(skip, coarse), skip * kept, rtol=0, atol=1e-12)
+
+
+def test_gates_of_few_channels_have_one_between():
+    assert UNet(base=1, depth=2, attention=True).gate[0].psi.in_channels == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_he_initialisation(ndim: int, variant: dict):
+    torch.manual_seed(0)
+    network = UNet(ndim=ndim, base=16, depth=4 - ndim // 3, in_channels=3, **variant)
     checked = 0
     for layer in network.modules():
         if not isinstance(layer, CONVOLUTIONS):
             continue
         up = isinstance(layer, nn.ConvTranspose2d | nn.ConvTranspose3d)
         inputs = layer.in_channels * (1 if up else math.prod(layer.kernel_size))
-        assert not layer.bias.any()
+        assert layer.bias is None or not layer.bias.any()
         if layer.weight.numel() >= 1000:
             assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / inputs), rel=0.1)
             checked += 1
@@ -95,6 +181,7 @@ def test_he_initialisation(ndim: int):
         ({"depth": 5}, (1020, 5020)),
         ({"ndim": 3, "depth": 3, "pools": [[1, 2, 2], 2]}, (60, 1004, 5004)),
         ({"padding": "same", "batch_norm": True, "dropout": 0.2, "depth": 3}, (100_000, 80_000)),
+        ({"attention": True, "residual": True, "depth": 3}, (1004, 5004)),
     ],
 )
 def test_exports_on_meta_at_any_size(options: dict, size: tuple[int, ...]):

@@ -41,6 +41,43 @@ def anisotropic_unet_3d() -> nn.Module:
     )
 
 
+def gated_unet() -> nn.Module:
+    return UNet(ndim=2, base=4, depth=3, attention=True)
+
+
+def same_gated_unet() -> nn.Module:
+    return UNet(ndim=2, base=4, depth=3, padding="same", attention=True, batch_norm=True)
+
+
+def residual_unet() -> nn.Module:
+    return UNet(ndim=2, base=3, depth=3, residual=True, batch_norm=True)
+
+
+def both_unet_3d() -> nn.Module:
+    return UNet(
+        ndim=3,
+        base=2,
+        depth=3,
+        kernels=((1, 3, 3), (3, 3, 3), (2, 3, 3)),
+        pools=((1, 2, 2), (2, 2, 2)),
+        attention=True,
+        residual=True,
+    )
+
+
+def same_both_unet_3d() -> nn.Module:
+    return UNet(
+        ndim=3,
+        base=2,
+        depth=3,
+        padding="same",
+        kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+        pools=((1, 2, 2), (1, 3, 2)),
+        attention=True,
+        residual=True,
+    )
+
+
 def same_unet_3d() -> nn.Module:
     return UNet(ndim=3, base=2, depth=3, padding="same")
 
@@ -254,6 +291,9 @@ FLAT: dict[str, Callable[[], nn.Module]] = {
     "bicubic": bicubic,
     "residual": Residual,
     "attention": Attention,
+    "gated unet": gated_unet,
+    "same gated unet": same_gated_unet,
+    "residual unet": residual_unet,
     "even": Even,
     "modern": Modern,
 }
@@ -264,10 +304,12 @@ SOLID: dict[str, Callable[[], nn.Module]] = {
     "same unet 3d": same_unet_3d,
     "trilinear": trilinear,
     "restoring": Restoring,
+    "both 3d": both_unet_3d,
+    "same both 3d": same_both_unet_3d,
 }
 """3D networks that tile exactly."""
 PADDED = ("same unet", "bilinear", "nearest", "bicubic", "residual", "attention",
-          "same unet 3d", "trilinear")  # fmt: skip
+          "same gated unet", "same unet 3d", "trilinear", "same both 3d")  # fmt: skip
 """Those of them that pad their input and accept ``boundary="network"``."""
 
 
@@ -276,7 +318,7 @@ def build(name: str, *, seed: int = 0) -> Model:
     torch.manual_seed(seed)
     module = (FLAT | SOLID)[name]().double().eval()
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.normal_(layer.running_mean)
             nn.init.uniform_(layer.running_var, 0.5, 2.0)
     return wrap(module)

@@ -58,6 +58,16 @@ def check_exact(model: Model, profile: Profile, options: Options, strategy: str)
 
 def check_write(model: Model, profile: Profile, options: Options) -> None:
     """Refuse an answer that the network does not give."""
+    if model.answer == "values" and options.write != "values":
+        raise BadRequest(
+            f"write (={options.write}) needs classes; model (={model.path}) was trained for"
+            " values: use --write values"
+        )
+    if model.labels and len(model.labels) != profile.classes:
+        raise BadRequest(
+            f"labels (={', '.join(model.labels):.200}) of model (={model.path}) must name each of"
+            f" its {counted(profile.classes, 'output channel')}"
+        )
     if options.write == "logits" and profile.activation:
         raise BadRequest(
             f"write (=logits) needs a network that ends before its {profile.activation};"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tilepipe.errors import comma, counted
 from tilepipe.tiling import describe_bytes
@@ -82,6 +82,8 @@ def describe_model(model: Model, profile: Profile) -> str:
         ("labels", ", ".join(model.labels) or "not said"),
         ("exact tiling", "no" if profile.troubles else "yes"),
     ]
+    if model.kind == "checkpoint":
+        rows.append(("trained for", model.answer + _trained(model)))
     rows += [("no context", why) for why in profile.troubles]
     rows += [("off lattice", f"{why}: exact as regions") for why in profile.off_lattice]
     return _table(rows)
@@ -147,6 +149,14 @@ def _strategy(plan: Plan) -> str:
 
 def _compared(share: float) -> str:
     return f"{abs(share):.1%} {'below' if share < 0 else 'above'}"
+
+
+def _trained(model: Model) -> str:
+    """Return the context that a model's file says it was trained with."""
+    if model.trained is None:
+        return ""
+    sizes = (cast("list[int]", model.trained[name]) for name in ("before", "after", "step"))
+    return ", with a context of {} before, {} after, step {}".format(*map(comma, sizes))
 
 
 def _channels(count: int) -> str:

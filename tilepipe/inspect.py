@@ -40,7 +40,8 @@ def inspect(
         facts = {"model": str(path), "kind": model.kind, "digest": model.digest,
                  "parameters": model.parameters, "normalize": model.normalize,
                  "head": model.head, "outputs": model.outputs,
-                 "labels": list(model.labels), "provenance": dict(model.provenance)}  # fmt: skip
+                 "labels": list(model.labels), "answer": model.answer,
+                 "provenance": dict(model.provenance), "trained": model.trained}  # fmt: skip
         return {**facts, **asdict(profile)}, describe_model(model, profile)
     volume = open_volume(path, axes=axes)
     values: dict[str, object] = {

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from tilepipe.checkpoint import Checkpoint, needs_code, read_checkpoint
 from tilepipe.cost import Cost, measure_cost
 from tilepipe.errors import BadRequest
 from tilepipe.network import first_line
@@ -83,7 +84,12 @@ class Model:
     """The only input size that an exported program of fixed size takes."""
     normalize: str | None = None
     labels: tuple[str, ...] = ()
+    """Names of the output's channels; empty where the file does not say them."""
+    answer: str = "classes"
+    """``classes``, or ``values``: what the network was trained to give."""
     provenance: Mapping[str, object] = field(default_factory=dict)
+    trained: Mapping[str, object] | None = None
+    """Context of training, as the file says; tiling reads the network's own instead."""
     _meta: nn.Module | None = None
     _on_cpu: bool = False
 
@@ -182,7 +188,9 @@ def load_model(
     """Load a model file, as any of the four kinds that the README lists.
 
     ``network`` (``package.module:factory`` or ``file.py:factory``) builds the architecture of a
-    plain state dict, with ``network_args``. Raises `BadRequest` with one line otherwise.
+    plain state dict, with ``network_args``, or that of a checkpoint of one's own network, whose
+    saved arguments are the default. No code is imported that ``network`` does not name. Raises
+    `BadRequest` with one line otherwise.
     """
     if not isinstance(path, str | Path):
         raise BadRequest(
@@ -201,8 +209,9 @@ def load_model(
     _check_magic(path, content)
     digest = hashlib.sha256(content)
     names = _archive_names(content)
-    facts: dict[str, object] = {}
+    said: Checkpoint | None = None
     shape: Shape | None = None
+    takes_network = False
     try:
         if any(name.endswith("constants.pkl") for name in names) and any(
             "/code/" in name for name in names
@@ -215,10 +224,13 @@ def load_model(
             if not isinstance(saved, Mapping):
                 raise BadRequest(f"model (={path}) holds a {type(saved).__name__}, not weights")
             if "tilepipe" in saved:
-                kind, (module, facts) = "checkpoint", _load_checkpoint(path, saved)
+                kind, said = "checkpoint", read_checkpoint(path, saved)
+                takes_network = said.network is not None
+                module = _load_checkpoint(path, said, network, network_args)
             else:
-                kind = "state dict"
+                kind, takes_network = "state dict", True
                 module = _load_state_dict(path, saved, network, network_args or {})
+            if takes_network:
                 digest.update(f"{network} {json.dumps(network_args, sort_keys=True)}".encode())
                 if network and network.split(":")[0].endswith(".py"):
                     digest.update(Path(network.rsplit(":", 1)[0]).read_bytes())
@@ -226,9 +238,10 @@ def load_model(
         if isinstance(error, BadRequest):
             raise
         raise BadRequest(f"model (={path}) cannot be read: {first_line(error)}") from error
-    if network is not None and kind != "state dict":
+    if network is not None and not takes_network:
         raise BadRequest(
-            f"network (={network}) is for state dicts; {path} is none ({kind}): leave it out"
+            f"network (={network}) is for state dicts and checkpoints of one's own network; {path}"
+            f" is neither ({kind}): leave it out"
         )
     digest.update(f"head {head}".encode())
     if kind != "exported program":  # which is in the mode that it was exported in
@@ -236,7 +249,10 @@ def load_model(
     module = _Head(module, head)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, head, **facts)  # type: ignore[arg-type]
+    model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, head)
+    if said is not None:
+        model.normalize, model.labels, model.answer = said.normalize, said.labels, said.answer
+        model.provenance, model.trained = said.provenance, said.context
     _find_input(model, shape)
     return model
 
@@ -278,18 +294,24 @@ def _load_script(path: str | Path, device: str) -> nn.Module:
 
 
 def _load_checkpoint(
-    path: Path, saved: Mapping[str, object]
-) -> tuple[nn.Module, dict[str, object]]:
-    architecture = dict(cast("Mapping[str, object]", saved["architecture"]))
-    if (name := architecture.pop("name")) != "unet":
-        raise BadRequest(f"model (={path}) has the unknown architecture {name!r}; known: unet")
-    module = UNet(**architecture)  # type: ignore[arg-type]
-    _fill(path, module, cast("Mapping[str, torch.Tensor]", saved["weights"]))
-    return module, {
-        "normalize": saved.get("normalize"),
-        "labels": tuple(cast("list[str]", saved.get("labels") or [])),
-        "provenance": saved.get("provenance") or {},
-    }
+    path: Path, said: Checkpoint, network: str | None, arguments: Mapping[str, object] | None
+) -> nn.Module:
+    """Build the paper's network, or by the user's factory, never by what the file names."""
+    module: nn.Module
+    if said.network is None:
+        try:
+            module = UNet(**said.arguments)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise BadRequest(
+                f"model (={path}) has an architecture that this tilepipe cannot build:"
+                f" {first_line(error)}; use the version that wrote it"
+            ) from None
+    elif network is None:
+        raise needs_code(path, said)
+    else:
+        module = _build(network, said.arguments if arguments is None else arguments)
+    _fill(path, module, said.weights)
+    return module
 
 
 def _load_state_dict(

@@ -1,4 +1,4 @@
-"""The U-Net of arXiv:1505.04597, in 2D and in 3D (arXiv:1606.06650), and its checkpoint file.
+"""The U-Net of arXiv:1505.04597, in 2D and in 3D (arXiv:1606.06650), and two variants of it.
 
 Shape suffixes: ``B`` batch, ``C`` channels, ``S`` the spatial axes (``y x`` or ``z y x``).
 """
@@ -6,11 +6,10 @@ Shape suffixes: ``B`` batch, ``C`` channels, ``S`` the spatial axes (``y x`` or 
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tilepipe.errors import BadRequest
@@ -45,8 +44,9 @@ class UNet(nn.Module):
     normalised and has no bias. ``kernels`` gives each level's convolution, ``pools`` the pooling
     and up-convolution between each level and the next: one number, or one for each axis.
     ``dropout`` is the share of channels dropped in training at the end of the contracting path,
-    where the authors' published network has it: after the two deepest levels. Options that make
-    no network raise BadRequest.
+    where the authors' published network has it: after the two deepest levels. ``attention`` puts
+    a `Gate` on every skip, ``residual`` makes every pair of convolutions a `Residual`; neither
+    changes the sizes. Options that make no network raise BadRequest.
 
     >>> UNet(base=2, depth=3)(torch.zeros(1, 1, 44, 52)).shape
     torch.Size([1, 2, 4, 12])
@@ -65,6 +65,8 @@ class UNet(nn.Module):
         kernels: Sequence[PerAxis] | None = None,
         pools: Sequence[PerAxis] | None = None,
         dropout: float = 0.0,
+        attention: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         _check(ndim, depth, padding, {"in_channels": in_channels, "classes": classes, "base": base})
@@ -80,7 +82,8 @@ class UNet(nn.Module):
         inputs = [in_channels, *channels]
         same = padding == "same"
         self.down = nn.ModuleList(
-            _block(inputs[i], channels[i], kernel_sizes[i], same, batch_norm) for i in range(depth)
+            _block(inputs[i], channels[i], kernel_sizes[i], same, batch_norm, residual)
+            for i in range(depth)
         )
         self.pool = nn.ModuleList(MAX_POOL[ndim](size) for size in pool_sizes)
         self.up = nn.ModuleList(
@@ -88,8 +91,12 @@ class UNet(nn.Module):
             for i in range(depth - 1)
         )
         self.merge = nn.ModuleList(
-            _block(2 * channels[i], channels[i], kernel_sizes[i], same, batch_norm)
+            _block(2 * channels[i], channels[i], kernel_sizes[i], same, batch_norm, residual)
             for i in range(depth - 1)
+        )
+        self.gate = nn.ModuleList(
+            Gate(channels[i], channels[i + 1], pool_sizes[i], smooth=same)
+            for i in range(depth - 1 if attention else 0)
         )
         self.dropout = DROPOUT[ndim](dropout) if dropout else nn.Identity()
         self.head = CONVOLUTION[ndim](base, classes, 1)
@@ -108,12 +115,59 @@ class UNet(nn.Module):
                 skips.append(here)
                 here = self.pool[level](here)
         for level in reversed(range(deepest)):
-            here = self.up[level](here)
+            coarse, here = here, self.up[level](here)
             skip = _crop(skips[level], here) if self.crops else skips[level]
+            if self.gate:
+                skip = self.gate[level](skip, coarse)
             here = torch.cat((skip, here), dim=1)
             here = self.merge[level](here)
         logits: Tensor = self.head(here)
         return logits
+
+
+class Gate(nn.Module):
+    """The additive attention gate of arXiv:1804.03999: which voxels of a skip are let through.
+
+    Each voxel of the coarser signal says how much of the skip's voxels over it is kept, 0:1:
+    ``sigmoid(psi(relu(W_x skip + W_g coarse)))``, all three 1x1 convolutions, W_x with a stride of
+    ``pool`` and half of the skip's channels between. Brought to the skip's size it is multiplied
+    with it: linearly where ``smooth``, as in the paper, else each value for all voxels it covers.
+    The latter reads no neighbour, so that a network without padding stays one: its answer depends
+    on nothing beyond what its convolutions read, and the size of the window does not matter.
+    """
+
+    def __init__(
+        self, channels: int, coarse_channels: int, pool: tuple[int, ...], *, smooth: bool
+    ) -> None:
+        super().__init__()
+        ndim, between = len(pool), max(1, channels // 2)
+        self.skip = CONVOLUTION[ndim](channels, between, 1, stride=pool, bias=False)
+        self.coarse = CONVOLUTION[ndim](coarse_channels, between, 1)
+        self.psi = CONVOLUTION[ndim](between, 1, 1)
+        self.mode = {2: "bilinear", 3: "trilinear"}[ndim] if smooth else "nearest"
+
+    def forward(self, skip_BCS: Tensor, coarse_BCS: Tensor) -> Tensor:
+        """Return ``skip_BCS``, weighed; its size is that of ``coarse_BCS`` times ``pool``."""
+        both = F.relu(self.skip(skip_BCS) + self.coarse(coarse_BCS))
+        kept_B1S = torch.sigmoid(self.psi(both))
+        return skip_BCS * F.interpolate(kept_B1S, size=skip_BCS.shape[2:], mode=self.mode)
+
+
+class Residual(nn.Module):
+    """Two convolutions that are added to what they read, before the last ReLU (He et al. 2015).
+
+    A 1x1 convolution takes what is read to other channels; without padding its middle is added.
+    """
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module, *, crops: bool) -> None:
+        super().__init__()
+        self.body, self.shortcut, self.crops = body, shortcut, crops
+
+    def forward(self, image_BCS: Tensor) -> Tensor:
+        """Return ``relu(body + shortcut)``, of the size that ``body`` gives."""
+        found = self.body(image_BCS)
+        beside = _crop(image_BCS, found) if self.crops else image_BCS
+        return F.relu(found + self.shortcut(beside))
 
 
 def initialise(network: nn.Module) -> None:
@@ -134,63 +188,34 @@ def initialise(network: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def save_checkpoint(
-    path: str | Path,
-    network: nn.Module,
-    *,
-    architecture: Mapping[str, object],
-    normalize: str,
-    labels: Sequence[str],
-    provenance: Mapping[str, object],
-) -> None:
-    """Write a checkpoint that ``torch.load(path, weights_only=True)`` reads; whole or not at all.
-
-    A file that is there is replaced. ``architecture`` is what ``UNet(**architecture)`` was built
-    with. ``normalize`` is what the network expects done to the voxels first: ``none``,
-    ``scale:A,B`` (value * A + B), ``percentile:LO,HI`` or ``zscore``. ``labels`` names the classes
-    in the order of the channels; BadRequest where their number differs. ``provenance`` says where
-    the weights come from: versions, seed, steps, measures.
-    """
-    path = Path(path)
-    classes = architecture.get("classes", 2)
-    if len(labels) != classes:
-        raise BadRequest(
-            f"labels (={list(labels)}) must name each of the {classes} classes; give one per class"
-        )
-    content = {
-        "tilepipe": 1,
-        "architecture": {"name": "unet", **architecture},
-        "weights": {
-            name: weight.detach().cpu().contiguous()
-            for name, weight in network.state_dict().items()
-        },
-        "normalize": normalize,
-        "labels": list(labels),
-        "provenance": dict(provenance),
-    }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        torch.save(content, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _block(
-    inputs: int, channels: int, kernel: tuple[int, ...], same: bool, batch_norm: bool
-) -> nn.Sequential:
+    inputs: int,
+    channels: int,
+    kernel: tuple[int, ...],
+    same: bool,
+    batch_norm: bool,
+    residual: bool,
+) -> nn.Module:
     """Return convolution, ReLU, convolution, ReLU; with batch normalisation before each ReLU."""
+    border = tuple(k // 2 if same else 0 for k in kernel)
+    first = _convolution(inputs, channels, kernel, border, batch_norm)
+    second = _convolution(channels, channels, kernel, border, batch_norm)
+    if not residual:
+        return nn.Sequential(*first, nn.ReLU(), *second, nn.ReLU())
+    shortcut: nn.Module = nn.Identity()
+    if inputs != channels:
+        one, none = (1,) * len(kernel), (0,) * len(kernel)
+        shortcut = nn.Sequential(*_convolution(inputs, channels, one, none, batch_norm))
+    return Residual(nn.Sequential(*first, nn.ReLU(), *second), shortcut, crops=not same)
+
+
+def _convolution(
+    inputs: int, channels: int, kernel: tuple[int, ...], border: tuple[int, ...], batch_norm: bool
+) -> list[nn.Module]:
+    """Return a convolution with a bias, or with batch normalisation behind it."""
     ndim = len(kernel)
-    border = tuple(k // 2 for k in kernel) if same else (0,) * ndim
-    layers: list[nn.Module] = []
-    for before in (inputs, channels):
-        layers.append(
-            CONVOLUTION[ndim](before, channels, kernel, padding=border, bias=not batch_norm)
-        )
-        if batch_norm:
-            layers.append(BATCH_NORM[ndim](channels))
-        layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+    layer = CONVOLUTION[ndim](inputs, channels, kernel, padding=border, bias=not batch_norm)
+    return [layer, BATCH_NORM[ndim](channels)] if batch_norm else [layer]
 
 
 def _crop(skip_BCS: Tensor, like_BCS: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from tilepipe.checkpoint import save_checkpoint
 from tilepipe.geometry import Region, mirror
 from tilepipe.overlay import dice, write_overlay
 from tilepipe.synthetic import nuclei
-from tilepipe.unet import UNet, save_checkpoint
+from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
