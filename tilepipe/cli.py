@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -18,122 +16,24 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import click
 
 from tilepipe import __version__
+from tilepipe.arguments import (
+    Arguments,
+    paired,
+    recipe_of,
+    segment_options,
+    segment_request,
+    train_request,
+)
 from tilepipe.errors import BadRequest, TileError
-from tilepipe.options import CHOICES, Options
 
 if TYPE_CHECKING:
-    from tilepipe.geometry import Shape
     from tilepipe.segment import Report
+    from tilepipe.train import Progress as Training
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 LINE_SECONDS = 30.0
 """How often progress is told where there is no terminal."""
-
-
-class Sizes(click.ParamType["Shape"]):
-    """Voxels along each of the volume's axes."""
-
-    name = "Z,Y,X"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Shape:
-        """Return the sizes as a tuple."""
-        try:
-            return tuple(int(part) for part in str(value).strip("()").split(","))
-        except ValueError:
-            self.fail(f"{value!r} must be whole numbers with commas, as in 64,128,128", param, ctx)
-
-
-class Bytes(click.ParamType[int]):
-    """An amount of memory."""
-
-    name = "SIZE"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Return the number of bytes."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?", str(value).strip())
-        if match is None:
-            self.fail(f"{value!r} must be an amount such as 512MB or 4GB", param, ctx)
-        number, unit, binary = match.groups()
-        return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
-
-
-class Arguments(click.ParamType[dict[str, object]]):
-    """A JSON object."""
-
-    name = "JSON"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> dict[str, object]:
-        """Return the object as a dict."""
-        try:
-            found = json.loads(str(value))
-        except json.JSONDecodeError as error:
-            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
-        if not isinstance(found, dict):
-            self.fail(f'{value!r} must be a JSON object, as in {{"base": 16}}', param, ctx)
-        return found
-
-
-def _choice(name: str, text: str) -> Callable[[Command], Command]:
-    choices = CHOICES[name]
-    return click.option(
-        "--" + name.replace("_", "-"),
-        type=click.Choice(choices),
-        default=choices[0],
-        show_default=True,
-        help=text,
-    )
-
-
-_REQUEST = (
-    click.argument("source"),
-    click.option("--model", required=True, metavar="FILE", help="The network."),
-    click.option("-o", "--output", metavar="TARGET", help="An OME-Zarr; beside SOURCE by default."),
-    _choice("write", "What is written for each voxel."),
-    click.option("--threshold", type=float, metavar="X", help="For one output channel. [0.5]"),
-    click.option("--network", metavar="REF", help="module:factory or file.py:factory."),
-    click.option("--network-args", type=Arguments(), help="Arguments of the factory."),
-    click.option("--head", type=int, default=0, metavar="N", help="Which of several outputs."),
-    click.option("--axes", metavar="ZYX", help="Axes of SOURCE, where it does not say them."),
-    click.option("--level", type=int, default=0, metavar="N", help="Of a pyramid; 0 is finest."),
-    click.option(
-        "--normalize",
-        metavar="HOW",
-        help="none, scale:A,B, percentile:LO,HI or zscore, over the whole volume. [the model's]",
-    ),
-    _choice("boundary", "The volume mirrored at its border, or the network's own padding."),
-    click.option("--tile", type=Sizes(), help="Voxels of a tile. [from the memory]"),
-    click.option("--memory", type=Bytes(), help="Of each worker. [4GB, or less if there is less]"),
-    _choice("strategy", "How a tile is computed."),
-    click.option("--threads", type=int, metavar="N", help="Compute threads of each worker."),
-    click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
-    _choice("precision", "Of the network's arithmetic."),
-    click.option("--chunks", type=Sizes(), help="Voxels of the target's chunks."),
-    click.option("--shards", type=Sizes(), help="Voxels of its shards, in multiples of chunks."),
-    _choice("ome_version", "Of the target: 0.5 is Zarr v3, 0.4 is Zarr v2."),
-    click.option("--inexact", is_flag=True, help="Accept seams where no tiling is exact."),
-    click.option("--engine", type=click.Choice(["auto", "serial", "dask"]), default="auto"),
-    click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that already runs."),
-    click.option("--workers", type=int, metavar="N", help="Worker processes. [1, or one per GPU]"),
-)  # fmt: skip
-
-
-def _request(command: Command) -> Command:
-    """Give a command the argument and the options of a segmentation."""
-    for decorate in reversed(_REQUEST):
-        command = decorate(command)
-    return command
-
-
-def _options(values: dict[str, object]) -> Options:
-    """Take the options of a segmentation out of a command's values."""
-    return Options(**{f.name: values.pop(f.name) for f in fields(Options)})  # type: ignore[arg-type]
 
 
 def _refusing(command: Command) -> Command:
@@ -207,7 +107,7 @@ def main(verbose: bool) -> None:
 
 
 @main.command()
-@_request
+@segment_request
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @_refusing
 def segment(source: str, model: str, output: str | None, **values: object) -> None:
@@ -218,7 +118,7 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
     from tilepipe.describe import describe_plan, describe_report
     from tilepipe.segment import segment as run
 
-    options = _options(values)
+    options = segment_options(values)
     shown = _Progress()
     report = run(
         source,
@@ -237,7 +137,7 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
 
 
 @main.command()
-@_request
+@segment_request
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @_refusing
 def plan(source: str, model: str, output: str | None, as_json: bool, **values: object) -> None:
@@ -245,9 +145,51 @@ def plan(source: str, model: str, output: str | None, as_json: bool, **values: o
     from tilepipe.describe import describe_plan
     from tilepipe.segment import plan_segment
 
-    options = _options(values)
+    options = segment_options(values)
     made = plan_segment(source, model=model, output=output, options=options, **values)  # type: ignore[arg-type]
     click.echo(json.dumps(made.asdict(), indent=1) if as_json else describe_plan(made))
+
+
+@main.command()
+@train_request
+@click.option("--resume", is_flag=True, help="Go on where an earlier run ended.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier training.")
+@click.option("--preview", is_flag=True, help="Pictures of patches, weights and answers.")
+@click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard.")
+@_refusing
+def train(
+    volumes: tuple[str, ...],
+    output: str,
+    apart: tuple[tuple[str, str], ...],
+    resume: bool,
+    overwrite: bool,
+    preview: bool,
+    tensorboard: bool,
+    **values: object,
+) -> None:
+    """Train a U-Net on patches of images and labels (Zarr, OME-Zarr, TIFF).
+
+    The best checkpoint is all that `tilepipe segment` needs. What belongs to the training lies
+    beside it, in FILE.training. Interrupted, it goes on with --resume.
+    """
+    from tilepipe.describe import describe_study, describe_training
+    from tilepipe.train import train as run
+
+    shown = _Training()
+    report = run(
+        paired(volumes),
+        output=output,
+        recipe=recipe_of(values),
+        apart=apart,
+        resume=resume,
+        overwrite=overwrite,
+        preview=preview,
+        tensorboard=tensorboard,
+        prepared=lambda study: click.echo(describe_study(study)),
+        scanned=shown.scan,
+        progress=shown,
+    )
+    click.echo(describe_training(report, output))
 
 
 @main.command()
@@ -337,6 +279,29 @@ class _Progress:
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
             self._bar = None
+
+
+class _Training:
+    """A line for every validation, and now and then."""
+
+    def __init__(self) -> None:
+        self._told = time.monotonic()
+
+    def __call__(self, report: Training) -> None:
+        """Show how a training goes."""
+        seconds = 5.0 if sys.stderr.isatty() else LINE_SECONDS
+        if report.score is None and time.monotonic() - self._told < seconds:
+            return
+        from tilepipe.describe import describe_progress
+
+        self._told = time.monotonic()
+        click.echo(describe_progress(report), err=True)
+
+    def scan(self, what: str, done: int, total: int) -> None:
+        """Show how far something is read before the training."""
+        if time.monotonic() - self._told > (1.0 if sys.stderr.isatty() else LINE_SECONDS):
+            self._told = time.monotonic()
+            click.echo(f"{what}: {done / total:.0%} read", err=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tilepipe.plan import Plan
     from tilepipe.profile import Profile
     from tilepipe.segment import Report
+    from tilepipe.study import Study
+    from tilepipe.train import Progress
     from tilepipe.volume import Volume
 
 
@@ -169,3 +171,50 @@ def _ends(profile: Profile) -> str:
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def describe_study(study: Study) -> str:
+    """Return what a training will do."""
+    recipe, frame = study.recipe, study.frame
+    parameters = sum(p.numel() for p in study.network.parameters())
+    total = max(1, sum(study.counts))
+    classes = [f"{n / total:.1%}" for n in study.counts]
+    ends = ((recipe.steps, "steps"), (recipe.minutes, "minutes"))
+    length = " or ".join(f"{count:g} {unit}" for count, unit in ends if count)
+    return _table(
+        [
+            ("network", f"{study.profile.axes}D, {parameters / 1e6:.3g} million weights,"
+             f" {counted(study.profile.channels, 'channel')} in, {', '.join(study.labels)} out"),
+            ("patches", f"{comma(frame.answer)} voxels, of which the network reads"
+             f" {comma(frame.read.shape)}; {recipe.batch * recipe.accumulate} a step"),
+            ("labels", f"{recipe.target}: {sum(study.counts) / 1e6:.3g} million voxels"
+             + (f", classes {', '.join(classes)}" if len(classes) > 1 else "")),
+            ("held out", f"{study.held_out_voxels / 1e6:.3g} million voxels"),
+            ("training", f"{length}, {recipe.optimizer}, learning rate {recipe.highest_lr:g},"
+             f" loss {recipe.loss_name}"),
+            ("folder", str(study.folder)),
+        ]
+    )  # fmt: skip
+
+
+def describe_progress(report: Progress) -> str:
+    """Return how a training goes, in a line."""
+    begin = f"step {report.step} ({report.done:.0%})"
+    if report.score is not None:
+        score = report.score
+        dice = ", ".join(f"{value:.4f}" for value in score.dice)
+        said = f"Dice {dice}; error {score.error:.4f}" if dice else f"error {score.error:.5g}"
+        return f"{begin}: held out: {said}"
+    return (
+        f"{begin}: loss {report.loss:.4f}, {report.patches_per_second:.3g} patches/s,"
+        f" {report.waited:.0%} waiting for them, about {report.left:.0f} s left"
+    )
+
+
+def describe_training(report: Progress, output: str) -> str:
+    """Return how a training went."""
+    best = "" if report.best is None else f", best held-out score {report.best:.4f}"
+    return (
+        f"{report.step} steps in {report.seconds:.0f} s{best},"
+        f" {describe_bytes(report.bytes_per_patch)} decoded for each patch: {output}"
+    )

@@ -309,7 +309,7 @@ def _load_checkpoint(
     elif network is None:
         raise needs_code(path, said)
     else:
-        module = _build(network, said.arguments if arguments is None else arguments)
+        module = build_network(network, said.arguments if arguments is None else arguments)
     _fill(path, module, said.weights)
     return module
 
@@ -330,12 +330,12 @@ def _load_state_dict(
             " give it with --network package.module:factory or file.py:factory"
         )
     torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
-    module = _build(network, arguments)
+    module = build_network(network, arguments)
     _fill(path, module, weights)
     return module
 
 
-def _build(network: str, arguments: Mapping[str, object]) -> nn.Module:
+def build_network(network: str, arguments: Mapping[str, object]) -> nn.Module:
     """Call the user's factory."""
     place, _, name = network.rpartition(":")
     if not place or not name:

@@ -15,7 +15,7 @@ import warnings
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import zarr
@@ -150,7 +150,19 @@ def _reopen(path: str, axes: str | None, level: int) -> Volume:
     return open_volume(path, axes=axes, level=level)
 
 
-def read_mirrored(volume: Volume, region: Region) -> NDArray[np.generic]:
+class Readable(Protocol):
+    """What regions are read of: a volume, or one whose chunks are kept."""
+
+    @property
+    def shape(self) -> Shape: ...  # noqa: D102
+    @property
+    def channels(self) -> int: ...  # noqa: D102
+    @property
+    def dtype(self) -> np.dtype[np.generic]: ...  # noqa: D102
+    def read(self, region: Region) -> NDArray[np.generic]: ...  # noqa: D102
+
+
+def read_mirrored(volume: Readable, region: Region) -> NDArray[np.generic]:
     """Return the voxels of a region that may reach outside the volume, which goes on mirrored.
 
     Only the voxels that are needed are read, once. Law: equals the same region of the whole

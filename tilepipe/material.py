@@ -1,0 +1,301 @@
+"""What a training learns from and what is held out, opened and checked."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import zarr
+
+from tilepipe.augment import Augmentation
+from tilepipe.census import Census, Kind, Labels, blocks
+from tilepipe.errors import BadRequest, comma
+from tilepipe.geometry import Region, Shape
+from tilepipe.instances import label_components
+from tilepipe.normalize import parse, resolve
+from tilepipe.patches import Frame, Learning, Pair, Patches
+from tilepipe.slices import outside, parse_region
+from tilepipe.targets import balance_weights, class_count
+from tilepipe.volume import Volume, open_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from tilepipe.cache import ChunkCache
+    from tilepipe.recipe import Recipe
+
+    Scan = Callable[[str, int, int], None]
+    """Told what is being read, how much of it, and of how much."""
+
+log = logging.getLogger(__name__)
+
+NONE = "none"
+"""The validation region that holds nothing out."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """An image that is segmented to see how far the training is, and its labels."""
+
+    source: str
+    axes: str | None
+    level: int
+    labels: Volume
+    region: Region
+    """Of the labels; the image has just this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Volumes with what is learned from each and what is held out."""
+
+    images: tuple[Volume, ...]
+    labels: tuple[Volume, ...]
+    regions: tuple[tuple[Region, ...], ...]
+    held_out: tuple[tuple[int, Region], ...]
+    """Number of the pair, and the region."""
+    apart: tuple[tuple[Volume, Volume], ...]
+    """Pairs that are held out whole."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.images[0].channels
+
+    @property
+    def held_out_voxels(self) -> int:
+        """Voxels that are held out."""
+        apart = sum(math.prod(image.shape) for image, _ in self.apart)
+        return apart + sum(region.size for _, region in self.held_out)
+
+
+def open_material(
+    pairs: Sequence[tuple[str, str]], apart: Sequence[tuple[str, str]], recipe: Recipe
+) -> Material:
+    """Open pairs of image and labels, and those that are held out whole (``apart``).
+
+    Raises BadRequest for pairs that do not fit one another, and regions that are not theirs.
+    """
+    if not pairs:
+        raise BadRequest("images: a training needs an image and its labels; name both")
+    opened = [_open_pair(image, labels, recipe) for image, labels in pairs]
+    beside = [_open_pair(image, labels, recipe) for image, labels in apart]
+    first = opened[0][0]
+    for image, _ in opened + beside:
+        if (image.channels, len(image.axes)) != (first.channels, len(first.axes)):
+            raise BadRequest(
+                f"image (={image.path}) has {image.channels} channels and axes {image.axes};"
+                f" {first.path} has {first.channels} and {first.axes}: train on alike volumes"
+            )
+    regions, held_out = [], []
+    for number, (image, _) in enumerate(opened):
+        held = _held_out(image, recipe, bool(apart))
+        learned = [
+            parse_region(text, image.shape, name="train_region") for text in recipe.train_region
+        ] or [Region.whole(image.shape)]
+        for hole in held:
+            learned = [part for box in learned for part in outside(box, hole)]
+        if not learned:
+            raise BadRequest(
+                f"validate_region (={','.join(recipe.validate_region)}) leaves nothing of"
+                f" {image.path}, {comma(image.shape)}, to learn from; hold out less"
+            )
+        regions.append(tuple(learned))
+        held_out += [(number, region) for region in held]
+    return Material(
+        tuple(image for image, _ in opened),
+        tuple(labels for _, labels in opened),
+        tuple(regions),
+        tuple(held_out),
+        tuple(beside),
+    )
+
+
+def _open_pair(image_path: str, labels_path: str, recipe: Recipe) -> tuple[Volume, Volume]:
+    image = open_volume(image_path, axes=recipe.axes, level=recipe.level)
+    plain = recipe.axes and recipe.axes.replace("c", "")
+    values = recipe.target == "values"
+    labels = open_volume(labels_path, axes=None if values else plain, level=recipe.level)
+    if labels.shape != image.shape:
+        raise BadRequest(
+            f"labels (={labels_path}) of {comma(labels.shape)} voxels must have the image's"
+            f" {comma(image.shape)} ({image_path})"
+        )
+    if not values and labels.channels != 1:
+        raise BadRequest(f"labels (={labels_path}) have {labels.channels} channels; give one")
+    if not values and labels.dtype.kind == "f":
+        raise BadRequest(
+            f"labels (={labels_path}) of type {labels.dtype} must be integers; convert them,"
+            " or learn --target values"
+        )
+    return image, labels
+
+
+def _held_out(image: Volume, recipe: Recipe, apart: bool) -> list[Region]:
+    """Return the regions of a volume that are held out."""
+    if recipe.validate_region == (NONE,) or (apart and not recipe.validate_region):
+        return []
+    if recipe.validate_region:
+        return [
+            parse_region(text, image.shape, name="validate_region")
+            for text in recipe.validate_region
+        ]
+    axis = int(np.argmax(np.asarray(image.shape) >= 8))
+    length = image.shape[axis]
+    first = length - max(1, length // 8)
+    if first == 0:
+        raise BadRequest(f"image (={image.path}) is too small to hold a part out; name one apart")
+    start = tuple(first if a == axis else 0 for a in range(len(image.shape)))
+    return [Region(start, image.shape)]
+
+
+def hold_out(material: Material, folder: Path, *, resumed: bool) -> list[HeldOut]:
+    """Copy the held-out regions of the images into ``folder``, to be segmented as any volume."""
+    found = []
+    for number, (index, region) in enumerate(material.held_out):
+        image, place = material.images[index], folder / f"held-out-{number}.zarr"
+        if not (resumed and place.exists()):
+            _copy(image, region, place)
+        found.append(HeldOut(str(place), None, 0, material.labels[index], region))
+    for image, labels in material.apart:
+        whole = Region.whole(image.shape)
+        found.append(HeldOut(image.path, image.requested_axes, image.level, labels, whole))
+    return found
+
+
+def _copy(image: Volume, region: Region, place: Path) -> None:
+    """Write a region of an image as a Zarr array, block by block."""
+    array = zarr.create_array(
+        store=str(place),
+        shape=(image.channels, *region.shape),
+        chunks=(1, *(min(a, b) for a, b in zip(image.chunks, region.shape, strict=True))),
+        dtype=image.dtype,
+        dimension_names=("c", *image.axes),
+        overwrite=True,
+    )
+    for block in blocks(image.shape, image.chunks, region):
+        array[(slice(None), *block.within(region.start))] = image.read(block)
+
+
+def kind_of(recipe: Recipe, axes: int) -> Kind:
+    """Return how labels become classes for a network of so many axes."""
+    return Kind(recipe.target, recipe.ignore, recipe.in_plane, axes)
+
+
+def count(material: Material, recipe: Recipe, axes: int, scanned: Scan | None = None) -> Census:
+    """Read all labels of the training regions once, and count their classes."""
+    wanted = class_count(recipe.target)
+    most = None if wanted is None else max(wanted, 2)
+    if recipe.target == "classes" and recipe.classes is not None:
+        most = max(recipe.classes, 2)
+    block = max(
+        next(blocks(image.shape, image.chunks, region)).size * _bytes_per_voxel(image, labels)
+        for image, labels, regions in zip(
+            material.images, material.labels, material.regions, strict=True
+        )
+        for region in regions
+    )
+    return Census(
+        [
+            Labels(labels, image.chunks, regions)
+            for image, labels, regions in zip(
+                material.images, material.labels, material.regions, strict=True
+            )
+        ],
+        kind_of(recipe, axes),
+        classes=1 if recipe.target == "values" else most,
+        balance=recipe.balance,
+        kept=max(1, recipe.cache // (4 * block)),
+        seed=recipe.seed,
+        progress=_named(scanned, "labels"),
+    )
+
+
+def _named(scanned: Scan | None, what: str) -> Callable[[int, int], None] | None:
+    return None if scanned is None else partial(scanned, what)
+
+
+def _bytes_per_voxel(image: Volume, labels: Volume) -> int:
+    return image.dtype.itemsize * image.channels + 2 * labels.dtype.itemsize * labels.channels
+
+
+def make_patches(
+    material: Material,
+    census: Census,
+    recipe: Recipe,
+    frame: Frame,
+    *,
+    folder: Path,
+    cache: ChunkCache,
+    scanned: Scan | None = None,
+) -> Patches:
+    """Return the samples of a training; what they need beside the volumes goes to ``folder``."""
+    rule, axes, pairs = parse(recipe.normalize), len(frame.answer), []
+    for number, (image, labels) in enumerate(zip(material.images, material.labels, strict=True)):
+        objects = None
+        if recipe.border_weight and recipe.target in ("classes", "mask"):
+            objects = cache.open(_objects(labels, recipe, axes, folder / f"objects-{number}.zarr"))
+        pairs.append(
+            Pair(
+                cache.open(image),
+                cache.open(labels),
+                objects,
+                resolve(rule, image, _named(scanned, "grey values")),
+                material.regions[number],
+            )
+        )
+    learning = Learning(
+        target=recipe.target,
+        ignore=recipe.ignore,
+        in_plane=recipe.in_plane,
+        class_weights=tuple(balance_weights(census.counts)) if recipe.class_weights else None,
+        border_weight=recipe.border_weight,
+        border_sigma=recipe.border_sigma,
+        augmentation=augmentation(recipe),
+    )
+    return Patches(pairs, census, frame=frame, learning=learning, seed=recipe.seed)
+
+
+def augmentation(recipe: Recipe) -> Augmentation:
+    """Return the changes that patches undergo."""
+    return Augmentation(
+        flip=recipe.flip,
+        rotate=recipe.rotate,
+        scale=recipe.scale,
+        elastic=recipe.elastic,
+        contrast=recipe.grey,
+        brightness=recipe.grey,
+        gamma=recipe.grey,
+        noise=recipe.noise,
+        in_plane=recipe.in_plane,
+    )
+
+
+def _objects(labels: Volume, recipe: Recipe, axes: int, place: Path) -> Volume:
+    """Return the numbered objects of a mask, each plane's for itself where the network is flat."""
+    if not place.exists():
+        unfinished = place.with_suffix(".partial")
+        label_components(
+            labels,
+            unfinished,
+            foreground=lambda voxels: (voxels[0] != 0) & (voxels[0] != recipe.ignore),
+            per_plane=axes < len(labels.shape),
+        )
+        unfinished.rename(place)
+    return open_volume(place)
+
+
+def default_patch(recipe: Recipe, axes: int) -> Shape:
+    """Return the voxels that the loss sees at least."""
+    if recipe.patch is None:
+        return (256,) * 2 if axes == 2 else (48,) * 3
+    if len(recipe.patch) != axes or min(recipe.patch) < 1:
+        raise BadRequest(
+            f"patch (={comma(recipe.patch)}) must have {axes} sizes of at least 1, as the network"
+        )
+    return recipe.patch

@@ -1,0 +1,242 @@
+"""The story of ``tilepipe train``: prepare, then step after step: patches, loss, log, validation.
+
+Beside the checkpoint ``unet.pt`` lies ``unet.pt.training``: the last checkpoint and the state to
+go on from, the log, pictures, and the held-out images.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tilepipe.errors import BadRequest
+from tilepipe.learner import Learner, check_recipe, joined, rate
+from tilepipe.loader import Loader
+from tilepipe.material import open_material
+from tilepipe.stop import Stop
+from tilepipe.study import cores, prepare
+from tilepipe.trainlog import TrainLog, write_preview
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tilepipe.material import Scan
+    from tilepipe.recipe import Recipe
+    from tilepipe.study import Study
+    from tilepipe.validate import Score
+
+TOLD = 10
+"""Steps between two rows of the log."""
+VALIDATIONS = 20
+"""Validations of a training that does not say how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How a training goes."""
+
+    step: int
+    done: float
+    """Share of the steps, or of the minutes, whichever is nearer its end."""
+    seconds: float
+    """Of this run and of those before it."""
+    loss: float
+    """Mean since the last report."""
+    lr: float
+    patches_per_second: float
+    waited: float
+    """Share of the time in which the loop waited for patches."""
+    bytes_per_patch: float
+    """Bytes decoded from storage in this run, for each of its patches."""
+    best: float | None
+    """The best of `Score.good` so far."""
+    score: Score | None = None
+    """Of a validation, where this reports one."""
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end, as it goes."""
+        return self.seconds * (1 - self.done) / max(self.done, 1e-9)
+
+
+def train(
+    pairs: Sequence[tuple[str, str]],
+    *,
+    output: str | Path,
+    recipe: Recipe,
+    apart: Sequence[tuple[str, str]] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    preview: bool = False,
+    tensorboard: bool = False,
+    prepared: Callable[[Study], None] | None = None,
+    scanned: Scan | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Train a network on pairs of image and labels; the best checkpoint becomes ``output``.
+
+    ``apart`` are pairs that are held out whole. ``resume`` goes on where an earlier run of the
+    same recipe ended: on a CPU to the very weights of an unbroken run, if the steps decide its
+    end and not the minutes. ``preview`` writes pictures of patches at every validation.
+    ``prepared`` is told what will be done, ``scanned`` what is being read before,
+    ``progress`` how it goes.
+
+    An interrupt saves the state after the step and raises KeyboardInterrupt. Raises BadRequest for
+    what cannot work, before anything is written, and for a loss that is no longer finite.
+    """
+    output, folder = Path(output), Path(f"{output}.training")
+    _check_place(output, folder, recipe, resume=resume, overwrite=overwrite)
+    material = open_material(pairs, apart, recipe)
+    with joined(recipe.device) as (device, rank, ranks):
+        first = rank == 0
+        study = prepare(material, recipe, folder, resume=resume, first=first, scanned=scanned)
+        learner = Learner(study, device, rank=rank, ranks=ranks)
+        if resume:
+            learner.load(folder / "state.pt")
+        if prepared is not None and first:
+            prepared(study)
+        with (
+            Stop() as stop,
+            TrainLog(folder, learner.state.step, write=first, tensorboard=tensorboard) as log,
+            Loader(
+                study.patches, batch=recipe.batch, workers=recipe.workers, rank=rank, ranks=ranks
+            ) as loader,
+        ):
+            return _loop(study, learner, loader, log, stop, output, preview, first, progress)
+
+
+def _loop(
+    study: Study,
+    learner: Learner,
+    loader: Loader,
+    log: TrainLog,
+    stop: Stop,
+    output: Path,
+    preview: bool,
+    first: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Progress:
+    recipe, state, folder = study.recipe, learner.state, study.folder
+    batches = loader.batches(state.step * recipe.accumulate)
+    per_step = recipe.batch * recipe.accumulate * learner.ranks
+    begun, earlier, begun_step = time.perf_counter(), state.seconds, state.step
+    done, lr, report = _done(recipe, state.step, earlier), 0.0, None
+    losses: list[torch.Tensor] = []
+    told, told_at, waited = state.step, begun, 0.0
+
+    def validation() -> Score | None:
+        """Save the last checkpoint, validate it, and keep it where it is the best."""
+        if not first:
+            return None
+        measured: dict[str, object] = {"step": state.step, "seconds": round(state.seconds)}
+        study.save(folder / "last.pt", learner.kept, measured)
+        score = study.validate(folder / "last.pt") if study.held_out else None
+        if score is None or state.best is None or score.good > state.best:
+            state.best, state.worse = (score.good if score else None), 0
+            if score is not None:
+                measured |= {"held_out": asdict(score)}
+            study.save(output, learner.kept, measured)
+        else:
+            state.worse += 1
+        if preview:
+            image, truth, weights = next(loader.batches(0))
+            write_preview(
+                folder / "preview" / f"step-{state.step:06d}.png",
+                image.numpy(), truth.numpy(), weights.numpy(),
+                learner.predict(image).numpy(), study.frame,
+            )  # fmt: skip
+        learner.save(folder / "state.pt")
+        return score
+
+    def report_now(score: Score | None) -> Progress:
+        nonlocal told, told_at, waited, losses
+        now = time.perf_counter()
+        state.seconds = earlier + now - begun
+        loss = float(torch.stack(losses).mean()) if losses else math.nan
+        if losses and not math.isfinite(loss):
+            raise BadRequest(
+                f"lr (={recipe.highest_lr}) let the loss become {loss} at step {state.step}; take"
+                f" a smaller one, or --clip; {output} is the best until then"
+            )
+        made = Progress(
+            step=state.step,
+            done=done,
+            seconds=state.seconds,
+            loss=loss,
+            lr=lr,
+            patches_per_second=(state.step - told) * per_step / max(now - told_at, 1e-9),
+            waited=(loader.waited - waited) / max(now - told_at, 1e-9),
+            bytes_per_patch=study.cache.bytes_read
+            / max(1, (state.step - begun_step) * per_step / learner.ranks),
+            best=state.best,
+            score=score,
+        )
+        told, told_at, waited, losses = state.step, now, loader.waited, []
+        log.write(made)
+        if progress is not None and first:
+            progress(made)
+        return made
+
+    if state.step == 0:
+        report = report_now(validation())  # what cannot work is known before the first step
+        told_at = time.perf_counter()
+    learner.use_threads(cores(recipe))
+    while done < 1:
+        lr = rate(recipe, _done(recipe, state.step + 1, state.seconds))
+        losses.append(learner.step(batches, lr))
+        state.seconds = earlier + time.perf_counter() - begun
+        before, done = done, learner.agree(_done(recipe, state.step, state.seconds))
+        due = (
+            state.step % recipe.validate_every == 0
+            if recipe.validate_every
+            else int(done * VALIDATIONS) > int(before * VALIDATIONS)
+        )
+        if due or done >= 1:
+            report = report_now(None)
+            report = report_now(validation())
+            learner.use_threads(cores(recipe))
+            told_at = time.perf_counter()
+        elif state.step % TOLD == 0:
+            report = report_now(None)
+        if learner.agree(float(stop.asked)):
+            if first:
+                learner.save(folder / "state.pt")
+            raise KeyboardInterrupt
+        if recipe.patience and learner.agree(float(state.worse)) >= recipe.patience:
+            break
+    return report or report_now(None)
+
+
+def _done(recipe: Recipe, step: int, seconds: float) -> float:
+    """Return the share of a training that is done, 0 to 1."""
+    by_steps = step / recipe.steps if recipe.steps else 0.0
+    by_time = seconds / (60 * recipe.minutes) if recipe.minutes else 0.0
+    return min(1.0, max(by_steps, by_time))
+
+
+def _check_place(
+    output: Path, folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool
+) -> None:
+    if output.suffix not in (".pt", ".pth"):
+        raise BadRequest(f"output (={output}) must be a file that ends in .pt")
+    if not output.parent.is_dir():
+        raise BadRequest(f"output (={output}) must lie in a folder that exists")
+    if resume and overwrite:
+        raise BadRequest("resume goes on and overwrite begins anew; give one of them")
+    if resume:
+        check_recipe(folder / "state.pt", recipe)
+    elif not overwrite and (output.exists() or folder.exists()):
+        raise BadRequest(
+            f"output (={output}) is there already; go on with --resume, or replace it with"
+            " --overwrite"
+        )
+    elif folder.is_dir():
+        if any(folder.iterdir()) and not (folder / "log.csv").is_file():
+            raise BadRequest(f"{folder} holds files of others; remove it, or name another output")
+        shutil.rmtree(folder)
