@@ -174,6 +174,26 @@ def test_without_displacements_the_map_turns_and_scales_about_the_centre(
     assert flip or np.linalg.det(matrix) > 0
 
 
+@pytest.mark.parametrize("shape", [(4, 7), (3, 4, 6), (2, 5, 5)])
+def test_quarter_turns_of_unequal_sizes_exchange_the_sizes_of_the_box(
+    shape: tuple[int, ...],
+) -> None:
+    region, boxes = Region((-5,) * len(shape), tuple(n - 5 for n in shape)), set()
+    for seed in range(100):
+        warp = draw_warp(Augmentation(flip=True, rotate="quarter"), rng(seed), region)
+        boxes.add(warp.box.shape)
+        assert np.abs(centre(warp.box) - centre(region)).max() <= 0.5
+        where = asked(warp)
+        assert len(np.unique(where.reshape(len(shape), -1), axis=1).T) == region.size
+        for axis in range(len(shape)):  # a step along the patch is one step along the source
+            steps = np.abs(np.diff(where, axis=axis + 1))
+            assert (steps.sum(axis=0) == 1).all()
+        part = Region(region.start, tuple(n - 6 for n in shape))
+        crop = (slice(None), *part.within(region.start))
+        np.testing.assert_array_equal(warp.image(places(warp.box), part), where[crop])
+    assert boxes == set(permutations(shape))
+
+
 def test_all_angles_are_drawn() -> None:
     region, directions = Region.whole((9, 9)), []
     for seed in range(300):
