@@ -64,6 +64,27 @@ def test_a_volume_in_tiles_is_one_pass_over_the_whole(
     assert_close(read(tmp_path / "out.zarr"), one_pass(model, image[None] / 255))
 
 
+@pytest.mark.parametrize("strategy", ["sweep", "direct"])
+@pytest.mark.parametrize(
+    ("shape", "architecture"),
+    [
+        ((83, 61), {"padding": "same", "batch_norm": True}),
+        ((19, 41, 37), {"pools": [[1, 2, 2], 2], "kernels": [[1, 3, 3], 3, 3]}),
+    ],
+)
+def test_gated_skips_and_residual_blocks_in_tiles_are_one_pass(
+    tmp_path: Path, shape: tuple[int, ...], architecture: dict[str, object], strategy: str
+) -> None:
+    more = {"ndim": len(shape), "attention": True, "residual": True, **architecture}
+    model = write_unet(tmp_path / "unet.pt", **more)  # type: ignore[arg-type]
+    image = noise(*shape)
+    source = write_volume(tmp_path / "image.zarr", image, "zyx"[-len(shape) :])
+    tile = (8, 20, 16)[-len(shape) :]
+    options = Options(write="logits", tile=tile, strategy=strategy)
+    tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
+    assert_close(read(tmp_path / "out.zarr"), one_pass(model, image[None] / 255))
+
+
 def test_a_plane_network_goes_slice_by_slice(tmp_path: Path) -> None:
     model = write_unet(tmp_path / "unet.pt")
     image = noise(5, 40, 36)
