@@ -47,8 +47,8 @@ def _refusing(command: Command) -> Command:
             _end(str(error), 2)
         except TileError as error:
             _end(str(error), 1)
-        except KeyboardInterrupt:
-            _end("interrupted; run the same command again to go on", 130)
+        except KeyboardInterrupt as error:
+            _end(str(error) or "interrupted; run the same command again to go on", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tilepipe.errors import BadRequest
 from tilepipe.losses import LOSSES
-from tilepipe.predict import find_device, keep_memory
+from tilepipe.predict import keep_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from tilepipe.loader import Batch
     from tilepipe.recipe import Recipe
     from tilepipe.study import Study
+    from tilepipe.team import Team
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -52,10 +52,9 @@ class State:
 class Learner:
     """Takes steps; every random number of a step is a function of the seed and the step."""
 
-    def __init__(self, study: Study, device: torch.device, *, rank: int, ranks: int) -> None:
-        recipe = study.recipe
-        self._study, self._recipe, self._device = study, recipe, device
-        self._rank, self.ranks = rank, ranks
+    def __init__(self, study: Study, team: Team) -> None:
+        recipe, device = study.recipe, team.device
+        self._study, self._recipe, self._team, self._device = study, recipe, team, device
         self.network = study.network.to(device).train()
         if study.profile.axes == 2:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -70,7 +69,7 @@ class Learner:
         self._optimizer = _optimizer(self.network, recipe)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         self._run = self.network
-        if ranks > 1:
+        if team.ranks > 1:
             places = [device.index] if device.type == "cuda" else None
             self._run = nn.parallel.DistributedDataParallel(self.network, device_ids=places)
         if recipe.compile:
@@ -90,7 +89,9 @@ class Learner:
     def step(self, batches: Iterator[Batch], lr: float) -> Tensor:
         """Learn from the next batches; return the loss, on the device."""
         recipe = self._recipe
-        torch.manual_seed((recipe.seed * 1_000_003 + self.state.step) * self.ranks + self._rank)
+        torch.manual_seed(
+            (recipe.seed * 1_000_003 + self.state.step) * self._team.ranks + self._team.rank
+        )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.zero_grad(set_to_none=True)
@@ -132,14 +133,6 @@ class Learner:
         """Compute with so many threads, whatever a validation took."""
         if self._device.type == "cpu":
             torch.set_num_threads(count)
-
-    def agree(self, value: float) -> float:
-        """Return the value of the first process, in every one."""
-        if self.ranks == 1:
-            return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self._device)
-        torch.distributed.broadcast(shared, 0)
-        return float(shared)
 
     def _send(self, part: Tensor) -> Tensor:
         if self._device.type == "cpu":
@@ -219,25 +212,3 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             network.parameters(), lr=0.0, momentum=0.99, weight_decay=recipe.weight_decay
         )
     return torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=recipe.weight_decay)
-
-
-@contextlib.contextmanager
-def joined(name: str) -> Iterator[tuple[torch.device, int, int]]:
-    """Join the processes that `torchrun` started, if it did: the device, the rank, their number."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1:
-        yield torch.device(find_device(name)), 0, 1
-        return
-    rank, here = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    found = find_device(name)
-    device = torch.device(f"cuda:{here}" if found.startswith("cuda") else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(hours=12),  # one process reads and validates while the others wait
-    )
-    try:
-        yield device, rank, ranks
-    finally:
-        torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -47,11 +48,12 @@ class Loader:
             begun = time.perf_counter()
             samples = [queue.popleft().result() for _ in range(self._batch)]
             self.waited += time.perf_counter() - begun
-            yield (
-                torch.from_numpy(np.stack([sample.image for sample in samples])),
-                torch.from_numpy(np.stack([sample.truth for sample in samples])),
-                torch.from_numpy(np.stack([sample.weights for sample in samples])),
-            )
+            yield _stacked(samples)
+
+    def batch(self, number: int) -> Batch:
+        """Return one batch, made now."""
+        numbers = itertools.islice(self._numbers(number), self._batch)
+        return _stacked(list(self._pool.map(self._patches.__getitem__, numbers)))
 
     def _numbers(self, first: int) -> Iterator[int]:
         step = first
@@ -70,3 +72,11 @@ class Loader:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stacked(samples: list[Sample]) -> Batch:
+    return (
+        torch.from_numpy(np.stack([sample.image for sample in samples])),
+        torch.from_numpy(np.stack([sample.truth for sample in samples])),
+        torch.from_numpy(np.stack([sample.weights for sample in samples])),
+    )

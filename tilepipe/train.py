@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from tilepipe.errors import BadRequest
-from tilepipe.learner import Learner, check_recipe, joined, rate
+from tilepipe.learner import Learner, check_recipe, rate
 from tilepipe.loader import Loader
 from tilepipe.material import open_material
 from tilepipe.stop import Stop
 from tilepipe.study import cores, prepare
+from tilepipe.team import is_first, joined
 from tilepipe.trainlog import TrainLog, write_preview
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tilepipe.material import Scan
     from tilepipe.recipe import Recipe
     from tilepipe.study import Study
+    from tilepipe.team import Team
     from tilepipe.validate import Score
 
 TOLD = 10
@@ -91,24 +93,32 @@ def train(
     what cannot work, before anything is written, and for a loss that is no longer finite.
     """
     output, folder = Path(output), Path(f"{output}.training")
-    _check_place(output, folder, recipe, resume=resume, overwrite=overwrite)
+    if is_first():
+        _check_place(output, folder, recipe, resume=resume, overwrite=overwrite)
     material = open_material(pairs, apart, recipe)
-    with joined(recipe.device) as (device, rank, ranks):
-        first = rank == 0
-        study = prepare(material, recipe, folder, resume=resume, first=first, scanned=scanned)
-        learner = Learner(study, device, rank=rank, ranks=ranks)
+    with joined(recipe.device) as team:
+        if not team.first:
+            team.wait()  # for what the first one leaves in the folder
+        study = prepare(material, recipe, folder, resume=resume, first=team.first, scanned=scanned)
+        if team.first:
+            team.wait()
+        learner = Learner(study, team)
         if resume:
             learner.load(folder / "state.pt")
-        if prepared is not None and first:
+        if prepared is not None and team.first:
             prepared(study)
         with (
             Stop() as stop,
-            TrainLog(folder, learner.state.step, write=first, tensorboard=tensorboard) as log,
+            TrainLog(folder, learner.state.step, write=team.first, tensorboard=tensorboard) as log,
             Loader(
-                study.patches, batch=recipe.batch, workers=recipe.workers, rank=rank, ranks=ranks
+                study.patches,
+                batch=recipe.batch,
+                workers=recipe.workers,
+                rank=team.rank,
+                ranks=team.ranks,
             ) as loader,
         ):
-            return _loop(study, learner, loader, log, stop, output, preview, first, progress)
+            return _loop(study, learner, loader, log, stop, team, output, preview, progress)
 
 
 def _loop(
@@ -117,14 +127,14 @@ def _loop(
     loader: Loader,
     log: TrainLog,
     stop: Stop,
+    team: Team,
     output: Path,
     preview: bool,
-    first: bool,
     progress: Callable[[Progress], None] | None,
 ) -> Progress:
     recipe, state, folder = study.recipe, learner.state, study.folder
     batches = loader.batches(state.step * recipe.accumulate)
-    per_step = recipe.batch * recipe.accumulate * learner.ranks
+    per_step = recipe.batch * recipe.accumulate * team.ranks
     begun, earlier, begun_step = time.perf_counter(), state.seconds, state.step
     done, lr, report = _done(recipe, state.step, earlier), 0.0, None
     losses: list[torch.Tensor] = []
@@ -132,7 +142,7 @@ def _loop(
 
     def validation() -> Score | None:
         """Save the last checkpoint, validate it, and keep it where it is the best."""
-        if not first:
+        if not team.first:
             return None
         measured: dict[str, object] = {"step": state.step, "seconds": round(state.seconds)}
         study.save(folder / "last.pt", learner.kept, measured)
@@ -145,7 +155,7 @@ def _loop(
         else:
             state.worse += 1
         if preview:
-            image, truth, weights = next(loader.batches(0))
+            image, truth, weights = loader.batch(0)
             write_preview(
                 folder / "preview" / f"step-{state.step:06d}.png",
                 image.numpy(), truth.numpy(), weights.numpy(),
@@ -170,16 +180,18 @@ def _loop(
             seconds=state.seconds,
             loss=loss,
             lr=lr,
-            patches_per_second=(state.step - told) * per_step / max(now - told_at, 1e-9),
-            waited=(loader.waited - waited) / max(now - told_at, 1e-9),
+            patches_per_second=(state.step - told) * per_step / max(now - told_at, 1e-9)
+            if losses
+            else math.nan,
+            waited=(loader.waited - waited) / max(now - told_at, 1e-9) if losses else math.nan,
             bytes_per_patch=study.cache.bytes_read
-            / max(1, (state.step - begun_step) * per_step / learner.ranks),
+            / max(1, (state.step - begun_step) * per_step / team.ranks),
             best=state.best,
             score=score,
         )
         told, told_at, waited, losses = state.step, now, loader.waited, []
         log.write(made)
-        if progress is not None and first:
+        if progress is not None and team.first:
             progress(made)
         return made
 
@@ -191,24 +203,24 @@ def _loop(
         lr = rate(recipe, _done(recipe, state.step + 1, state.seconds))
         losses.append(learner.step(batches, lr))
         state.seconds = earlier + time.perf_counter() - begun
-        before, done = done, learner.agree(_done(recipe, state.step, state.seconds))
+        before, done = done, team.agree(_done(recipe, state.step, state.seconds))
         due = (
             state.step % recipe.validate_every == 0
             if recipe.validate_every
             else int(done * VALIDATIONS) > int(before * VALIDATIONS)
         )
         if due or done >= 1:
-            report = report_now(None)
+            report_now(None)
             report = report_now(validation())
             learner.use_threads(cores(recipe))
             told_at = time.perf_counter()
         elif state.step % TOLD == 0:
             report = report_now(None)
-        if learner.agree(float(stop.asked)):
-            if first:
+        if team.agree(float(stop.asked)):
+            if team.first:
                 learner.save(folder / "state.pt")
-            raise KeyboardInterrupt
-        if recipe.patience and learner.agree(float(state.worse)) >= recipe.patience:
+            raise KeyboardInterrupt("interrupted; run the same command with --resume to go on")
+        if recipe.patience and team.agree(float(state.worse)) >= recipe.patience:
             break
     return report or report_now(None)
 
