@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from tilepipe.errors import BadRequest, comma
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tilepipe.geometry import Shape
+    from tilepipe.geometry import Region, Shape
 
 CHOICES = {
     "write": ("labels", "probabilities", "logits", "values"),
@@ -21,6 +22,11 @@ CHOICES = {
     "ome_version": ("0.5", "0.4"),
 }
 """What each of these options may be; the first is the default."""
+
+KINDS = ("auto", "classes", "mask", "instances", "membrane")
+"""What is compared in an evaluation."""
+COMPONENTS = ("plane", "volume")
+"""Within what objects lie in an evaluation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,36 @@ class Options:
                 raise BadRequest(f"threshold (={self.threshold}) must lie between 0 and 1")
             if self.write != "labels":
                 raise BadRequest(f"threshold (={self.threshold}) is for labels, not {self.write}")
+
+
+def parse_region(text: str, shape: Shape) -> Region:
+    """Return the region of a volume of this ``shape`` that a text spells.
+
+    Where an end is left out, it is the volume's. BadRequest for what is no region of at least one
+    voxel inside the volume.
+
+    >>> str(parse_region("20:24,:,100:", (30, 512, 512)))
+    '20:24,0:512,100:512'
+    """
+    from tilepipe.geometry import Region
+
+    parts = text.split(",")
+    ends = [re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", part) for part in parts]
+    if len(parts) != len(shape) or None in ends:
+        like = ",".join(["20:24", *[":"] * (len(shape) - 1)])
+        raise BadRequest(
+            f"region (={text}) must be START:STOP for each of the {len(shape)} axes of"
+            f" {comma(shape)}, as in {like}"
+        )
+    pairs = [end.groups() for end in ends if end is not None]
+    start = tuple(int(a or 0) for a, _ in pairs)
+    stop = tuple(int(b) if b else n for (_, b), n in zip(pairs, shape, strict=True))
+    if any(not 0 <= a < b <= n for a, b, n in zip(start, stop, shape, strict=True)):
+        raise BadRequest(
+            f"region (={text}) must hold voxels, all inside the volume {comma(shape)}; take"
+            " START below STOP on each axis"
+        )
+    return Region(start, stop)
 
 
 def _check_types(options: Options) -> None:
