@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tilepipe.errors import BadRequest, TileError
+    from tilepipe.evaluate import Scores, evaluate
     from tilepipe.model import load_model
     from tilepipe.options import Options
     from tilepipe.plan import plan
@@ -26,9 +27,11 @@ __all__ = [
     "BadRequest",
     "Options",
     "Report",
+    "Scores",
     "TileError",
     "__version__",
     "context",
+    "evaluate",
     "load_model",
     "open_volume",
     "plan",
@@ -38,6 +41,7 @@ _HOMES = {
     "BadRequest": "errors",
     "Options": "options",
     "Report": "segment",
+    "Scores": "evaluate",
     "TileError": "errors",
     "context": "profile",
     "load_model": "model",
@@ -69,6 +73,14 @@ class _Package(ModuleType):
 
     @segment.setter
     def segment(self, module: ModuleType) -> None: ...
+
+    @property
+    def evaluate(self) -> object:
+        """The function `tilepipe.evaluate.evaluate`."""
+        return import_module("tilepipe.evaluate").evaluate
+
+    @evaluate.setter
+    def evaluate(self, module: ModuleType) -> None: ...
 
     @property
     def plan(self) -> object:

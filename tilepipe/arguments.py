@@ -36,6 +36,21 @@ class Sizes(click.ParamType["Shape"]):
             self.fail(f"{value!r} must be whole numbers with commas, as in 64,128,128", param, ctx)
 
 
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Values of labels."""
+
+    name = "N,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the values as a tuple."""
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} must be whole numbers with commas, as in 1,2", param, ctx)
+
+
 class Bytes(click.ParamType[int]):
     """An amount of memory."""
 

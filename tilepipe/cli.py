@@ -18,6 +18,7 @@ import click
 from tilepipe import __version__
 from tilepipe.arguments import (
     Arguments,
+    Numbers,
     paired,
     recipe_of,
     segment_options,
@@ -25,6 +26,7 @@ from tilepipe.arguments import (
     train_request,
 )
 from tilepipe.errors import BadRequest, TileError
+from tilepipe.options import COMPONENTS, KINDS
 
 if TYPE_CHECKING:
     from tilepipe.segment import Report
@@ -216,6 +218,42 @@ def inspect(
 
 
 @main.command()
+@click.argument("prediction")
+@click.argument("labels")
+@click.option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default=KINDS[0],
+    show_default=True,
+    help="What the values are: classes, a mask, numbers of objects, or a mask of cell interiors.",
+)
+@click.option("--instances", "kind", flag_value="instances", help="Short for --kind instances.")
+@click.option("--membrane", "kind", flag_value="membrane", help="Short for --kind membrane.")
+@click.option("--axes", metavar="ZYX", help="Axes of a file that does not say them.")
+@click.option("--region", metavar="START:STOP,...", help="Of the labels, as in 20:24,:,:.")
+@click.option("--threshold", type=float, metavar="X", help="Makes a mask of probabilities.")
+@click.option("--channel", type=int, metavar="N", help="Of PREDICTION, counted from 0.")
+@click.option("--objects", type=Numbers(), help="Values of PREDICTION that are objects. [not 0]")
+@click.option("--label-objects", type=Numbers(), help="Values of LABELS that are. [not 0]")
+@click.option("--ignore", type=int, metavar="N", help="Leave out voxels with this label.")
+@click.option(
+    "--components",
+    type=click.Choice(COMPONENTS),
+    help="Where objects lie. [plane for membrane, volume for instances]",
+)
+@click.option("--warping", is_flag=True, help="The warping error of masks as well; slower.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_refusing
+def evaluate(prediction: str, labels: str, as_json: bool, **values: object) -> None:
+    """Compare PREDICTION with LABELS, block by block: how good a segmentation is."""
+    from tilepipe.describe import describe_scores
+    from tilepipe.evaluate import evaluate as run
+
+    scores = run(prediction, labels, progress=_Progress().stage, **values)  # type: ignore[arg-type]
+    click.echo(json.dumps(scores.asdict(), indent=1) if as_json else describe_scores(scores))
+
+
+@main.command()
 @click.option("--size", type=int, default=1024, show_default=True, help="Pixels of each side.")
 @click.option("-o", "--output", default="demo", show_default=True, help="A folder for the results.")
 @_refusing
@@ -270,9 +308,13 @@ class _Progress:
 
     def scan(self, done: int, blocks: int) -> None:
         """Show how far the volume has been read for its normalization."""
+        self.stage("normalization", done, blocks)
+
+    def stage(self, what: str, done: int, blocks: int) -> None:
+        """Show how far a pass over the volume is."""
         if time.monotonic() - self._told > (1.0 if sys.stderr.isatty() else LINE_SECONDS):
             self._told = time.monotonic()
-            click.echo(f"normalization: {done / blocks:.0%} of the volume read", err=True)
+            click.echo(f"{what}: {done / blocks:.0%} of the volume read", err=True)
 
     def end(self) -> None:
         """Leave the bar as it is."""

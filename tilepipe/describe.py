@@ -10,9 +10,11 @@ from tilepipe.tiling import describe_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from tilepipe.evaluate import Scores
     from tilepipe.model import Model
     from tilepipe.plan import Plan
     from tilepipe.profile import Profile
+    from tilepipe.scores import Agreement, PartitionScores
     from tilepipe.segment import Report
     from tilepipe.study import Study
     from tilepipe.train import Progress
@@ -139,6 +141,55 @@ def describe_report(report: Report) -> str:
         if len(report.failures) > 20:
             lines.append(f"  and {len(report.failures) - 20} more, in the output's ledger")
     return "\n".join(lines)
+
+
+def describe_scores(scores: Scores) -> str:
+    """Return how well a prediction agrees with the labels."""
+    within = f", objects of each {scores.components}" if scores.components else ""
+    rows = [
+        ("prediction", scores.prediction),
+        ("labels", scores.labels),
+        ("compared", f"{scores.region}, {counted(scores.voxels, 'voxel')}"),
+        ("kind", scores.kind + within),
+    ]
+    if scores.pixels is not None:
+        rows.append(("pixel error", f"{scores.pixels.pixel_error:.6f}"))
+    if scores.warping_error is not None:
+        rows.append(("warping error", f"{scores.warping_error:.6f}"))
+    if scores.pixels is not None:
+        for found in scores.pixels.classes:
+            name = f"class {found.label}" if scores.kind == "classes" else _MASK[found.label]
+            measures = f"Dice {found.dice:.4f}, IoU {found.iou:.4f}"
+            rows.append((name, f"{measures}; {counted(found.true, 'voxel')} in labels"))
+    if scores.partition is not None:
+        rows += _partition(scores.partition)
+    if scores.thinned is not None:
+        rows.append(("", "after thinning the borders between predicted objects:"))
+        rows += _partition(scores.thinned)
+    if scores.objects is not None:
+        found_objects, matches = scores.objects, scores.objects.matches
+        hits = ", ".join(f"{m.precision:.3f} at {m.threshold:g}" for m in matches[::5])
+        rows += [
+            ("objects", f"{found_objects.predicted:,} predicted, {found_objects.true:,} true"),
+            ("precision", f"{found_objects.average_precision:.4f} on average; {hits}"),
+        ]
+    return _table(rows)
+
+
+_MASK = {0: "no object", 1: "object"}
+
+
+def _partition(scores: PartitionScores) -> list[tuple[str, str]]:
+    def told(found: Agreement) -> str:
+        return f"{found.score:.6f} (split {found.split:.6f}, merge {found.merge:.6f})"
+
+    planes = f", mean of {counted(scores.planes, 'plane')}" if scores.planes > 1 else ""
+    return [
+        ("V-Rand", told(scores.v_rand) + planes),
+        ("V-Info", told(scores.v_info) + planes),
+        ("Rand error", f"{scores.rand_error:.6f}"),
+        ("VOI", f"split {scores.voi_split:.4f}, merge {scores.voi_merge:.4f} bits{planes}"),
+    ]
 
 
 def _strategy(plan: Plan) -> str:

@@ -61,7 +61,9 @@ def _output(path: Path) -> tuple[dict[str, object], str]:
     except BadRequest:
         return {}, ""
     ledger = Ledger.open(path, write=False)
-    plan = cast("Mapping[str, Mapping[str, object]]", attributes.get("plan") or {})
+    if "plan" not in attributes:
+        return {"made_with": attributes}, ""
+    plan = cast("Mapping[str, Mapping[str, object]]", attributes["plan"])
     lines = [f"made from      {plan['source']['path']}", f"with           {plan['model']['path']}"]
     values: dict[str, object] = {"made_with": attributes}
     if ledger is not None:

@@ -22,6 +22,11 @@ CHOICES = {
 }
 """What each of these options may be; the first is the default."""
 
+KINDS = ("auto", "classes", "mask", "instances", "membrane")
+"""What is compared in an evaluation."""
+COMPONENTS = ("plane", "volume")
+"""Within what objects lie in an evaluation."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:

@@ -1,0 +1,356 @@
+"""How well one labelling agrees with another, from counts alone: sums over blocks of any volume.
+
+A table of how many voxels bear each pair of labels is all that the measures need; tables of
+blocks add up, so volumes larger than memory are scored exactly.
+
+Measures of partitions follow the ISBI 2012 challenge, I. Arganda-Carreras et al. 2015, Front.
+Neuroanat. 9:142, and its scripts for Fiji: voxels whose true label is 0 are left out, and each
+other voxel that is predicted 0 counts as an object of its own. Pairs of voxels are drawn with
+replacement, so a voxel is a pair with itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+
+TWENTIETHS = tuple(range(10, 20))
+"""Thresholds of the intersection over union, 0.50 to 0.95, in twentieths."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """How many voxels bear each pair of labels: a sparse contingency table, rows in order.
+
+    Labels are compared within one plane only; a volume that is scored as a whole is plane 0.
+    """
+
+    plane: Ints
+    predicted: Ints
+    true: Ints
+    voxels: Ints
+    """Voxels with this pair of labels, 1 at least."""
+
+    def __len__(self) -> int:
+        return len(self.voxels)
+
+    @property
+    def total(self) -> int:
+        """Voxels counted."""
+        return int(self.voxels.sum())
+
+    def where(self, rows: NDArray[np.bool_]) -> Table:
+        """Return the table of some of the rows."""
+        return Table(self.plane[rows], self.predicted[rows], self.true[rows], self.voxels[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScores:
+    """Agreement on the voxels of one class."""
+
+    label: int
+    predicted: int
+    """Voxels predicted to be of the class."""
+    true: int
+    """Voxels that are of the class."""
+    dice: float
+    iou: float
+    """Intersection over union."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelScores:
+    """Agreement voxel by voxel."""
+
+    pixel_error: float
+    """Share of the voxels whose labels differ."""
+    classes: tuple[ClassScores, ...]
+    """Of each label that is predicted or true anywhere, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """One measure of two partitions, 0 to 1; 1 is perfect."""
+
+    score: float
+    """Harmonic mean of the two others (the F-score with alpha 0.5)."""
+    split: float
+    """Below 1 where true objects are cut apart."""
+    merge: float
+    """Below 1 where true objects run together."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionScores:
+    """Agreement of two partitions into objects, within the true objects.
+
+    All but `rand_error` are means over the planes that hold true objects, as the challenge's.
+    """
+
+    planes: int
+    """Planes with true objects; 1 for a volume that is scored as a whole."""
+    voxels: int
+    """Voxels in true objects."""
+    v_rand: Agreement
+    """Foreground-restricted Rand score."""
+    v_info: Agreement
+    """Foreground-restricted information theoretic score."""
+    rand_error: float
+    """One less the F-score of the Rand index, pairs of all planes pooled: adapted Rand error."""
+    voi_split: float
+    """Bits that the prediction says beyond the truth: conditional entropy H(predicted | true)."""
+    voi_merge: float
+    """Bits of the truth that the prediction lacks: conditional entropy H(true | predicted)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Objects found at one threshold of the intersection over union."""
+
+    threshold: float
+    """A predicted object is a hit where its intersection over union with a true one is larger."""
+    hits: int
+    precision: float
+    """Hits / (hits + false objects + missed objects)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectScores:
+    """Objects found, objects of all planes pooled; average precision as in DSB2018, StarDist."""
+
+    predicted: int
+    true: int
+    average_precision: float
+    """Mean of the precisions over thresholds 0.50, 0.55 to 0.95."""
+    matches: tuple[Match, ...]
+
+
+def tabulate(
+    predicted: NDArray[np.generic],
+    true: NDArray[np.generic],
+    *,
+    plane: NDArray[np.generic] | None = None,
+) -> Table:
+    """Count the pairs of labels of two integer arrays of one shape.
+
+    ``plane`` numbers each voxel's plane and broadcasts to that shape; without it all is plane 0.
+    Labels of 64 bits without a sign come back with one, still apart from one another.
+
+    >>> table = tabulate(np.array([[1, 1], [0, 2]]), np.array([[5, 5], [5, 7]]))
+    >>> table.predicted.tolist(), table.true.tolist(), table.voxels.tolist()
+    ([0, 1, 2], [5, 5, 7], [1, 2, 1])
+    """
+    if predicted.shape != true.shape:
+        raise ValueError(f"shapes {predicted.shape} and {true.shape} must be equal")
+    rows, columns = np.ravel(predicted), np.ravel(true)
+    if rows.size == 0:
+        nothing = np.zeros(0, np.int64)
+        return Table(nothing, nothing, nothing, nothing)
+    begins = np.ones(rows.size, bool)
+    begins[1:] = rows[1:] != rows[:-1]
+    begins[1:] |= columns[1:] != columns[:-1]
+    planes = None if plane is None else np.ravel(np.broadcast_to(plane, predicted.shape))
+    if planes is not None:
+        begins[1:] |= planes[1:] != planes[:-1]
+    first = np.flatnonzero(begins)
+    lengths = np.diff(first, append=rows.size)
+    zeros = np.zeros(first.size, np.int64)
+    where = zeros if planes is None else planes[first].astype(np.int64)
+    return _group(where, rows[first].astype(np.int64), columns[first].astype(np.int64), lengths)
+
+
+def add(tables: Sequence[Table]) -> Table:
+    """Return the table of all voxels of several tables; of none, the empty one.
+
+    Law: the tables of blocks add up to the table of the whole, in any order.
+
+    >>> part = tabulate(np.array([1, 2]), np.array([1, 1]))
+    >>> add([part, part]).voxels.tolist()
+    [2, 2]
+    """
+    columns = [
+        np.concatenate([np.zeros(0, np.int64), *(getattr(table, name) for table in tables)])
+        for name in ("plane", "predicted", "true", "voxels")
+    ]
+    return _group(*columns)
+
+
+def _group(plane: Ints, predicted: Ints, true: Ints, voxels: Ints) -> Table:
+    order = np.lexsort((true, predicted, plane))
+    plane, predicted, true = plane[order], predicted[order], true[order]
+    return _sum((plane, predicted, true), voxels[order])
+
+
+def _sum(columns: tuple[Ints, Ints, Ints], voxels: Ints) -> Table:
+    begins = _begins(columns)
+    counts = np.add.reduceat(voxels, begins) if begins.size else voxels
+    plane, predicted, true = (column[begins] for column in columns)
+    return Table(plane, predicted, true, counts)
+
+
+def _begins(columns: Iterable[Ints]) -> NDArray[np.intp]:
+    """Return where the rows of sorted columns change."""
+    first, *rest = columns
+    changes = np.ones(len(first), bool)
+    changes[1:] = first[1:] != first[:-1]
+    for column in rest:
+        changes[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(changes)
+
+
+def _sizes(labels: Ints, voxels: Ints, plane: Ints | None = None) -> tuple[Ints, Ints, Ints]:
+    """Return plane, label and voxels of each label of each plane, in order."""
+    where = np.zeros(len(labels), np.int64) if plane is None else plane
+    order = np.lexsort((labels, where))
+    where, labels = where[order], labels[order]
+    begins = _begins((where, labels))
+    counts = np.add.reduceat(voxels[order], begins) if begins.size else voxels
+    return where[begins], labels[begins], counts
+
+
+def _by_label(labels: Ints, voxels: Ints) -> dict[int, int]:
+    _, label, count = _sizes(labels, voxels)
+    return dict(zip(label.tolist(), count.tolist(), strict=True))
+
+
+def pixel_scores(table: Table) -> PixelScores:
+    """Return pixel error, Dice and intersection over union of each class.
+
+    >>> found = pixel_scores(tabulate(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1])))
+    >>> found.pixel_error, found.classes[1].dice, found.classes[1].iou
+    (0.25, 0.8, 0.6666666666666666)
+    """
+    predicted = _by_label(table.predicted, table.voxels)
+    true = _by_label(table.true, table.voxels)
+    same = table.where(table.predicted == table.true)
+    both = _by_label(same.true, same.voxels)
+    classes = []
+    for label in sorted(predicted.keys() | true.keys()):
+        p, t, n = (counts.get(label, 0) for counts in (predicted, true, both))
+        classes.append(ClassScores(label, p, t, 2 * n / (p + t), n / (p + t - n)))
+    wrong = table.total - same.total
+    return PixelScores(wrong / table.total if table.total else 0.0, tuple(classes))
+
+
+def partition_scores(table: Table) -> PartitionScores | None:
+    """Return how well the predicted objects partition the true ones; None where there are none.
+
+    Law: equals the definitions over all pairs of voxels; renumbering changes nothing; equal
+    partitions score exactly 1.
+
+    >>> table = tabulate(np.array([1, 1, 1, 1]), np.array([1, 1, 2, 2]))
+    >>> found = partition_scores(table)
+    >>> found.v_rand
+    Agreement(score=0.6666666666666666, split=1.0, merge=0.5)
+    >>> found.voi_split, found.voi_merge
+    (0.0, 1.0)
+    """
+    inside = table.where(table.true != 0)
+    if not len(inside):
+        return None
+    cuts = [*_begins((inside.plane,)).tolist(), len(inside)]
+    rows: list[tuple[float, ...]] = []
+    pairs = []
+    for a, b in pairwise(cuts):
+        predicted, true, voxels = inside.predicted[a:b], inside.true[a:b], inside.voxels[a:b]
+        objects = predicted != 0
+        single = float(voxels[~objects].sum())
+        joint = voxels[objects].astype(np.float64)
+        mine = _sizes(predicted[objects], voxels[objects])[2].astype(np.float64)
+        theirs = _sizes(true, voxels)[2].astype(np.float64)
+        both = math.fsum((joint * joint).tolist()) + single
+        in_mine = math.fsum((mine * mine).tolist()) + single
+        in_theirs = math.fsum((theirs * theirs).tolist())
+        pairs.append((both, in_mine, in_theirs))
+        total = float(voxels.sum())
+        rand = 2 * both / (in_mine + in_theirs), both / in_theirs, both / in_mine
+        rows.append((*rand, *_information(joint, mine, theirs, total)))
+    means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+    both, in_mine, in_theirs = (math.fsum(column) for column in zip(*pairs, strict=True))
+    return PartitionScores(
+        planes=len(rows),
+        voxels=inside.total,
+        v_rand=Agreement(*means[:3]),
+        v_info=Agreement(*means[3:6]),
+        rand_error=1 - 2 * both / (in_mine + in_theirs),
+        voi_split=means[6],
+        voi_merge=means[7],
+    )
+
+
+def _information(
+    joint: NDArray[np.float64],
+    mine: NDArray[np.float64],
+    theirs: NDArray[np.float64],
+    total: float,
+) -> tuple[float, ...]:
+    """Return V-Info, its split and merge parts, H(mine | theirs) and H(theirs | mine), in bits.
+
+    Objects of one voxel add nothing to the sums, so they are left out of the counts. Counts are
+    sorted, so that equal ones give equal sums to the last bit.
+    """
+    both, ours, true = (
+        max(math.log2(total) - math.fsum((n * np.log2(n)).tolist()) / total, 0.0)
+        for n in map(np.sort, (joint, mine, theirs))
+    )
+    shared = max(ours + true - both, 0.0)
+    score = 2 * shared / (ours + true) if ours + true else 1.0
+    split, merge = (min(shared / h, 1.0) if h else 1.0 for h in (ours, true))
+    return min(score, 1.0), split, merge, max(both - true, 0.0), max(both - ours, 0.0)
+
+
+def object_scores(table: Table) -> ObjectScores:
+    """Return average precision: hits / (hits + false + missed), over ten thresholds.
+
+    Above one half an object can be a hit for one other only, so none is counted twice. Where
+    there is nothing to find and nothing found, the precision is 1.
+
+    >>> found = object_scores(tabulate(np.array([1, 1, 1, 0, 2]), np.array([1, 1, 1, 1, 0])))
+    >>> found.matches[0], round(found.average_precision, 3)
+    (Match(threshold=0.5, hits=1, precision=0.5), 0.25)
+    """
+    mine = table.where(table.predicted != 0)
+    theirs = table.where(table.true != 0)
+    shared = mine.where(mine.true != 0)
+    sizes = []
+    for whole, column in ((mine, "predicted"), (theirs, "true")):
+        plane, label, voxels = _sizes(getattr(whole, column), whole.voxels, whole.plane)
+        keys = (
+            np.concatenate((plane, shared.plane)),
+            np.concatenate((label, getattr(shared, column))),
+        )
+        numbers = _numbers(*keys)
+        by_number = np.zeros(int(numbers.max(initial=-1)) + 1, np.int64)
+        by_number[numbers[: len(label)]] = voxels
+        sizes.append((len(label), by_number[numbers[len(label) :]]))
+    (found, of_mine), (wanted, of_theirs) = sizes
+    union = of_mine + of_theirs - shared.voxels
+    matches = []
+    for threshold in TWENTIETHS:
+        hits = int((shared.voxels * 20 > threshold * union).sum())
+        either = found + wanted - hits
+        matches.append(Match(threshold / 20, hits, hits / either if either else 1.0))
+    mean = math.fsum(match.precision for match in matches) / len(matches)
+    return ObjectScores(found, wanted, mean, tuple(matches))
+
+
+def _numbers(plane: Ints, label: Ints) -> NDArray[np.intp]:
+    """Return a number for each pair, equal where the pairs are equal, from 0."""
+    order = np.lexsort((label, plane))
+    begins = _begins((plane[order], label[order]))
+    marks = np.zeros(len(order), np.intp)
+    marks[begins] = 1
+    numbers = np.empty(len(order), np.intp)
+    numbers[order] = np.cumsum(marks) - 1
+    return numbers
