@@ -20,7 +20,6 @@ from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.evaluate import evaluate
 from tilepipe.instances import grow
-from tilepipe.options import parse_region
 from tilepipe.scores import object_scores, partition_scores, pixel_scores, tabulate
 
 if TYPE_CHECKING:
@@ -261,13 +260,6 @@ def test_axes_are_for_files_that_do_not_say_them(tmp_path: Path) -> None:
     scores = evaluate(tmp_path / "q.zarr", labels, axes="czyx")
     assert scores.pixels is not None
     assert scores.pixels.pixel_error == 0
-
-
-def test_regions_are_spelled_as_slices() -> None:
-    assert str(parse_region(":,2:,:3", (5, 6, 7))) == "0:5,2:6,0:3"
-    for text in ("", ":", "1,2,3", ":,:,:,:", "-1:2,:,:", ":,:,8:9", "2:1,:,:"):
-        with pytest.raises(BadRequest, match="region"):
-            parse_region(text, (5, 6, 7))
 
 
 @pytest.mark.skipif(not ISBI.exists(), reason="needs ../shared/data/isbi2012")

@@ -80,7 +80,7 @@ def test_gated_skips_and_residual_blocks_in_tiles_are_one_pass(
     image = noise(*shape)
     source = write_volume(tmp_path / "image.zarr", image, "zyx"[-len(shape) :])
     tile = (8, 20, 16)[-len(shape) :]
-    options = Options(write="logits", tile=tile, strategy=strategy)
+    options = Options(write="logits", tile=tile, strategy=strategy, threads=1)
     tp.segment(source, model=model, output=tmp_path / "out.zarr", options=options)
     assert_close(read(tmp_path / "out.zarr"), one_pass(model, image[None] / 255))
 

@@ -300,16 +300,18 @@ def _load_checkpoint(
     module: nn.Module
     if said.network is None:
         try:
-            module = UNet(**said.arguments)  # type: ignore[arg-type]
-        except TypeError as error:
+            with torch.device("meta"):  # a small file may not ask for all of the memory
+                module = UNet(**said.arguments)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError) as error:
             raise BadRequest(
                 f"model (={path}) has an architecture that this tilepipe cannot build:"
                 f" {first_line(error)}; use the version that wrote it"
             ) from None
-    elif network is None:
+        _fill(path, module, said.weights, assign=True)
+        return module.float()
+    if network is None:
         raise needs_code(path, said)
-    else:
-        module = build_network(network, said.arguments if arguments is None else arguments)
+    module = build_network(network, said.arguments if arguments is None else arguments)
     _fill(path, module, said.weights)
     return module
 
@@ -365,9 +367,11 @@ def build_network(network: str, arguments: Mapping[str, object]) -> nn.Module:
     return module
 
 
-def _fill(path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def _fill(
+    path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor], *, assign: bool = False
+) -> None:
     try:
-        module.load_state_dict(dict(weights))
+        module.load_state_dict(dict(weights), assign=assign)
     except RuntimeError as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
         more = f", and {len(lines) - 2} more" if len(lines) > 2 else ""
