@@ -1,0 +1,293 @@
+"""Training: it learns, goes on to the same weights, and what it leaves is all that segment needs."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.support import read, write_volume
+from tilepipe.errors import BadRequest
+from tilepipe.learner import rate
+from tilepipe.model import load_model
+from tilepipe.options import Options
+from tilepipe.recipe import CHOICES, Recipe
+from tilepipe.segment import segment
+from tilepipe.targets import TARGETS
+from tilepipe.train import Progress, train
+from tilepipe.validate import score
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from tilepipe.study import Study
+
+SMALL = {
+    "target": "mask", "ndim": 2, "base": 4, "depth": 2, "patch": (24, 24), "elastic": 2.0,
+    "validate_every": 1000, "threads": 1, "lr": 0.01, "batch": 4,
+}  # fmt: skip
+
+
+def discs(*shape: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Return bright discs on a dark ground, with noise, and which voxels they are."""
+    random = np.random.default_rng(seed)
+    labels = np.zeros(shape, np.uint8)
+    y, x = np.ogrid[: shape[-2], : shape[-1]]
+    for plane in labels.reshape(-1, *shape[-2:]):
+        for _ in range(8):
+            cy, cx = random.uniform(0, shape[-2]), random.uniform(0, shape[-1])
+            plane[(y - cy) ** 2 + (x - cx) ** 2 < random.uniform(4, 9) ** 2] = 1
+    image = labels + random.normal(0, 0.7, shape)
+    return image.astype(np.float32), labels
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[str, str]:
+    """Return an image of four planes on disk, and its labels."""
+    image, labels = discs(4, 80, 90)
+    places = [tmp_path / "image.zarr", tmp_path / "labels.zarr"]
+    for place, array in zip(places, (image, labels), strict=True):
+        write_volume(place, array, "zyx", (1, 40, 45))
+    return str(places[0]), str(places[1])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    saved = torch.load(path, weights_only=True)
+    return dict(saved["weights"])
+
+
+def log_of(path: Path) -> list[dict[str, str]]:
+    with (path.with_name(f"{path.name}.training") / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[str, str]) -> None:
+    told: list[Progress] = []
+    studies: list[Study] = []
+    recipe = Recipe(**SMALL, steps=120, batch_norm=True)  # type: ignore[arg-type]
+    last = train(
+        [pair], output=tmp_path / "u.pt", recipe=recipe, preview=True,
+        prepared=studies.append, progress=told.append,
+    )  # fmt: skip
+    assert last.score is not None
+    assert last.score.error < 0.06 < told[0].score.error  # type: ignore[union-attr]
+    assert last.step == 120
+    assert last.done == 1
+    report = segment(pair[0], model=tmp_path / "u.pt", output=tmp_path / "out.zarr")
+    assert not report.failures
+    truth = discs(4, 80, 90)[1]
+    assert (read(tmp_path / "out.zarr") != truth).mean() < 0.08
+    model = load_model(tmp_path / "u.pt")
+    assert model.labels == ("background", "object")
+    assert model.normalize == "zscore"
+    assert model.provenance["sources"] == list(pair)
+    rows = log_of(tmp_path / "u.pt")
+    assert [int(row["step"]) for row in rows] == [0, *range(10, 121, 10), 120]
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) / 2
+    assert (tmp_path / "u.pt.training" / "preview" / "step-000120.png").stat().st_size > 1000
+    assert studies[0].held_out_voxels == 4 * 10 * 90
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.2, "average": 0.9, "batch_norm": True},
+        {"optimizer": "sgd", "lr": 1e-3, "accumulate": 2, "loss": "both", "border_weight": 3.0},
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_a_training_that_goes_on_equals_an_unbroken_one(
+    tmp_path: Path, pair: tuple[str, str], options: dict[str, object]
+) -> None:
+    recipe = Recipe(**{**SMALL, "steps": 22, "validate_every": 8, "batch": 2, **options})  # type: ignore[arg-type]
+    train([pair], output=tmp_path / "whole.pt", recipe=recipe)
+
+    def interrupt(report: Progress) -> None:
+        if report.step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        train([pair], output=tmp_path / "broken.pt", recipe=recipe, progress=interrupt)
+    train([pair], output=tmp_path / "broken.pt", recipe=recipe, resume=True)
+    for name in ("whole.pt", "whole.pt.training/last.pt"):
+        one, other = weights(tmp_path / name), weights(tmp_path / name.replace("whole", "broken"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    rows = [log_of(tmp_path / f"{name}.pt") for name in ("whole", "broken")]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+
+
+class Own(nn.Module):
+    """A network of one's own: it learns to double values."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 1)
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.body(image)
+        return answer
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_values_are_learned_by_a_network_of_ones_own(tmp_path: Path, loss: str) -> None:
+    image = discs(60, 70)[0]
+    places = [tmp_path / "image.zarr", tmp_path / "values.zarr"]
+    for place, array in zip(places, (image, 2 * image + 1), strict=True):
+        write_volume(place, array, "yx", (32, 32))
+    recipe = Recipe(
+        target="values", loss=loss, network="tests.test_train:Own", network_args={"channels": 6},
+        steps=250, lr=0.02, patch=(20, 20), normalize="none", threads=1, validate_every=1000,
+        elastic=0, rotate="quarter", grey=0, scale=0,
+    )  # fmt: skip
+    last = train([(str(places[0]), str(places[1]))], output=tmp_path / "n.pt", recipe=recipe)
+    assert last.score is not None
+    assert last.score.error < 0.2
+    with pytest.raises(BadRequest, match="--network"):
+        load_model(tmp_path / "n.pt")
+    options = Options(network="tests.test_train:Own", write="values", threads=1)
+    segment(places[0], model=tmp_path / "n.pt", output=tmp_path / "o.zarr", options=options)
+    assert np.abs(read(tmp_path / "o.zarr")[0] - (2 * image + 1)).mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "volume"),
+    [
+        ({"attention": True, "residual": True, "padding": "same", "ndim": 3, "depth": 3}, 3),
+        ({"pools": [(1, 2, 2)], "kernels": [(1, 3, 3), 3], "ndim": 3, "in_plane": True}, 3),
+        ({"classes": 1, "loss": "dice", "class_weights": True, "balance": True}, 2),
+    ],
+    ids=["gated", "anisotropic", "sigmoid"],
+)
+def test_options_run(tmp_path: Path, options: dict[str, object], volume: int) -> None:
+    image, labels = discs(24, 40, 44)
+    places = [tmp_path / "image.zarr", tmp_path / "labels.zarr"]
+    for place, array in zip(places, (image, labels), strict=True):
+        write_volume(place, array, "zyx", (8, 20, 22))
+    patch = (8,) * volume
+    recipe = Recipe(**{**SMALL, "patch": patch, "steps": 2, "batch": 1, **options})  # type: ignore[arg-type]
+    last = train([(str(places[0]), str(places[1]))], output=tmp_path / "u.pt", recipe=recipe)
+    assert last.score is not None
+    assert len(last.score.dice) == 2
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    good = {**SMALL, "steps": 2}
+    write_volume(tmp_path / "small.zarr", np.zeros((4, 8, 8), np.uint8), "zyx")
+    cases: list[tuple[dict[str, object], tuple[str, str], str]] = [
+        ({"target": "classes", "classes": 1}, pair, r"classes \(=1\)|hold the class"),
+        ({"validate_region": ("0:4,:,:",)}, pair, "leaves nothing"),
+        ({"train_region": ("0:9,:,:",)}, pair, r"train_region \(=0:9,:,:\) must"),
+        ({"patch": (8, 8, 8)}, pair, r"patch \(=8,8,8\) must have 2 sizes"),
+        ({"ndim": 4}, pair, r"ndim \(=4\) must be 2"),
+        ({"network": "tests.nothing:Own"}, pair, "cannot be built"),
+        ({"padding": "same", "kernels": [2, 2]}, pair, "must be odd"),
+        ({}, (pair[0], str(tmp_path / "small.zarr")), r"4,8,8 voxels must have the image's"),
+        ({}, (pair[0], pair[0]), "must be integers"),
+        ({}, (pair[0], str(tmp_path / "none.zarr")), "does not exist"),
+        ({"target": "values", "loss": "l2"}, pair, "^$"),
+    ]
+    for options, volumes, said in cases[:-1]:
+        with pytest.raises(BadRequest, match=said) as refusal:
+            train([volumes], output=tmp_path / "u.pt", recipe=Recipe(**{**good, **options}))  # type: ignore[arg-type]
+        assert "\n" not in str(refusal.value)
+        assert not (tmp_path / "u.pt").exists()
+        assert not (tmp_path / "u.pt.training").exists(), options
+
+
+def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str, str]) -> None:
+    good = {**SMALL, "steps": 1}
+    recipe = Recipe(**good)  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match=r"state\.pt does not exist"):
+        train([pair], output=tmp_path / "u.pt", recipe=recipe, resume=True)
+    train([pair], output=tmp_path / "u.pt", recipe=recipe)
+    with pytest.raises(BadRequest, match="--resume, or replace"):
+        train([pair], output=tmp_path / "u.pt", recipe=recipe)
+    other = Recipe(**{**good, "lr": 0.5})  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match=r"lr \(=0.5\) must be 0.01, as this training began"):
+        train([pair], output=tmp_path / "u.pt", recipe=other, resume=True)
+    (tmp_path / "v.pt.training").mkdir()
+    (tmp_path / "v.pt.training" / "thesis.txt").write_text("mine")
+    with pytest.raises(BadRequest, match="files of others"):
+        train([pair], output=tmp_path / "v.pt", recipe=recipe, overwrite=True)
+    assert (tmp_path / "v.pt.training" / "thesis.txt").read_text() == "mine"
+    train([pair], output=tmp_path / "u.pt", recipe=other, overwrite=True)
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, pair: tuple[str, str]) -> None:
+    wild = {**SMALL, "steps": 40, "optimizer": "sgd", "lr": 1e18, "clip": 0.0, "warmup": 0.0}
+    with pytest.raises(BadRequest, match=r"lr \(=1e\+18\) let the loss become"):
+        train([pair], output=tmp_path / "u.pt", recipe=Recipe(**wild))  # type: ignore[arg-type]
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "u.pt").values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "a training needs one"),
+        ({"steps": 0}, r"steps \(=0\) must be a whole number of at least 1"),
+        ({"steps": 1, "target": "cells"}, r"target \(=cells\) must be one of"),
+        ({"steps": 1, "dropout": 1.0}, r"dropout \(=1.0\) must be at least 0 and below 1"),
+        ({"steps": 1, "lr": 0.0}, r"lr \(=0.0\) must be above 0"),
+        ({"steps": 1, "loss": "l1"}, "does not fit target"),
+        ({"steps": 1, "target": "values", "balance": True}, "no classes"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(BadRequest, match=said):
+        Recipe(**options)  # type: ignore[arg-type]
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    recipe = Recipe(steps=100, lr=0.1, warmup=0.1)
+    rates = [rate(recipe, done / 100) for done in range(101)]
+    assert max(rates) == rates[10] == 0.1
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert abs(rates[-1]) < 1e-12
+
+
+def test_every_target_can_be_asked_for() -> None:
+    assert CHOICES["target"] == TARGETS
+
+
+def test_scores_of_a_table() -> None:
+    found = score(np.array([[50, 10], [0, 40]]))
+    assert found.error == pytest.approx(0.1)
+    assert found.dice == pytest.approx((100 / 110, 80 / 90))
+    assert found.iou == pytest.approx((50 / 60, 40 / 50))
+
+
+@pytest.mark.long
+def test_two_processes_train_together(tmp_path: Path, pair: tuple[str, str]) -> None:
+    arguments = [
+        *pair, "--target", "mask", "--ndim", "2", "--base", "4", "--depth", "2", "--patch", "24,24",
+        "--steps", "6", "--batch", "1", "--threads", "1", "--device", "cpu", "--validate-every", "100",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    together = [*command, "-m", "tilepipe.cli", "train", *arguments, "-o", str(tmp_path / "a.pt")]
+    subprocess.run(together, check=True, env=environment, capture_output=True, timeout=300)
+    alone = ["train", *arguments, "--batch", "2", "-o", str(tmp_path / "b.pt")]
+    subprocess.run(
+        [sys.executable, "-m", "tilepipe.cli", *alone],
+        check=True, env=environment, capture_output=True, timeout=300,
+    )  # fmt: skip
+    one, other = (weights(tmp_path / f"{name}.pt.training/last.pt") for name in "ab")
+    for key in one:  # the same patches; gradients are added up in another order
+        assert torch.allclose(one[key], other[key], atol=2e-4), key
