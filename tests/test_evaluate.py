@@ -212,6 +212,8 @@ def test_the_public_function_and_the_temporary_folder(
         (["{ids}", "{ids}", "--kind", "classes"], "at most 256 classes"),
         (["{labels}", "{empty}", "--membrane"], "hold no object"),
         (["{labels}", "{empty}", "--instances"], "hold no object"),
+        (["{empty}", "{empty}", "--ignore", "0"], "leaves no voxel"),
+        (["{broken}", "{labels}", "--membrane"], "cannot read voxels"),
         (["{labels}"], "LABELS"),
     ],
 )
@@ -228,6 +230,8 @@ def test_bad_requests_end_with_2_and_a_line(
     }
     paths = {name: write(tmp_path / f"{name}.zarr", image) for name, image in images.items()}
     paths["rgb"] = write_volume(tmp_path / "rgb.zarr", np.stack((mask,) * 3), "cyx")
+    paths["broken"] = write(tmp_path / "broken.zarr", mask)
+    (tmp_path / "broken.zarr" / "c" / "0" / "0").write_bytes(b"no chunk")
     found = run(*(argument.format(**paths) for argument in arguments))
     assert found.exit_code == 2, found.output
     assert says in found.output

@@ -200,7 +200,8 @@ def evaluate(
     error of ``mask`` and ``membrane``: planes one by one, in memory.
 
     ``progress`` is called with what is done, blocks done and their number. Raises BadRequest for
-    files that cannot be read, shapes that differ, and what is not there to be compared.
+    files that cannot be read, shapes that differ, and what is not there to be compared. What the
+    scores are is told in `tilepipe.scores`, `tilepipe.warping` and docs/scores.md.
     """
     pair = _open_pair(
         _open(prediction, axes),
@@ -214,10 +215,19 @@ def evaluate(
         progress=progress,
     )
     kind = _checked_kind(kind, pair, warping=warping, components=components)
+    try:
+        return _compare(pair, kind, components, warping=warping)
+    except OSError as error:
+        raise BadRequest(f"the comparison cannot go on: {error}") from error
+
+
+def _compare(pair: _Pair, kind: Kind, components: Components | None, *, warping: bool) -> Scores:
     mine, theirs = pair.prediction, pair.labels
     pixels = partition = thinned = found = None
     chosen: Components | None = None
     table = pair.count("values", mine.read, theirs.read)
+    if not table.total:
+        raise BadRequest(f"ignore (={theirs.ignore}) leaves no voxel of {_told(pair)} to compare")
     if kind == "auto":
         kind = _chosen_kind(table, mine, theirs)
     if kind == "instances":
@@ -231,7 +241,8 @@ def evaluate(
         partition, thinned, found = _membrane(pair, chosen, table)
     if chosen is not None and partition is None:
         raise BadRequest(
-            f"labels (={labels}) hold no object in {_told(pair)}; compare it as mask or classes"
+            f"labels (={theirs.volume.path}) hold no object in {_told(pair)}; take kind mask or"
+            " classes"
         )
     return Scores(
         prediction=mine.volume.path,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Foreground = Callable[[NDArray[np.generic]], NDArray[np.bool_]]
     Progress = Callable[[int, int], None]
 
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 """Voxels of a block, about, where nothing else is asked for."""
 CHUNK = 256
 """Voxels of the chunks of ids along y and x; along z as the source's, 32 at most."""
@@ -71,10 +71,11 @@ def label_components(
         ids = open_volume(path, axes=volume.axes)
         unit = tuple(map(max, target.chunks, volume.chunks)) if block is None else block
         grid = TileGrid(region.shape, block_of(region.shape, target.chunks, unit, block is None))
-        count, pairs = 0, [np.zeros((0, 2), np.int64)]
+        firsts, count, pairs = [], 0, [np.zeros((0, 2), np.int64)]
         for done, tile in enumerate(grid, start=1):
             mask = foreground(volume.read(shifted(tile.write, region.start)))
             numbers, found = _numbered(mask, structure, count)
+            firsts.append(count + 1)
             count += found
             target.write(tile.write, numbers.astype(target.dtype))
             pairs += _meetings(ids, numbers, tile.write, structure)
@@ -85,8 +86,11 @@ def label_components(
         gone, heirs = _heirs(np.unique(np.concatenate(pairs), axis=0))
         for done, tile in enumerate(grid, start=len(grid) + 1):
             if len(gone):
+                first, *rest = firsts[tile.index : tile.index + 2]
+                own = np.arange(first, rest[0] if rest else count + 1)
+                final = np.concatenate(([0], _joined(own, gone, heirs))).astype(target.dtype)
                 numbers = ids.read(tile.write)[0].astype(np.int64)
-                target.write(tile.write, _joined(numbers, gone, heirs).astype(target.dtype))
+                target.write(tile.write, final[np.maximum(numbers - (first - 1), 0)])
             if progress is not None:
                 progress(done, 2 * len(grid))
     return count - len(gone)
@@ -174,16 +178,21 @@ def grow(labels: Ids, axes: Sequence[int], *, steps: int | None = None) -> tuple
             near |= padded[(*inner[:axis], place, *inner[axis + 1 :])] != 0
     near &= free[inner]
     front = np.ravel_multi_index(tuple(i + 1 for i in np.nonzero(near)), padded.shape)
+    open_to[front] = False
     done = 0
     while len(front) and (steps is None or done < steps):
         beside = flat[front[:, None] + around]
         highest = beside.max(axis=1)
         one = np.where(beside == 0, highest[:, None], beside).min(axis=1) == highest
-        open_to[front] = False
         won = front[one]
         flat[won] = highest[one]
-        reached = (won[:, None] + around).ravel()
-        front = np.unique(reached[open_to[reached]])
+        parts = []
+        for step in around:
+            reached = won + step
+            reached = reached[open_to[reached]]
+            open_to[reached] = False
+            parts.append(reached)
+        front = np.concatenate(parts)
         done += 1
     return np.ascontiguousarray(padded[inner]), not len(front)
 
@@ -200,7 +209,7 @@ def block_of(
     It grows evenly along ``axes``, only then along the others.
 
     >>> block_of((500, 9000, 9000), (1, 256, 256), (1, 256, 256), axes=(1, 2))
-    (1, 4096, 4096)
+    (1, 2048, 2048)
     """
     block = [min(ceil_to(u, c), n) for u, c, n in zip(unit, chunks, shape, strict=True)]
     every = range(len(shape))
