@@ -111,8 +111,8 @@ def test_the_network_answers_a_patch_as_segment_answers_it(tmp_path: Path, name:
 def test_samples_are_crops_of_the_mirrored_whole(tmp_path: Path, target: str) -> None:
     image, labels = noise(3, 60, 80), cells(3, 60, 80)
     patches, _ = samples(
-        tmp_path, image, labels, target=target, ndim=2, validate_region=("2:3,:,:",),
-        border_weight=10.0, border_sigma=3.0, patch=(20, 28),
+        tmp_path, image, labels, target=target, ndim=2, val_region=("2:3,:,:",),
+        weight_map=True, w0=10.0, sigma=3.0, patch=(20, 28),
     )  # fmt: skip
     pad = 200
     for number in range(12):
@@ -145,7 +145,7 @@ def test_nothing_held_out_is_ever_learned(tmp_path: Path) -> None:
     labels[20:30, 50:70] = 2  # held out
     patches, _ = samples(
         tmp_path, noise(60, 90), labels, target="classes", classes=3, elastic=8.0, rotate="any",
-        flip=True, scale=0.3, validate_region=("20:30,50:70",), border_weight=5.0,
+        flip=True, scale=0.3, val_region=("20:30,50:70",), weight_map=True,
     )  # fmt: skip
     seen = [patches[number] for number in range(60)]
     assert {int(c) for s in seen for c in np.unique(s.truth)} == {0, 1, IGNORE}

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from tests.support import read, write_volume
+from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.learner import rate
 from tilepipe.model import load_model
@@ -76,7 +78,7 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     studies: list[Study] = []
     recipe = Recipe(**SMALL, steps=120, batch_norm=True)  # type: ignore[arg-type]
     last = train(
-        [pair], output=tmp_path / "u.pt", recipe=recipe, preview=True,
+        [pair], output=tmp_path / "u.pt", recipe=recipe, preview=tmp_path / "p.png",
         prepared=studies.append, progress=told.append,
     )  # fmt: skip
     assert last.score is not None
@@ -95,7 +97,7 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     assert [int(row["step"]) for row in rows] == [0, *range(10, 121, 10), 120]
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) / 2
-    assert (tmp_path / "u.pt.training" / "preview" / "step-000120.png").stat().st_size > 1000
+    assert (tmp_path / "p.png").stat().st_size > 1000
     assert studies[0].held_out_voxels == 4 * 10 * 90
 
 
@@ -103,7 +105,14 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     "options",
     [
         {"dropout": 0.2, "average": 0.9, "batch_norm": True},
-        {"optimizer": "sgd", "lr": 1e-3, "accumulate": 2, "loss": "both", "border_weight": 3.0},
+        {
+            "optimizer": "sgd",
+            "lr": 1e-3,
+            "accumulate": 2,
+            "loss": "both",
+            "weight_map": True,
+            "w0": 3.0,
+        },
     ],
     ids=["adamw", "sgd"],
 )
@@ -191,7 +200,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
     write_volume(tmp_path / "small.zarr", np.zeros((4, 8, 8), np.uint8), "zyx")
     cases: list[tuple[dict[str, object], tuple[str, str], str]] = [
         ({"classes": 3}, pair, r"classes \(=3\) must be 2 for target mask or 1"),
-        ({"validate_region": ("0:4,:,:",)}, pair, "leaves nothing"),
+        ({"val_region": ("0:4,:,:",)}, pair, "leaves nothing"),
         ({"train_region": ("0:9,:,:",)}, pair, r"train_region \(=0:9,:,:\) must"),
         ({"patch": (8, 8, 8)}, pair, r"patch \(=8,8,8\) must have 2 sizes"),
         ({"ndim": 4}, pair, r"ndim \(=4\) must be 2"),
@@ -270,6 +279,49 @@ def test_scores_of_a_table() -> None:
     assert found.error == pytest.approx(0.1)
     assert found.dice == pytest.approx((100 / 110, 80 / 90))
     assert found.iou == pytest.approx((50 / 60, 40 / 50))
+
+
+def test_the_command_takes_its_options_from_a_file_too(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    config = tmp_path / "small.toml"
+    config.write_text(
+        'target = "mask"\nndim = 2\nbase = 4\ndepth = 2\npatch = [24, 24]\nsteps = 3\nthreads = 1\n'
+        'val-region = ["3:4,:,:"]\nkernels = [[3, 3], 3]\nlr = 0.5\n'
+    )
+    arguments = ["train", *pair, "-o", str(tmp_path / "u.pt"), "--config", str(config)]
+    done = CliRunner().invoke(main, [*arguments, "--lr", "0.001", "--steps", "2"])
+    assert done.exit_code == 0, done.output
+    assert "2 steps, adamw, learning rate 0.001" in done.stdout
+    assert "held out: Dice" in done.stderr
+    recipe = load_model(tmp_path / "u.pt").provenance["recipe"]
+    assert recipe["kernels"] == [[3, 3], 3]  # type: ignore[index]
+    assert recipe["val_region"] == ["3:4,:,:"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.tif", "-o", "u.pt", "--steps", "1"], "must be pairs"),
+        (["a.tif", "b.tif", "-o", "u.pt"], "a training needs one"),
+        (["a.tif", "b.tif", "-o", "u.tif", "--steps", "1"], "ends in .pt"),
+        (["a.tif", "b.tif", "-o", "u.pt", "--steps", "1"], "a.tif) does not exist"),
+        (["a.tif", "b.tif", "-o", "no/u.pt", "--steps", "1"], "folder that exists"),
+        (["a.tif", "b.tif", "-o", "u.pt", "--config", "no.toml"], "config (=no.toml) cannot be"),
+        (["a.tif", "b.tif", "-o", "u.pt", "--kernels", "x"], "must be sizes by level"),
+        (["a.tif", "b.tif", "-o", "u.pt", "--steps", "1", "--resume"], "state.pt does not exist"),
+    ],
+)
+def test_the_command_refuses_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["train", *arguments])
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert done.stderr.startswith("tilepipe: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -173,6 +175,30 @@ def _asked(
     )
 
 
+def _configure(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Take the defaults of a command from a TOML file; what is said on the line comes first."""
+    if path is None:
+        return
+    try:
+        said = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"config (={path}) cannot be read: {error}", ctx) from None
+    known = {option.name: option for option in ctx.command.params}
+    names = {name: name.replace("-", "_") for name in said}
+    if unknown := [name for name in said if names[name] not in known]:
+        raise click.UsageError(f"config (={path}) holds {unknown[0]}, which is no option", ctx)
+    ctx.default_map = {names[name]: _spelled(value) for name, value in said.items()}
+
+
+def _spelled(value: object) -> object:
+    """Return a value as the command line spells it, lists of sizes and tables too."""
+    if isinstance(value, list):
+        nested = any(isinstance(item, list) for item in value)
+        text = all(isinstance(item, str) for item in value)
+        return value if text else (";" if nested else ",").join(map(str, map(_spelled, value)))
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
 _TRAIN = (
     click.argument("volumes", nargs=-1, required=True, metavar="IMAGE LABELS [IMAGE LABELS]..."),
     click.option("-o", "--output", required=True, metavar="FILE", help="The checkpoint, a .pt."),
@@ -180,12 +206,16 @@ _TRAIN = (
         "--validate-on", "apart", nargs=2, multiple=True, metavar="IMAGE LABELS",
         help="Volumes that are held out whole.",
     ),
+    click.option(
+        "--config", metavar="FILE.toml", is_eager=True, expose_value=False, callback=_configure,
+        help="Options from a file; those given here come first.",
+    ),
     _asked("target", "What is learned from the labels."),
     _asked("classes", "Output channels; 1 for one sigmoid. [the target's]", kind=int),
     _asked("ignore", "The label that says nothing.", kind=int),
     _asked("train_region", "Slices to learn from, as 0:20,:,:.", kind=str, many=True),
     _asked(
-        "validate_region", "Slices to hold out, or none. [the last eighth]",
+        "val_region", "Slices to hold out, or none. [the last eighth]",
         kind=str, many=True,
     ),
     _asked("axes", "Axes of the images, where they do not say them.", kind=str),
@@ -206,6 +236,7 @@ _TRAIN = (
     _asked("patch", "Voxels of a patch that the loss sees. [256,256 or 48,48,48]", kind=Sizes()),
     _asked("balance", "Sample every class equally often."),
     _asked("cache", "Decoded chunks that are kept.", kind=Bytes()),
+    _asked("augment", "Deform patches and change their grey values."),
     _asked("elastic", "Random displacements, in voxels."),
     _asked("rotate", "Turn patches."),
     _asked("flip", "Flip patches."),
@@ -215,8 +246,9 @@ _TRAIN = (
     _asked("in_plane", "Deform, and look for neighbours, along y and x alone."),
     _asked("loss", "[cross-entropy; l2 for values]", kind=click.Choice(RECIPES["loss"])),
     _asked("class_weights", "Weigh classes by the inverse of their frequency."),
-    _asked("border_weight", "w0 of the paper's weights between objects; there 10."),
-    _asked("border_sigma", "Their sigma, in voxels."),
+    _asked("weight_map", "Weigh the voxels between close objects, as the paper."),
+    _asked("w0", "Weight where they touch."),
+    _asked("sigma", "How fast it falls, in voxels."),
     _asked("steps", "Length of the training.", kind=int),
     _asked("minutes", "Length of the training; the first of the two ends it.", kind=float),
     _asked("batch", "Patches of a batch."),
@@ -235,7 +267,7 @@ _TRAIN = (
     _asked("patience", "End after so many validations without a better one.", kind=int),
     _asked("device", "auto, cpu, cuda or cuda:N."),
     _asked("threads", "Compute threads.", kind=int),
-    _asked("workers", "Threads that make patches."),
+    _asked("loaders", "Threads that make patches."),
 )  # fmt: skip
 
 

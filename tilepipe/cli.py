@@ -156,7 +156,8 @@ def plan(source: str, model: str, output: str | None, as_json: bool, **values: o
 @train_request
 @click.option("--resume", is_flag=True, help="Go on where an earlier run ended.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier training.")
-@click.option("--preview", is_flag=True, help="Pictures of patches, weights and answers.")
+@click.option("--preview", metavar="FILE.png", help="A picture of patches, weights and answers.")
+@click.option("--log", "folder", metavar="FOLDER", help="Log and state. [OUTPUT.training]")
 @click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard.")
 @_refusing
 def train(
@@ -165,7 +166,8 @@ def train(
     apart: tuple[tuple[str, str], ...],
     resume: bool,
     overwrite: bool,
-    preview: bool,
+    preview: str | None,
+    folder: str | None,
     tensorboard: bool,
     **values: object,
 ) -> None:
@@ -185,6 +187,7 @@ def train(
         apart=apart,
         resume=resume,
         overwrite=overwrite,
+        folder=folder,
         preview=preview,
         tensorboard=tensorboard,
         prepared=lambda study: click.echo(describe_study(study)),

@@ -33,7 +33,7 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-FREE = ("steps", "minutes", "patience", "workers", "cache", "device")
+FREE = ("steps", "minutes", "patience", "loaders", "cache", "device")
 """What may be asked anew of a training that goes on."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zarr
 
-from tilepipe.augment import Augmentation
+from tilepipe.augment import NONE, Augmentation
 from tilepipe.census import Census, Kind, Labels, blocks
 from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Region, Shape
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NONE = "none"
+NOTHING = "none"
 """The validation region that holds nothing out."""
 
 
@@ -102,7 +102,7 @@ def open_material(
             learned = [part for box in learned for part in outside(box, hole)]
         if not learned:
             raise BadRequest(
-                f"validate_region (={','.join(recipe.validate_region)}) leaves nothing of"
+                f"val_region (={','.join(recipe.val_region)}) leaves nothing of"
                 f" {image.path}, {comma(image.shape)}, to learn from; hold out less"
             )
         regions.append(tuple(learned))
@@ -138,13 +138,10 @@ def _open_pair(image_path: str, labels_path: str, recipe: Recipe) -> tuple[Volum
 
 def _held_out(image: Volume, recipe: Recipe, apart: bool) -> list[Region]:
     """Return the regions of a volume that are held out."""
-    if recipe.validate_region == (NONE,) or (apart and not recipe.validate_region):
+    if recipe.val_region == (NOTHING,) or (apart and not recipe.val_region):
         return []
-    if recipe.validate_region:
-        return [
-            parse_region(text, image.shape, name="validate_region")
-            for text in recipe.validate_region
-        ]
+    if recipe.val_region:
+        return [parse_region(text, image.shape, name="val_region") for text in recipe.val_region]
     axis = int(np.argmax(np.asarray(image.shape) >= 8))
     length = image.shape[axis]
     first = length - max(1, length // 8)
@@ -238,7 +235,7 @@ def make_patches(
     rule, axes, pairs = parse(recipe.normalize), len(frame.answer), []
     for number, (image, labels) in enumerate(zip(material.images, material.labels, strict=True)):
         objects = None
-        if recipe.border_weight and recipe.target in ("classes", "mask"):
+        if recipe.weight_map and recipe.target in ("classes", "mask"):
             objects = cache.open(_objects(labels, recipe, axes, folder / f"objects-{number}.zarr"))
         pairs.append(
             Pair(
@@ -254,8 +251,8 @@ def make_patches(
         ignore=recipe.ignore,
         in_plane=recipe.in_plane,
         class_weights=tuple(balance_weights(census.counts)) if recipe.class_weights else None,
-        border_weight=recipe.border_weight,
-        border_sigma=recipe.border_sigma,
+        w0=recipe.w0 if recipe.weight_map else None,
+        sigma=recipe.sigma,
         augmentation=augmentation(recipe),
     )
     return Patches(pairs, census, frame=frame, learning=learning, seed=recipe.seed)
@@ -263,6 +260,8 @@ def make_patches(
 
 def augmentation(recipe: Recipe) -> Augmentation:
     """Return the changes that patches undergo."""
+    if not recipe.augment:
+        return NONE
     return Augmentation(
         flip=recipe.flip,
         rotate=recipe.rotate,

@@ -90,8 +90,9 @@ class Learning:
     ignore: int | None
     in_plane: bool
     class_weights: tuple[float, ...] | None
-    border_weight: float
-    border_sigma: float
+    w0: float | None
+    """Weight where objects touch; None: no weights between them."""
+    sigma: float
     augmentation: Augmentation
 
 
@@ -125,8 +126,7 @@ class Patches:
         leading = tuple((n, n + 1) for n in voxel[:-axes])
         start = self._start(voxel[-axes:], region, axes)
         answer = Region.whole(frame.answer)
-        border = bool(learning.border_weight)
-        margin = weights_margin(learning.border_sigma) if border else MARGIN
+        margin = MARGIN if learning.w0 is None else weights_margin(learning.sigma)
         seen = answer.grow((margin,) * axes, (margin,) * axes)
         warp = draw_warp(learning.augmentation, rng, _hull(frame.read, seen))
         box = _place(warp.box, start, leading)
@@ -150,12 +150,12 @@ class Patches:
         inner = answer.within(seen.start)
         truth = np.where(known, classes[inner], IGNORE).astype(np.int64)
         weights = self._class_weights(truth)
-        if border:
+        if learning.w0 is not None:
             numbered = _integers(warp.labels(source(pair.objects or pair.labels)[0], seen))
             between = border_weights(
                 numbered,
-                w0=learning.border_weight,
-                sigma=learning.border_sigma,
+                w0=learning.w0,
+                sigma=learning.sigma,
                 in_plane=learning.in_plane,
                 at=_between(classes, learning.target),
             )

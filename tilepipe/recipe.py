@@ -45,7 +45,7 @@ class Recipe:
     """Resolution of the images' and the labels' pyramids; 0 is the full one."""
     train_region: tuple[str, ...] = ()
     """Regions of each volume that are learned from, such as ``0:20,:,:``."""
-    validate_region: tuple[str, ...] = ()
+    val_region: tuple[str, ...] = ()
     """Regions of each volume that are held out; by default the last eighth of the first axis."""
     normalize: str = "zscore"
 
@@ -70,6 +70,8 @@ class Recipe:
     """Sample patches round voxels of every class equally often."""
     cache: int = 1_000_000_000
     """Bytes of decoded chunks that are kept."""
+    augment: bool = True
+    """Deform patches and change their grey values; none of what follows where it is off."""
     elastic: float = 10.0
     """Standard deviation of the random displacements, in voxels; 0 for none."""
     rotate: str = "any"
@@ -86,9 +88,12 @@ class Recipe:
     """By default ``cross-entropy``, and ``l2`` for values."""
     class_weights: bool = False
     """Weigh each class by the inverse of its frequency, as the paper."""
-    border_weight: float = 0.0
-    """w0 of the paper's weights between objects (there 10); 0 for none."""
-    border_sigma: float = 5.0
+    weight_map: bool = False
+    """Weigh the voxels between two objects that are close, as the paper."""
+    w0: float = 10.0
+    """Weight where objects touch."""
+    sigma: float = 5.0
+    """How fast it falls with their distance, in voxels."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -115,7 +120,7 @@ class Recipe:
     """End after so many validations without a better one."""
     device: str = "auto"
     threads: int | None = None
-    workers: int = 2
+    loaders: int = 2
     """Threads that make patches."""
 
     def __post_init__(self) -> None:
@@ -123,16 +128,16 @@ class Recipe:
             value = getattr(self, name)
             if value not in choices and not (name == "loss" and value is None):
                 raise BadRequest(f"{name} (={value}) must be one of {', '.join(choices)}")
-        for name in ("batch", "accumulate", "base", "depth", "workers", "cache"):
+        for name in ("batch", "accumulate", "base", "depth", "loaders", "cache"):
             _at_least(name, getattr(self, name), 1)
         for name in ("steps", "validate_every", "patience", "threads", "classes"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("elastic", "scale", "grey", "noise", "border_weight", "clip", "weight_decay"):
+        for name in ("elastic", "scale", "grey", "noise", "w0", "clip", "weight_decay"):
             _between(name, getattr(self, name), 0, math.inf)
         for name in ("dropout", "average", "warmup"):
             _between(name, getattr(self, name), 0, 1, last=False)
-        for name in ("lr", "minutes", "border_sigma"):
+        for name in ("lr", "minutes", "sigma"):
             if getattr(self, name) is not None:
                 _between(name, getattr(self, name), 0, math.inf, first=False)
         if self.steps is None and self.minutes is None:
@@ -144,9 +149,9 @@ class Recipe:
                 f"loss (={self.loss}) does not fit target (={self.target}): values need l1 or l2,"
                 " classes cross-entropy, dice or both"
             )
-        if self.target == "values" and (self.balance or self.class_weights or self.border_weight):
+        if self.target == "values" and (self.balance or self.class_weights or self.weight_map):
             raise BadRequest(
-                "target (=values) has no classes: leave out balance, class_weights, border_weight"
+                "target (=values) has no classes: leave out balance, class_weights, weight_map"
             )
 
     @property

@@ -75,7 +75,8 @@ def train(
     apart: Sequence[tuple[str, str]] = (),
     resume: bool = False,
     overwrite: bool = False,
-    preview: bool = False,
+    folder: str | Path | None = None,
+    preview: str | Path | None = None,
     tensorboard: bool = False,
     prepared: Callable[[Study], None] | None = None,
     scanned: Scan | None = None,
@@ -85,16 +86,22 @@ def train(
 
     ``apart`` are pairs that are held out whole. ``resume`` goes on where an earlier run of the
     same recipe ended: on a CPU to the very weights of an unbroken run, if the steps decide its
-    end and not the minutes. ``preview`` writes pictures of patches at every validation.
+    end and not the minutes. ``folder``, ``OUTPUT.training`` by default, takes what belongs to the
+    training. ``preview`` is a picture of patches, truth, weights and answers, written anew at every
+    validation.
     ``prepared`` is told what will be done, ``scanned`` what is being read before,
     ``progress`` how it goes.
 
     An interrupt saves the state after the step and raises KeyboardInterrupt. Raises BadRequest for
     what cannot work, before anything is written, and for a loss that is no longer finite.
     """
-    output, folder = Path(output), Path(f"{output}.training")
+    output = Path(output)
+    folder = Path(f"{output}.training" if folder is None else folder)
+    preview = None if preview is None else Path(preview)
     if is_first():
         _check_place(output, folder, recipe, resume=resume, overwrite=overwrite)
+        if preview is not None and not (preview.suffix == ".png" and preview.parent.is_dir()):
+            raise BadRequest(f"preview (={preview}) must be a .png in a folder that exists")
     material = open_material(pairs, apart, recipe)
     with joined(recipe.device) as team:
         if not team.first:
@@ -113,7 +120,7 @@ def train(
             Loader(
                 study.patches,
                 batch=recipe.batch,
-                workers=recipe.workers,
+                workers=recipe.loaders,
                 rank=team.rank,
                 ranks=team.ranks,
             ) as loader,
@@ -129,7 +136,7 @@ def _loop(
     stop: Stop,
     team: Team,
     output: Path,
-    preview: bool,
+    preview: Path | None,
     progress: Callable[[Progress], None] | None,
 ) -> Progress:
     recipe, state, folder = study.recipe, learner.state, study.folder
@@ -154,10 +161,10 @@ def _loop(
             study.save(output, learner.kept, measured)
         else:
             state.worse += 1
-        if preview:
+        if preview is not None:
             image, truth, weights = loader.batch(0)
             write_preview(
-                folder / "preview" / f"step-{state.step:06d}.png",
+                preview,
                 image.numpy(), truth.numpy(), weights.numpy(),
                 learner.predict(image).numpy(), study.frame,
             )  # fmt: skip

@@ -131,7 +131,6 @@ def write_preview(
                 axis=1,
             )
         )
-    path.parent.mkdir(exist_ok=True)
     path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(np.concatenate(rows))))
 
 
