@@ -203,6 +203,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         ({"val_region": ("0:4,:,:",)}, pair, "leaves nothing"),
         ({"train_region": ("0:9,:,:",)}, pair, r"train_region \(=0:9,:,:\) must"),
         ({"patch": (8, 8, 8)}, pair, r"patch \(=8,8,8\) must have 2 sizes"),
+        ({"names": ("cell",)}, pair, r"names \(=cell\) must be 2"),
         ({"ndim": 4}, pair, r"ndim \(=4\) must be 2"),
         ({"network": "tests.nothing:Own"}, pair, "cannot be built"),
         ({"padding": "same", "kernels": [2, 2]}, pair, "must be odd"),

@@ -53,6 +53,18 @@ class Numbers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} must be whole numbers with commas, as in 1,2", param, ctx)
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names of classes."""
+
+    name = "NAME,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """Return the names as a tuple."""
+        return tuple(str(value).split(",")) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+
+
 class Bytes(click.ParamType[int]):
     """An amount of memory."""
 
@@ -212,6 +224,7 @@ _TRAIN = (
     ),
     _asked("target", "What is learned from the labels."),
     _asked("classes", "Output channels; 1 for one sigmoid. [the target's]", kind=int),
+    _asked("names", "What the channels are called, as ocean,land.", kind=Names()),
     _asked("ignore", "The label that says nothing.", kind=int),
     _asked("train_region", "Slices to learn from, as 0:20,:,:.", kind=str, many=True),
     _asked(

@@ -37,6 +37,8 @@ class Recipe:
     """What is learned from the labels: see `tilepipe.targets`."""
     classes: int | None = None
     """Channels of the answer; by default those that the target has, or that the labels hold."""
+    names: tuple[str, ...] | None = None
+    """What each channel of the answer is called; by default what the target calls it."""
     ignore: int | None = None
     """A label that says nothing."""
     axes: str | None = None

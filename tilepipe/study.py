@@ -123,6 +123,7 @@ def prepare(
     patch = default_patch(recipe, axes)
     census = count(material, recipe, axes, scanned)
     classes = _classes(recipe, material, census.counts)
+    labels = _names(recipe, classes)
     torch.manual_seed(recipe.seed)
     network, architecture = _build(recipe, axes, material.channels, classes)
     profile = find_profile(wrap(network))
@@ -143,7 +144,7 @@ def prepare(
         architecture=architecture,
         profile=profile,
         frame=frame,
-        labels=tuple(class_names(recipe.target, classes)),
+        labels=labels,
         counts=tuple(census.counts),
         patches=make_patches(
             material, census, recipe, frame, folder=folder, cache=cache, scanned=scanned
@@ -154,6 +155,18 @@ def prepare(
         held_out_voxels=material.held_out_voxels,
         sources=tuple(volume.path for volume in (*material.images, *material.labels)),
     )
+
+
+def _names(recipe: Recipe, classes: int) -> tuple[str, ...]:
+    """Return what the channels of the answer are called."""
+    if recipe.names is None:
+        return tuple(class_names(recipe.target, classes))
+    if len(recipe.names) != classes:
+        raise BadRequest(
+            f"names (={','.join(recipe.names)}) must be {classes}, one for each channel of the"
+            " answer"
+        )
+    return tuple(recipe.names)
 
 
 def _classes(recipe: Recipe, material: Material, counts: list[int]) -> int:
