@@ -35,9 +35,10 @@ def instances(seed: int = 0) -> NDArray[np.uint16]:
 def census(place: Path, labels: NDArray[np.generic], kind: Kind, **options: object) -> Census:
     write_volume(place, labels, "zyx", (1, 16, 20))
     volume = open_volume(place)
+    mask = options.pop("mask", None)
     given = {"classes": None, "balance": False, "kept": 10**6, "seed": 0, **options}
     regions = (Region((0, 0, 0), (1, 60, 60)), Region((1, 10, 7), (2, 50, 60)))
-    return Census([Labels(volume, volume.chunks, regions)], kind, **given)  # type: ignore[arg-type]
+    return Census([Labels(volume, mask, volume.chunks, regions)], kind, **given)  # type: ignore[arg-type]
 
 
 def test_counts_are_those_of_the_whole(tmp_path: Path) -> None:

@@ -43,13 +43,19 @@ def cells(*shape: int, seed: int = 0) -> NDArray[np.uint16]:
 
 
 def samples(
-    folder: Path, image: NDArray[np.generic], labels: NDArray[np.generic], **options: object
+    folder: Path,
+    image: NDArray[np.generic],
+    labels: NDArray[np.generic],
+    mask: NDArray[np.generic] | None = None,
+    **options: object,
 ) -> tuple[Patches, Path]:
     """Return the samples of a training, and the network that they are framed for."""
     architecture = options.pop("architecture", NETWORKS["valid"])
     chosen = {"target": "foreground", "steps": 1, "normalize": "none", **PLAIN, **options}
     recipe = Recipe(**chosen)  # type: ignore[arg-type]
-    axes = "zyx"[-image.ndim :]
+    axes, masks = "zyx"[-image.ndim :], []
+    if mask is not None:
+        masks = [str(write_volume(folder / "mask.zarr", mask, axes))]
     chunks = tuple(min(24, n) for n in image.shape)
     places = [
         str(write_volume(folder / f"{name}.zarr", array, axes, chunks))
@@ -57,7 +63,7 @@ def samples(
     ]
     model = write_unet(folder / "unet.pt", normalize="none", **architecture)  # type: ignore[arg-type]
     profile = find_profile(load_model(model))
-    material = open_material([(places[0], places[1])], (), recipe)
+    material = open_material([(places[0], places[1])], (), recipe, masks=masks)
     patch = recipe.patch or (20,) * profile.axes
     patches = make_patches(
         material,
@@ -151,6 +157,21 @@ def test_nothing_held_out_is_ever_learned(tmp_path: Path) -> None:
     assert {int(c) for s in seen for c in np.unique(s.truth)} == {0, 1, IGNORE}
     assert all(not s.weights[s.truth == IGNORE].any() for s in seen)
     assert all(s.weights[s.truth != IGNORE].min() >= 1 for s in seen)
+
+
+def test_where_the_mask_is_0_the_labels_say_nothing(tmp_path: Path) -> None:
+    labels = np.zeros((60, 90), np.uint8)
+    labels[:, 40:] = 1
+    mask = np.ones((60, 90), np.uint8)
+    mask[:, 45:] = 0
+    patches, _ = samples(tmp_path, noise(60, 90), labels, mask, target="mask", elastic=3.0)
+    assert patches.census.counts == [(60 - 7) * 40, (60 - 7) * 5]
+    for number in range(30):
+        sample = patches[number]
+        counts = np.bincount(sample.truth.ravel(), minlength=256)
+        assert counts[0] > 0
+        assert counts[IGNORE] > 0 or counts[1] < 6 * 20
+        assert np.array_equal(sample.weights > 0, sample.truth != IGNORE)
 
 
 def test_samples_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:

@@ -219,6 +219,10 @@ _TRAIN = (
         help="Volumes that are held out whole.",
     ),
     click.option(
+        "--mask", "masks", multiple=True, metavar="PATH",
+        help="A volume that is 0 where the labels say nothing; one for each pair.",
+    ),
+    click.option(
         "--config", metavar="FILE.toml", is_eager=True, expose_value=False, callback=_configure,
         help="Options from a file; those given here come first.",
     ),

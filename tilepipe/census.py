@@ -32,6 +32,8 @@ class Labels:
     """What is counted: labels, what is learned from them, and where."""
 
     volume: Readable
+    mask: Readable | None
+    """Where it is 0 the labels say nothing."""
     chunks: Shape
     regions: tuple[Region, ...]
 
@@ -46,8 +48,14 @@ class Kind:
     axes: int
     """Axes of the network: along those before them planes do not see one another."""
 
-    def read(self, volume: Readable, region: Region) -> NDArray[np.uint8]:
+    def read(self, volume: Readable, mask: Readable | None, region: Region) -> NDArray[np.uint8]:
         """Return the classes of a region inside the volume, ``(*region.shape)``."""
+        classes = self._classes(volume, region)
+        if mask is not None:
+            classes[mask.read(region)[0] == 0] = IGNORE
+        return classes
+
+    def _classes(self, volume: Readable, region: Region) -> NDArray[np.uint8]:
         if self.target == "values":
             return np.zeros(region.shape, np.uint8)
         leading = len(region.start) - self.axes
@@ -128,18 +136,19 @@ class Census:
         if self._counts[row, wanted] == block.size:
             place = np.unravel_index(inside, block.shape)
         else:
-            found = self._kind.read(self._labels[index].volume, block) == wanted
+            found = self._read(index, block) == wanted
             place = np.unravel_index(np.flatnonzero(found)[inside], block.shape)
         return index, region, tuple(a + int(n) for a, n in zip(block.start, place, strict=True))
+
+    def _read(self, index: int, block: Region) -> NDArray[np.uint8]:
+        return self._kind.read(self._labels[index].volume, self._labels[index].mask, block)
 
     def _block(self, rng: np.random.Generator) -> int:
         at = np.searchsorted(self._of_block, rng.random() * self._of_block[-1], side="right")
         return min(int(at), len(self._places) - 1)
 
     def _count(self, index: int, block: Region, classes: int) -> NDArray[np.int64]:
-        found = np.bincount(
-            self._kind.read(self._labels[index].volume, block).ravel(), minlength=256
-        )
+        found = np.bincount(self._read(index, block).ravel(), minlength=256)
         if found[classes:IGNORE].any():
             wrong = classes + int(np.flatnonzero(found[classes:IGNORE])[0])
             raise BadRequest(

@@ -46,6 +46,7 @@ class HeldOut:
     axes: str | None
     level: int
     labels: Volume
+    mask: Volume | None
     region: Region
     """Of the labels; the image has just this size."""
 
@@ -56,6 +57,8 @@ class Material:
 
     images: tuple[Volume, ...]
     labels: tuple[Volume, ...]
+    masks: tuple[Volume | None, ...]
+    """Where one is 0, its labels say nothing."""
     regions: tuple[tuple[Region, ...], ...]
     held_out: tuple[tuple[int, Region], ...]
     """Number of the pair, and the region."""
@@ -75,7 +78,11 @@ class Material:
 
 
 def open_material(
-    pairs: Sequence[tuple[str, str]], apart: Sequence[tuple[str, str]], recipe: Recipe
+    pairs: Sequence[tuple[str, str]],
+    apart: Sequence[tuple[str, str]],
+    recipe: Recipe,
+    *,
+    masks: Sequence[str] = (),
 ) -> Material:
     """Open pairs of image and labels, and those that are held out whole (``apart``).
 
@@ -110,6 +117,7 @@ def open_material(
     return Material(
         tuple(image for image, _ in opened),
         tuple(labels for _, labels in opened),
+        tuple(_open_masks(masks, [labels for _, labels in opened], recipe)),
         tuple(regions),
         tuple(held_out),
         tuple(beside),
@@ -136,6 +144,28 @@ def _open_pair(image_path: str, labels_path: str, recipe: Recipe) -> tuple[Volum
     return image, labels
 
 
+def _open_masks(
+    masks: Sequence[str], labels: Sequence[Volume], recipe: Recipe
+) -> list[Volume | None]:
+    if not masks:
+        return [None] * len(labels)
+    if len(masks) != len(labels):
+        raise BadRequest(
+            f"mask (={', '.join(masks)}) must be given for each of the {len(labels)} pairs of image"
+            " and labels, in their order"
+        )
+    opened: list[Volume | None] = []
+    for path, said in zip(masks, labels, strict=True):
+        mask = open_volume(path, axes=said.requested_axes, level=recipe.level)
+        if mask.shape != said.shape or mask.channels != 1:
+            raise BadRequest(
+                f"mask (={path}) of {comma(mask.shape)} voxels must have the labels'"
+                f" {comma(said.shape)} ({said.path}), and one channel"
+            )
+        opened.append(mask)
+    return opened
+
+
 def _held_out(image: Volume, recipe: Recipe, apart: bool) -> list[Region]:
     """Return the regions of a volume that are held out."""
     if recipe.val_region == (NOTHING,) or (apart and not recipe.val_region):
@@ -158,10 +188,12 @@ def hold_out(material: Material, folder: Path, *, resumed: bool) -> list[HeldOut
         image, place = material.images[index], folder / f"held-out-{number}.zarr"
         if not (resumed and place.exists()):
             _copy(image, region, place)
-        found.append(HeldOut(str(place), None, 0, material.labels[index], region))
+        found.append(
+            HeldOut(str(place), None, 0, material.labels[index], material.masks[index], region)
+        )
     for image, labels in material.apart:
         whole = Region.whole(image.shape)
-        found.append(HeldOut(image.path, image.requested_axes, image.level, labels, whole))
+        found.append(HeldOut(image.path, image.requested_axes, image.level, labels, None, whole))
     return found
 
 
@@ -199,9 +231,9 @@ def count(material: Material, recipe: Recipe, axes: int, scanned: Scan | None = 
     )
     return Census(
         [
-            Labels(labels, image.chunks, regions)
-            for image, labels, regions in zip(
-                material.images, material.labels, material.regions, strict=True
+            Labels(labels, mask, image.chunks, regions)
+            for image, labels, mask, regions in zip(
+                material.images, material.labels, material.masks, material.regions, strict=True
             )
         ],
         kind_of(recipe, axes),
@@ -233,7 +265,9 @@ def make_patches(
 ) -> Patches:
     """Return the samples of a training; what they need beside the volumes goes to ``folder``."""
     rule, axes, pairs = parse(recipe.normalize), len(frame.answer), []
-    for number, (image, labels) in enumerate(zip(material.images, material.labels, strict=True)):
+    for number, (image, labels, mask) in enumerate(
+        zip(material.images, material.labels, material.masks, strict=True)
+    ):
         objects = None
         if recipe.weight_map and recipe.target in ("classes", "mask"):
             objects = cache.open(_objects(labels, recipe, axes, folder / f"objects-{number}.zarr"))
@@ -241,6 +275,7 @@ def make_patches(
             Pair(
                 cache.open(image),
                 cache.open(labels),
+                None if mask is None else cache.open(mask),
                 objects,
                 resolve(rule, image, _named(scanned, "grey values")),
                 material.regions[number],

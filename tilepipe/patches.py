@@ -75,6 +75,8 @@ class Pair:
 
     image: CachedVolume
     labels: CachedVolume
+    mask: CachedVolume | None
+    """Where it is 0 the labels say nothing; None where they do everywhere."""
     objects: CachedVolume | None
     """Numbered objects for the weights between them; None where there are none."""
     normalization: Normalization
@@ -137,13 +139,15 @@ class Patches:
 
         image = warp.image(pair.normalization.apply(_finite(source(pair.image))), frame.read)
         image = grey(learning.augmentation, rng, image)
+        inside = _inside(box, pair.labels.shape, pair.regions).reshape(warp.box.shape)
+        if pair.mask is not None:
+            inside &= source(pair.mask)[0] != 0
+        known = warp.labels(inside, answer).astype(bool)
         if learning.target == "values":
             values = warp.image(source(pair.labels).astype(np.float32), answer)
-            known = warp.labels(_inside(box, pair, warp.box.shape), answer).astype(bool)
             values[:, ~known] = np.nan
             return Sample(image, values, known.astype(np.float32))
         labels = _integers(warp.labels(source(pair.labels)[0], seen))
-        known = warp.labels(_inside(box, pair, warp.box.shape), answer)
         classes = class_map(
             labels, learning.target, ignore=learning.ignore, in_plane=learning.in_plane
         )
@@ -191,17 +195,17 @@ def _place(box: Region, start: Shape, leading: Sequence[tuple[int, int]]) -> Reg
     return Region(tuple(a for a, _ in ends), tuple(b for _, b in ends))
 
 
-def _inside(box: Region, pair: Pair, shape: Shape) -> NDArray[np.bool_]:
+def _inside(box: Region, shape: Shape, regions: Sequence[Region]) -> NDArray[np.bool_]:
     """Return which voxels of a box are learned from: mirrored, they lie in a training region."""
     inside: NDArray[np.bool_] = np.zeros(box.shape, bool)
-    places = [mirror(*ends) for ends in zip(box.start, box.stop, pair.labels.shape, strict=True)]
-    for region in pair.regions:
+    places = [mirror(*ends) for ends in zip(box.start, box.stop, shape, strict=True)]
+    for region in regions:
         along = [
             (place >= a) & (place < b)
             for place, a, b in zip(places, region.start, region.stop, strict=True)
         ]
         inside[np.ix_(*along)] = True
-    return inside.reshape(shape)
+    return inside
 
 
 def _finite(image: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -73,6 +73,7 @@ def train(
     output: str | Path,
     recipe: Recipe,
     apart: Sequence[tuple[str, str]] = (),
+    masks: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     folder: str | Path | None = None,
@@ -84,13 +85,12 @@ def train(
 ) -> Progress:
     """Train a network on pairs of image and labels; the best checkpoint becomes ``output``.
 
-    ``apart`` are pairs that are held out whole. ``resume`` goes on where an earlier run of the
-    same recipe ended: on a CPU to the very weights of an unbroken run, if the steps decide its
-    end and not the minutes. ``folder``, ``OUTPUT.training`` by default, takes what belongs to the
-    training. ``preview`` is a picture of patches, truth, weights and answers, written anew at every
-    validation.
-    ``prepared`` is told what will be done, ``scanned`` what is being read before,
-    ``progress`` how it goes.
+    ``apart`` are pairs that are held out whole; ``masks``, one for each pair, are 0 where its
+    labels say nothing. ``resume`` goes on where an earlier run of the same recipe ended: on a CPU
+    to the very weights of an unbroken run, if the steps decide its end and not the minutes.
+    ``folder``, ``OUTPUT.training`` by default, takes what belongs to the training. ``preview`` is a
+    picture of patches, truth, weights and answers, written anew at every validation. ``prepared``
+    is told what will be done, ``scanned`` what is being read before, ``progress`` how it goes.
 
     An interrupt saves the state after the step and raises KeyboardInterrupt. Raises BadRequest for
     what cannot work, before anything is written, and for a loss that is no longer finite.
@@ -102,7 +102,7 @@ def train(
         _check_place(output, folder, recipe, resume=resume, overwrite=overwrite)
         if preview is not None and not (preview.suffix == ".png" and preview.parent.is_dir()):
             raise BadRequest(f"preview (={preview}) must be a .png in a folder that exists")
-    material = open_material(pairs, apart, recipe)
+    material = open_material(pairs, apart, recipe, masks=masks)
     with joined(recipe.device) as team:
         if not team.first:
             team.wait()  # for what the first one leaves in the folder

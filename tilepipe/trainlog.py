@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "step", "seconds", "loss", "lr", "patches_per_second", "waited", "bytes_per_patch",
-    "error", "mean_dice", "best",
+    "error", "mean_dice", "mean_iou", "best",
 )  # fmt: skip
 COLOURS = np.array(
     [(30, 30, 40), (70, 200, 120), (230, 120, 60), (90, 140, 255), (220, 80, 200), (240, 220, 90)],
@@ -68,7 +69,8 @@ class TrainLog:
             name: getattr(report, name) for name in COLUMNS if hasattr(report, name)
         }
         if report.score is not None:
-            row |= {"error": report.score.error, "mean_dice": report.score.good}
+            row |= {"error": report.score.error, "mean_iou": report.score.mean_iou}
+            row["mean_dice"] = report.score.good if report.score.dice else math.nan
         self._rows.writerow({name: _short(value) for name, value in row.items()})
         self._file.flush()
         if self._board is not None:

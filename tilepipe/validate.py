@@ -34,6 +34,12 @@ class Score:
     iou: tuple[float, ...] = ()
 
     @property
+    def mean_iou(self) -> float:
+        """The mean IoU of the classes; nan of values."""
+        there = [value for value in self.iou if not math.isnan(value)]
+        return sum(there) / len(there) if there else math.nan
+
+    @property
     def good(self) -> float:
         """What the best checkpoint has most of: the mean Dice of the classes, or less error."""
         there = [value for value in self.dice if not math.isnan(value)]
@@ -68,10 +74,12 @@ def validate(
             if kind.target == "values":
                 wanted = held.labels.read(block).astype(np.float64)
                 finite = np.isfinite(wanted)
+                if held.mask is not None:
+                    finite &= held.mask.read(block) != 0
                 square += float(((found.astype(np.float64) - wanted)[finite] ** 2).sum())
                 known += int(finite.sum())
                 continue
-            truth = kind.read(held.labels, block)
+            truth = kind.read(held.labels, held.mask, block)
             said = (truth != IGNORE) & (truth < classes)
             pairs = truth[said].astype(np.int64) * classes + found[0][said]
             confusion += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
