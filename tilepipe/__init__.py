@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from tilepipe.options import Options
     from tilepipe.plan import plan
     from tilepipe.profile import context
+    from tilepipe.recipe import Recipe
     from tilepipe.segment import Report, segment
+    from tilepipe.train import train
     from tilepipe.volume import open_volume
 
 __version__ = "0.1.0"
 __all__ = [
     "BadRequest",
     "Options",
+    "Recipe",
     "Report",
     "Scores",
     "TileError",
@@ -36,10 +39,12 @@ __all__ = [
     "open_volume",
     "plan",
     "segment",
+    "train",
 ]
 _HOMES = {
     "BadRequest": "errors",
     "Options": "options",
+    "Recipe": "recipe",
     "Report": "segment",
     "Scores": "evaluate",
     "TileError": "errors",
@@ -66,29 +71,14 @@ class _Package(ModuleType):
     Importing such a module must not put it in the place of the function.
     """
 
-    @property
-    def segment(self) -> object:
-        """The function `tilepipe.segment.segment`."""
-        return import_module("tilepipe.segment").segment
 
-    @segment.setter
-    def segment(self, module: ModuleType) -> None: ...
-
-    @property
-    def evaluate(self) -> object:
-        """The function `tilepipe.evaluate.evaluate`."""
-        return import_module("tilepipe.evaluate").evaluate
-
-    @evaluate.setter
-    def evaluate(self, module: ModuleType) -> None: ...
-
-    @property
-    def plan(self) -> object:
-        """The function `tilepipe.plan.plan`."""
-        return import_module("tilepipe.plan").plan
-
-    @plan.setter
-    def plan(self, module: ModuleType) -> None: ...
+def _story(name: str) -> property:
+    """Return the function that bears the name of its module; that cannot be put in its place."""
+    return property(
+        lambda _: getattr(import_module(f"tilepipe.{name}"), name), lambda _, module: None
+    )
 
 
+for _name in ("evaluate", "plan", "segment", "train"):
+    setattr(_Package, _name, _story(_name))
 sys.modules[__name__].__class__ = _Package
