@@ -1,0 +1,84 @@
+"""Patches per second of the loader alone over what the network consumes: ``python loader.py``.
+
+Synthetic nuclei, the whole augmentation, border weights; each measured with the machine to itself,
+in turns. The device is what `--device auto` finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tilepipe.learner import Learner
+from tilepipe.loader import Loader
+from tilepipe.material import open_material
+from tilepipe.recipe import Recipe
+from tilepipe.study import prepare
+from tilepipe.synthetic import write_synthetic
+from tilepipe.team import joined
+
+CASES = {
+    "2d": ((2048, 2048), {"base": 32, "patch": (228, 228)}),
+    "2d small": ((2048, 2048), {"base": 8, "patch": (164, 164)}),
+    "3d": ((160, 256, 256), {"base": 16, "depth": 3, "patch": (44, 44, 44), "rotate": "quarter"}),
+}
+COMMON = {"target": "foreground", "steps": 1, "weight_map": True, "elastic": 10.0, "batch": 4}
+
+
+def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[float, float, float]:
+    """Return the loader's patches per second, the network's, and bytes decoded for each patch."""
+    shape, options = CASES[name]
+    image, labels = folder / f"{name}.zarr", folder / f"{name}-labels.zarr"
+    write_synthetic(image, shape, seed=0, labels_path=labels)
+    cores = len(os.sched_getaffinity(0))
+    recipe = Recipe(**{**COMMON, "loaders": cores, **options})
+    material = open_material([(str(image), str(labels))], (), recipe)
+    with joined("auto") as team:
+        study = prepare(material, recipe, folder, resume=False, first=True, scanned=None)
+        learner = Learner(study, team)
+        learner.use_threads(cores)
+        made, learned = [], []
+        for turn in range(repeats):
+            with Loader(
+                study.patches, batch=recipe.batch, workers=cores, rank=0, ranks=1
+            ) as loader:
+                batches = loader.batches(turn * 1000)
+                batch = next(batches)
+                begun, count = time.perf_counter(), 0
+                while time.perf_counter() - begun < seconds:
+                    next(batches)
+                    count += recipe.batch
+                made.append(count / (time.perf_counter() - begun))
+            learner.step(itertools.repeat(batch), 1e-4)
+            begun, count = time.perf_counter(), 0
+            while time.perf_counter() - begun < seconds:
+                float(learner.step(itertools.repeat(batch), 1e-4))
+                count += recipe.batch
+            learned.append(count / (time.perf_counter() - begun))
+        return max(made), max(learned), study.cache.bytes_read
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", default=list(CASES))
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores, {device}\n")
+    print("| case | loader, patches/s | network, patches/s | ratio |\n|---|---|---|---|")
+    for name in options.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            made, learned, _ = measure(name, Path(folder), options.seconds, options.repeats)
+        print(f"| {name} | {made:.3g} | {learned:.3g} | {made / learned:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
