@@ -254,7 +254,7 @@ _TRAIN = (
     _asked("balance", "Sample every class equally often."),
     _asked("cache", "Decoded chunks that are kept.", kind=Bytes()),
     _asked("augment", "Deform patches and change their grey values."),
-    _asked("elastic", "Random displacements, in voxels."),
+    _asked("elastic", "Random displacements, in voxels. [10 for 388, as the paper]", kind=float),
     _asked("rotate", "Turn patches."),
     _asked("flip", "Flip patches."),
     _asked("scale", "Zoom patches, by up to this share."),

@@ -288,12 +288,12 @@ def make_patches(
         class_weights=tuple(balance_weights(census.counts)) if recipe.class_weights else None,
         w0=recipe.w0 if recipe.weight_map else None,
         sigma=recipe.sigma,
-        augmentation=augmentation(recipe),
+        augmentation=augmentation(recipe, frame.answer),
     )
     return Patches(pairs, census, frame=frame, learning=learning, seed=recipe.seed)
 
 
-def augmentation(recipe: Recipe) -> Augmentation:
+def augmentation(recipe: Recipe, patch: Shape) -> Augmentation:
     """Return the changes that patches undergo."""
     if not recipe.augment:
         return NONE
@@ -301,7 +301,7 @@ def augmentation(recipe: Recipe) -> Augmentation:
         flip=recipe.flip,
         rotate=recipe.rotate,
         scale=recipe.scale,
-        elastic=recipe.elastic,
+        elastic=recipe.displacement(patch),
         contrast=recipe.grey,
         brightness=recipe.grey,
         gamma=recipe.grey,

@@ -74,8 +74,9 @@ class Recipe:
     """Bytes of decoded chunks that are kept."""
     augment: bool = True
     """Deform patches and change their grey values; none of what follows where it is off."""
-    elastic: float = 10.0
-    """Standard deviation of the random displacements, in voxels; 0 for none."""
+    elastic: float | None = None
+    """Standard deviation of the random displacements, in voxels; 0 for none. By default as much of
+    the patch as in the paper, where it is 10 of 388."""
     rotate: str = "any"
     flip: bool = True
     scale: float = 0.1
@@ -135,10 +136,12 @@ class Recipe:
         for name in ("steps", "validate_every", "patience", "threads", "classes"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("elastic", "scale", "grey", "noise", "w0", "clip", "weight_decay"):
+        for name in ("scale", "grey", "noise", "w0", "clip", "weight_decay"):
             _between(name, getattr(self, name), 0, math.inf)
         for name in ("dropout", "average", "warmup"):
             _between(name, getattr(self, name), 0, 1, last=False)
+        if self.elastic is not None:
+            _between("elastic", self.elastic, 0, math.inf)
         for name in ("lr", "minutes", "sigma"):
             if getattr(self, name) is not None:
                 _between(name, getattr(self, name), 0, math.inf, first=False)
@@ -165,6 +168,15 @@ class Recipe:
     def highest_lr(self) -> float:
         """The highest learning rate."""
         return self.lr or {"adamw": 1e-3, "sgd": 1e-2}[self.optimizer]
+
+    def displacement(self, patch: Shape) -> float:
+        """Return the standard deviation of random displacements for a patch of this size.
+
+        >>> round(Recipe(steps=1).displacement((388, 388)), 3), Recipe(steps=1, elastic=4).elastic
+        (10.0, 4)
+        """
+        moved = patch[-2:] if self.in_plane else patch
+        return min(moved) * 10 / 388 if self.elastic is None else self.elastic
 
     def asdict(self) -> dict[str, object]:
         """Return the recipe as JSON has it: tuples are lists."""
