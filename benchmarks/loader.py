@@ -11,6 +11,7 @@ import itertools
 import os
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -45,9 +46,8 @@ def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[floa
         learner.use_threads(cores)
         made, learned = [], []
         for turn in range(repeats):
-            with Loader(
-                study.patches, batch=recipe.batch, workers=cores, rank=0, ranks=1
-            ) as loader:
+            ahead = Loader(study.patches, team, batch=recipe.batch, workers=cores)
+            with closing(ahead) as loader:
                 batches = loader.batches(turn * 1000)
                 batch = next(batches)
                 begun, count = time.perf_counter(), 0

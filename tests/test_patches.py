@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,7 @@ from tilepipe.patches import Patches, frame
 from tilepipe.profile import find_profile
 from tilepipe.recipe import Recipe
 from tilepipe.targets import IGNORE, border_weights, class_map
+from tilepipe.team import Team
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,7 +189,8 @@ def test_samples_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
     patches, _ = samples(tmp_path, image, labels, **wild)
     found = []
     for workers, first in ((1, 0), (3, 0), (2, 2)):
-        with Loader(patches, batch=2, workers=workers, rank=0, ranks=1) as loader:
+        alone = Team(torch.device("cpu"), 0, 1)
+        with closing(Loader(patches, alone, batch=2, workers=workers)) as loader:
             batches = loader.batches(first)
             found.append([next(batches) for _ in range(4 - first)])
     for one, other in zip(found[0], found[1], strict=True):
@@ -196,7 +199,8 @@ def test_samples_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     shared = []
     for rank in range(2):
-        with Loader(patches, batch=1, workers=1, rank=rank, ranks=2) as loader:
+        both = Team(torch.device("cpu"), rank, 2)
+        with closing(Loader(patches, both, batch=1, workers=1)) as loader:
             shared.append(loader.batch(1)[0])
     assert torch.equal(torch.cat(shared), found[0][1][0])
     assert not torch.equal(found[0][0][0], found[0][1][0])

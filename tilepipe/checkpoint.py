@@ -85,6 +85,11 @@ def save_checkpoint(
     if context is not None:
         content["context"] = dict(context)
     read_checkpoint(path, content)
+    save_whole(path, content)
+
+
+def save_whole(path: Path, content: Mapping[str, object]) -> None:
+    """Write a file of `torch.save`, whole or not at all; one that is there is replaced."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         torch.save(content, partial)

@@ -16,7 +16,7 @@ import numpy as np
 
 from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Region, TileGrid
-from tilepipe.instances import block_of, grow_objects, label_components, shifted
+from tilepipe.instances import block_of, grow_objects, label_components
 from tilepipe.options import COMPONENTS, KINDS
 from tilepipe.scores import (
     Table,
@@ -94,11 +94,11 @@ class _Side:
 
     def read(self, region: Region) -> NDArray[np.generic]:
         """Return the values in a part of the compared region."""
-        return self.values(self.volume.read(shifted(region, self.origin)))
+        return self.values(self.volume.read(region.shift(self.origin)))
 
     def read_mask(self, region: Region) -> NDArray[np.bool_]:
         """Return where there are objects in a part of the compared region."""
-        return self.mask(self.volume.read(shifted(region, self.origin)))
+        return self.mask(self.volume.read(region.shift(self.origin)))
 
     def values(self, image: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return the values of voxels ``(channels, ...)``."""
@@ -260,7 +260,7 @@ def _compare(pair: _Pair, kind: Kind, components: Components | None, *, warping:
 
 
 def _told(pair: _Pair) -> str:
-    return str(shifted(Region.whole(pair.shape), pair.labels.origin))
+    return str(Region.whole(pair.shape).shift(pair.labels.origin))
 
 
 def _open(path: str | Path, axes: str | None) -> Volume:
@@ -403,7 +403,7 @@ def _membrane(
                 side.volume,
                 Path(folder) / name,
                 foreground=side.mask,
-                region=shifted(Region.whole(pair.shape), side.origin),
+                region=Region.whole(pair.shape).shift(side.origin),
                 per_plane=per_plane,
                 progress=pair.stage(f"numbering {name}"),
             )

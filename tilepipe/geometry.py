@@ -67,6 +67,17 @@ class Region:
             tuple(b + n for b, n in zip(self.stop, after, strict=True)),
         )
 
+    def shift(self, by: Sequence[int]) -> Region:
+        """Return the region moved by so many voxels along each axis.
+
+        >>> str(Region((0, 2), (4, 6)).shift((10, -2)))
+        '10:14,0:4'
+        """
+        return Region(
+            tuple(a + n for a, n in zip(self.start, by, strict=True)),
+            tuple(b + n for b, n in zip(self.stop, by, strict=True)),
+        )
+
     def intersect(self, other: Region) -> Region:
         """Return the common box; where there is none, an empty region.
 

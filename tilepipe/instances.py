@@ -73,7 +73,7 @@ def label_components(
         grid = TileGrid(region.shape, block_of(region.shape, target.chunks, unit, block is None))
         firsts, count, pairs = [], 0, [np.zeros((0, 2), np.int64)]
         for done, tile in enumerate(grid, start=1):
-            mask = foreground(volume.read(shifted(tile.write, region.start)))
+            mask = foreground(volume.read(tile.write.shift(region.start)))
             numbers, found = _numbered(mask, structure, count)
             firsts.append(count + 1)
             count += found
@@ -221,18 +221,6 @@ def block_of(
                 break
             block[axis] = wide
     return tuple(block)
-
-
-def shifted(region: Region, origin: Sequence[int]) -> Region:
-    """Return a region of a box that begins at ``origin`` in the volume's own coordinates.
-
-    >>> str(shifted(Region((0, 2), (4, 6)), (10, 20)))
-    '10:14,22:26'
-    """
-    return Region(
-        tuple(a + o for a, o in zip(region.start, origin, strict=True)),
-        tuple(b + o for b, o in zip(region.stop, origin, strict=True)),
-    )
 
 
 def _along(volume: Volume, per_plane: bool) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tilepipe.checkpoint import save_whole
 from tilepipe.errors import BadRequest
 from tilepipe.losses import LOSSES
 from tilepipe.predict import keep_memory
@@ -154,12 +154,7 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            torch.save(content, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_whole(path, content)
 
     def load(self, path: Path) -> None:
         """Go on from a state that was saved."""

@@ -14,9 +14,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
-    from types import TracebackType
 
     from tilepipe.patches import Patches, Sample
+    from tilepipe.team import Team
 
     Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Image ``(B, C, *S)``, truth ``(B, *S')`` or ``(B, K, *S')``, weights ``(B, *S')``."""
@@ -28,12 +28,10 @@ AHEAD = 2
 class Loader:
     """Threads that make samples ahead: NumPy, SciPy and the codecs let other threads run."""
 
-    def __init__(
-        self, patches: Patches, *, batch: int, workers: int, rank: int, ranks: int
-    ) -> None:
-        """Of ``ranks`` processes that train together, number ``rank`` gets its share."""
+    def __init__(self, patches: Patches, team: Team, *, batch: int, workers: int) -> None:
+        """Each process of a team gets its share of the samples."""
         self._patches, self._batch = patches, batch
-        self._workers, self._rank, self._ranks = workers, rank, ranks
+        self._workers, self._team = workers, team
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="patches")
         self.waited = 0.0
         """Seconds that the loop waited for a batch."""
@@ -58,19 +56,12 @@ class Loader:
     def _numbers(self, first: int) -> Iterator[int]:
         step = first
         while True:
-            begin = (step * self._ranks + self._rank) * self._batch
+            begin = (step * self._team.ranks + self._team.rank) * self._batch
             yield from range(begin, begin + self._batch)
             step += 1
 
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads; what they have not begun is not made."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -125,13 +125,12 @@ class Patches:
         index, region, voxel = self.census.draw(number, rng)
         pair, frame, learning = self.pairs[index], self.frame, self.learning
         axes = len(frame.answer)
-        leading = tuple((n, n + 1) for n in voxel[:-axes])
         start = self._start(voxel[-axes:], region, axes)
         answer = Region.whole(frame.answer)
         margin = MARGIN if learning.w0 is None else weights_margin(learning.sigma)
         seen = answer.grow((margin,) * axes, (margin,) * axes)
         warp = draw_warp(learning.augmentation, rng, _hull(frame.read, seen))
-        box = _place(warp.box, start, leading)
+        box = _place(warp.box, start, voxel[:-axes])
 
         def source(volume: CachedVolume) -> NDArray[np.generic]:
             voxels = read_mirrored(volume, box)
@@ -189,10 +188,10 @@ def _hull(one: Region, other: Region) -> Region:
     return Region(tuple(map(min, one.start, other.start)), tuple(map(max, one.stop, other.stop)))
 
 
-def _place(box: Region, start: Shape, leading: Sequence[tuple[int, int]]) -> Region:
+def _place(box: Region, start: Shape, leading: Shape) -> Region:
     """Return the box of a patch that begins at ``start`` in coordinates of the volume."""
-    ends = [*leading, *((a + o, b + o) for a, b, o in zip(box.start, box.stop, start, strict=True))]
-    return Region(tuple(a for a, _ in ends), tuple(b for _, b in ends))
+    moved = box.shift(start)
+    return Region((*leading, *moved.start), (*(n + 1 for n in leading), *moved.stop))
 
 
 def _inside(box: Region, shape: Shape, regions: Sequence[Region]) -> NDArray[np.bool_]:

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from collections.abc import Iterator
+    from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@dataclass(slots=True)
 class Stop:
-    """While it is open, the first Ctrl-C or SIGTERM is a request; the second one interrupts."""
+    """Whether to end after the next step."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[signal.Signals, object] = {}
+    asked: bool = False
 
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Take the first Ctrl-C or SIGTERM as a request; the second one interrupts.
+
+    In another thread than the main one signals are not ours to take.
+    """
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        stop.asked = True
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    main = threading.current_thread() is threading.main_thread()
+    before = [(number, signal.signal(number, ask)) for number in SIGNALS] if main else []
+    try:
+        yield stop
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)

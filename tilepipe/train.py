@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.learner import Learner, check_recipe, rate
 from tilepipe.loader import Loader
 from tilepipe.material import open_material
-from tilepipe.stop import Stop
+from tilepipe.stop import stopping
 from tilepipe.study import cores, prepare
 from tilepipe.team import is_first, joined
 from tilepipe.trainlog import TrainLog, write_preview
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from tilepipe.material import Scan
     from tilepipe.recipe import Recipe
+    from tilepipe.stop import Stop
     from tilepipe.study import Study
     from tilepipe.team import Team
     from tilepipe.validate import Score
@@ -114,17 +116,9 @@ def train(
             learner.load(folder / "state.pt")
         if prepared is not None and team.first:
             prepared(study)
-        with (
-            Stop() as stop,
-            TrainLog(folder, learner.state.step, write=team.first, tensorboard=tensorboard) as log,
-            Loader(
-                study.patches,
-                batch=recipe.batch,
-                workers=recipe.loaders,
-                rank=team.rank,
-                ranks=team.ranks,
-            ) as loader,
-        ):
+        board = TrainLog(folder, learner.state.step, write=team.first, tensorboard=tensorboard)
+        ahead = Loader(study.patches, team, batch=recipe.batch, workers=recipe.loaders)
+        with stopping() as stop, closing(board) as log, closing(ahead) as loader:
             return _loop(study, learner, loader, log, stop, team, output, preview, progress)
 
 

@@ -14,7 +14,6 @@ from tilepipe.targets import IGNORE
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
 
     from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
@@ -78,15 +77,8 @@ class TrainLog:
                 if name != "step" and value is not None and value == value:
                     self._board.add_scalar(name, value, report.step)
 
-    def __enter__(self) -> TrainLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         if self._path is not None:
             self._file.close()
         if self._board is not None:

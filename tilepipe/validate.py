@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tilepipe.census import blocks
-from tilepipe.geometry import Region
 from tilepipe.segment import segment
 from tilepipe.targets import IGNORE
 from tilepipe.volume import open_volume
@@ -65,12 +64,7 @@ def validate(
             raise RuntimeError(f"validation failed: {report.failures[0].cause}")
         answer = open_volume(place)
         for block in blocks(held.labels.shape, held.labels.chunks, held.region):
-            start = held.region.start
-            here = Region(
-                tuple(a - o for a, o in zip(block.start, start, strict=True)),
-                tuple(b - o for b, o in zip(block.stop, start, strict=True)),
-            )
-            found = answer.read(here)
+            found = answer.read(block.shift([-n for n in held.region.start]))
             if kind.target == "values":
                 wanted = held.labels.read(block).astype(np.float64)
                 finite = np.isfinite(wanted)
