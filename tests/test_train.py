@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from tests.support import read, write_volume
@@ -79,6 +80,7 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     recipe = Recipe(**SMALL, steps=120, batch_norm=True)  # type: ignore[arg-type]
     last = train(
         [pair], output=tmp_path / "u.pt", recipe=recipe, preview=tmp_path / "p.png",
+        tensorboard=True,
         prepared=studies.append, progress=told.append,
     )  # fmt: skip
     assert last.score is not None
@@ -98,6 +100,9 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) / 2
     assert (tmp_path / "p.png").stat().st_size > 1000
+    events = EventAccumulator(str(tmp_path / "u.pt.training" / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(10, 121, 10))
+    assert [e.step for e in events.Scalars("error")] == [0, 120]
     assert studies[0].held_out_voxels == 4 * 10 * 90
 
 
