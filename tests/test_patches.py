@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,14 +12,16 @@ from scipy import ndimage
 
 from tests.support import assert_close, noise, one_pass, write_unet, write_volume
 from tilepipe.cache import ChunkCache
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.loader import Loader
 from tilepipe.material import count, make_patches, open_material
-from tilepipe.model import load_model
+from tilepipe.model import load_model, wrap
 from tilepipe.patches import Patches, frame
 from tilepipe.profile import find_profile
 from tilepipe.recipe import Recipe
 from tilepipe.targets import IGNORE, border_weights, class_map
+from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -200,6 +203,47 @@ def test_samples_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
             shared.append(loader.batch(1)[0])
     assert torch.equal(torch.cat(shared), found[0][1][0])
     assert not torch.equal(found[0][0][0], found[0][1][0])
+
+
+@pytest.mark.parametrize("patch", [17, 18, 21])
+def test_what_a_network_pads_never_counts(patch: int) -> None:
+    torch.manual_seed(0)
+    network = UNet(ndim=2, base=2, depth=3, padding="same").eval()
+    made = frame(find_profile(wrap(network)), (patch, patch))
+    assert all(n >= patch for n in made.answer)
+    size, around = made.read.shape[0], 32
+    larger = torch.rand(1, 1, size + 2 * around, size + 2 * around)
+    at = [slice(s, s + n) for s, n in zip(made.skip, made.answer, strict=True)]
+    with torch.inference_mode():
+        alone = network(larger[..., around:-around, around:-around])[..., at[0], at[1]]
+        within = network(larger)[..., around:-around, around:-around][..., at[0], at[1]]
+    assert_close(alone.numpy(), within.numpy())
+
+
+def test_a_network_without_room_for_an_answer_is_refused() -> None:
+    network = UNet(ndim=2, base=2, depth=3, padding="same")
+    profile = replace(find_profile(wrap(network)), fixed=True, smallest=(32, 32))
+    with pytest.raises(BadRequest, match=r"reads 32 voxels and nothing else.* context, 46"):
+        frame(profile, (8, 8))
+
+
+def test_grey_values_that_are_not_finite_are_0_for_the_network(tmp_path: Path) -> None:
+    image = noise(40, 40, dtype="float32") + 100
+    image[::3, ::3] = np.nan
+    patches, _ = samples(tmp_path, image, cells(40, 40), normalize="scale:0.5,-50")
+    sample = patches[0].image
+    assert np.isfinite(sample).all()
+    assert (sample == 0).mean() > 0.05
+    assert abs(sample).max() < 1
+
+
+def test_what_is_ignored_is_no_object(tmp_path: Path) -> None:
+    labels = np.zeros((64, 64), np.int32)
+    labels[:, :20], labels[:, 24:44] = -1, 5
+    options = {"weight_map": True, "ignore": -1, "val_region": ("none",)}
+    patches, _ = samples(tmp_path, noise(64, 64), labels, **options)
+    for number in range(5):
+        assert set(np.unique(patches[number].weights)) <= {0, 1}
 
 
 def test_values_move_with_the_image(tmp_path: Path) -> None:
