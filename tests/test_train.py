@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +29,6 @@ from tilepipe.train import Progress, train
 from tilepipe.validate import score
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from tilepipe.study import Study
@@ -219,6 +218,86 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         assert not (tmp_path / "u.pt.training").exists(), options
 
 
+def test_what_is_held_out_is_seen_as_in_the_whole_image(tmp_path: Path) -> None:
+    image, labels = discs(4, 80, 90)
+    image[3] = 5 + 3 * image[3]  # alone it would be normalized otherwise
+    places = [tmp_path / "image.zarr", tmp_path / "labels.zarr"]
+    for place, array in zip(places, (image, labels), strict=True):
+        write_volume(place, array, "zyx", (1, 40, 45))
+    recipe = Recipe(**{**SMALL, "steps": 1, "val_region": ("3:4,:,:",)})  # type: ignore[arg-type]
+    train([(str(places[0]), str(places[1]))], output=tmp_path / "u.pt", recipe=recipe)
+    segment(places[0], model=tmp_path / "u.pt.training/last.pt", output=tmp_path / "o.zarr")
+    held_out = read(tmp_path / "u.pt.training" / "held-out-0-segmented.zarr")
+    assert np.array_equal(held_out[0], read(tmp_path / "o.zarr")[3])
+
+
+def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]) -> None:
+    recipe = Recipe(**{**SMALL, "steps": 1})  # type: ignore[arg-type]
+    train([pair], output=tmp_path / "u.pt", recipe=recipe)
+    other = write_volume(tmp_path / "other.zarr", discs(4, 80, 90)[1], "zyx")
+    for volumes in ([(pair[0], str(other))], [pair, pair]):
+        with pytest.raises(BadRequest, match=r"volumes \(=.*as this training began"):
+            train(volumes, output=tmp_path / "u.pt", recipe=recipe, resume=True)
+    state = tmp_path / "u.pt.training" / "state.pt"
+    for damage in (b"", b"junk", (tmp_path / "u.pt").read_bytes(), state.read_bytes()[:999]):
+        state.write_bytes(damage)
+        with pytest.raises(BadRequest, match=r"^resume: .*state\.pt (cannot be read|is no state)"):
+            train([pair], output=tmp_path / "u.pt", recipe=recipe, resume=True)
+
+
+def test_storage_that_fails_is_told_in_a_line(tmp_path: Path, pair: tuple[str, str]) -> None:
+    recipe = Recipe(**{**SMALL, "steps": 2, "normalize": "none"})  # type: ignore[arg-type]
+
+    def damage(study: Study) -> None:
+        for plane in range(4):
+            (Path(pair[0]) / f"c/{plane}/0/0").write_bytes(b"damaged")
+
+    with pytest.raises(BadRequest, match=r"cannot go on: .* \(chunk c/./0/0\)") as refusal:
+        train([pair], output=tmp_path / "u.pt", recipe=recipe, prepared=damage)
+    assert "\n" not in str(refusal.value)
+
+
+def test_classes_that_are_held_out_alone_are_refused(tmp_path: Path) -> None:
+    image, labels = discs(4, 80, 90)
+    labels[3, :9] = 2
+    places = [tmp_path / "image.zarr", tmp_path / "labels.zarr"]
+    for place, array in zip(places, (image, labels), strict=True):
+        write_volume(place, array, "zyx", (1, 40, 45))
+    options = {**SMALL, "steps": 1, "target": "classes", "val_region": ("3:4,:,:",)}
+    with pytest.raises(BadRequest, match=r"hold the class 2 .* held out.*--classes 3"):
+        train(
+            [(str(places[0]), str(places[1]))], output=tmp_path / "u.pt",
+            recipe=Recipe(**options),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+class Soft(Own):
+    """A network that ends in what the loss does."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image).sigmoid()
+
+
+class Two(Own):
+    """A network of two outputs."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer = super().forward(image)
+        return answer, answer  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [("Soft", r"ends in sigmoid, which the loss does itself"), ("Two", "has 2 outputs; one can")],
+)
+def test_networks_that_cannot_be_trained(
+    tmp_path: Path, pair: tuple[str, str], network: str, said: str
+) -> None:
+    options = {**SMALL, "steps": 1, "classes": 1, "network": f"tests.test_train:{network}"}
+    with pytest.raises(BadRequest, match=said):
+        train([pair], output=tmp_path / "u.pt", recipe=Recipe(**options))  # type: ignore[arg-type]
+
+
 def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str, str]) -> None:
     good = {**SMALL, "steps": 1}
     recipe = Recipe(**good)  # type: ignore[arg-type]
@@ -232,10 +311,14 @@ def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str
         train([pair], output=tmp_path / "u.pt", recipe=other, resume=True)
     (tmp_path / "v.pt.training").mkdir()
     (tmp_path / "v.pt.training" / "thesis.txt").write_text("mine")
-    with pytest.raises(BadRequest, match="files of others"):
-        train([pair], output=tmp_path / "v.pt", recipe=recipe, overwrite=True)
-    assert (tmp_path / "v.pt.training" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "v.pt.training" / "log.csv").write_text("of a training that was killed early")
+    for overwrite in (False, True):
+        train([pair], output=tmp_path / "v.pt", recipe=recipe, overwrite=overwrite)
+        assert (tmp_path / "v.pt.training" / "thesis.txt").read_text() == "mine"
+        assert log_of(tmp_path / "v.pt")[-1]["step"] == "1"
     train([pair], output=tmp_path / "u.pt", recipe=other, overwrite=True)
+    with pytest.raises(BadRequest, match="must be a file and"):
+        train([pair], output=tmp_path / "w.pt", recipe=recipe, folder=tmp_path / "u.pt")
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, pair: tuple[str, str]) -> None:
@@ -251,8 +334,11 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, pair: tuple[
         ({}, "a training needs one"),
         ({"steps": 0}, r"steps \(=0\) must be a whole number of at least 1"),
         ({"steps": 1, "target": "cells"}, r"target \(=cells\) must be one of"),
-        ({"steps": 1, "dropout": 1.0}, r"dropout \(=1.0\) must be at least 0 and below 1"),
-        ({"steps": 1, "lr": 0.0}, r"lr \(=0.0\) must be above 0"),
+        ({"steps": 1, "dropout": 1.0}, r"dropout \(=1.0\) must be a number at least 0 and below 1"),
+        ({"steps": 1, "lr": 0.0}, r"lr \(=0.0\) must be a number above 0"),
+        ({"steps": 1, "lr": float("inf")}, r"lr \(=inf\) must be a number above 0"),
+        ({"steps": 1, "sigma": float("inf")}, r"sigma \(=inf\) must be"),
+        ({"steps": 1, "seed": -1}, r"seed \(=-1\) must be a whole number in 0:4294967296"),
         ({"steps": 1, "loss": "l1"}, "does not fit target"),
         ({"steps": 1, "target": "values", "balance": True}, "no classes"),
     ],

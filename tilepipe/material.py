@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tilepipe.cache import ChunkCache
+    from tilepipe.normalize import Normalization
     from tilepipe.recipe import Recipe
 
     Scan = Callable[[str, int, int], None]
@@ -49,6 +50,8 @@ class HeldOut:
     mask: Volume | None
     region: Region
     """Of the labels; the image has just this size."""
+    normalize: str | None
+    """None where grey values are yet to be normalized, as the model does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,13 @@ class Material:
     def channels(self) -> int:
         """Channels of the images."""
         return self.images[0].channels
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the volumes lie: images, labels, masks, then those that are held out whole."""
+        masks = [mask for mask in self.masks if mask is not None]
+        apart = [volume for pair in self.apart for volume in pair]
+        return tuple(v.path for v in (*self.images, *self.labels, *masks, *apart))
 
     @property
     def held_out_voxels(self) -> int:
@@ -181,34 +191,37 @@ def _held_out(image: Volume, recipe: Recipe, apart: bool) -> list[Region]:
     return [Region(start, image.shape)]
 
 
-def hold_out(material: Material, folder: Path, *, resumed: bool) -> list[HeldOut]:
-    """Copy the held-out regions of the images into ``folder``, to be segmented as any volume."""
+def hold_out(material: Material, patches: Patches, folder: Path, *, resumed: bool) -> list[HeldOut]:
+    """Copy the held-out regions of the images into ``folder``, to be segmented as any volume.
+
+    Their grey values are normalized as those of the whole image they are cut from.
+    """
     found = []
     for number, (index, region) in enumerate(material.held_out):
         image, place = material.images[index], folder / f"held-out-{number}.zarr"
         if not (resumed and place.exists()):
-            _copy(image, region, place)
-        found.append(
-            HeldOut(str(place), None, 0, material.labels[index], material.masks[index], region)
-        )
+            _copy(image, region, patches.pairs[index].normalization, place)
+        labels, mask = material.labels[index], material.masks[index]
+        found.append(HeldOut(str(place), None, 0, labels, mask, region, "none"))
     for image, labels in material.apart:
-        whole = Region.whole(image.shape)
-        found.append(HeldOut(image.path, image.requested_axes, image.level, labels, None, whole))
+        whole, axes = Region.whole(image.shape), image.requested_axes
+        found.append(HeldOut(image.path, axes, image.level, labels, None, whole, None))
     return found
 
 
-def _copy(image: Volume, region: Region, place: Path) -> None:
-    """Write a region of an image as a Zarr array, block by block."""
+def _copy(image: Volume, region: Region, normalization: Normalization, place: Path) -> None:
+    """Write a region of an image as a Zarr array of normalized grey values, block by block."""
     array = zarr.create_array(
         store=str(place),
         shape=(image.channels, *region.shape),
         chunks=(1, *(min(a, b) for a, b in zip(image.chunks, region.shape, strict=True))),
-        dtype=image.dtype,
+        dtype=np.float32,
         dimension_names=("c", *image.axes),
         overwrite=True,
     )
     for block in blocks(image.shape, image.chunks, region):
-        array[(slice(None), *block.within(region.start))] = image.read(block)
+        inside = (slice(None), *block.within(region.start))
+        array[inside] = normalization.apply(image.read(block))
 
 
 def kind_of(recipe: Recipe, axes: int) -> Kind:
