@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+import zarr
 from click.testing import CliRunner
 from torch import nn
 
@@ -20,6 +21,7 @@ from tests.support import read, write_volume
 from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.learner import rate
+from tilepipe.material import open_material
 from tilepipe.model import load_model
 from tilepipe.options import Options
 from tilepipe.recipe import CHOICES, Recipe
@@ -197,6 +199,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
 ) -> None:
     good = {**SMALL, "steps": 2}
     write_volume(tmp_path / "small.zarr", np.zeros((4, 8, 8), np.uint8), "zyx")
+    write_volume(tmp_path / "zero.zarr", np.zeros((4, 80, 90), np.uint8), "zyx")
+    write_volume(tmp_path / "times.zarr", discs(4, 80, 90)[1], "tyx")
     cases: list[tuple[dict[str, object], tuple[str, str], str]] = [
         ({"classes": 3}, pair, r"classes \(=3\) must be 2 for target mask or 1"),
         ({"val_region": ("0:4,:,:",)}, pair, "leaves nothing"),
@@ -207,6 +211,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         ({"network": "tests.nothing:Own"}, pair, "cannot be built"),
         ({"padding": "same", "kernels": [2, 2]}, pair, "must be odd"),
         ({}, (pair[0], str(tmp_path / "small.zarr")), r"4,8,8 voxels must have the image's"),
+        ({}, (pair[0], str(tmp_path / "zero.zarr")), "hold the class 0 alone"),
+        ({}, (pair[0], str(tmp_path / "times.zarr")), r"axes tyx must have the image's, zyx"),
         ({}, (pair[0], pair[0]), "must be integers"),
         ({}, (pair[0], str(tmp_path / "none.zarr")), "does not exist"),
     ]
@@ -229,6 +235,19 @@ def test_what_is_held_out_is_seen_as_in_the_whole_image(tmp_path: Path) -> None:
     segment(places[0], model=tmp_path / "u.pt.training/last.pt", output=tmp_path / "o.zarr")
     held_out = read(tmp_path / "u.pt.training" / "held-out-0-segmented.zarr")
     assert np.array_equal(held_out[0], read(tmp_path / "o.zarr")[3])
+
+
+def test_of_a_large_volume_no_more_is_held_out_than_is_soon_segmented(tmp_path: Path) -> None:
+    places = [str(tmp_path / "image.zarr"), str(tmp_path / "labels.zarr")]
+    for place in places:
+        zarr.create_array(
+            place, shape=(4096, 8000, 9000), chunks=(64, 64, 64), dtype="u1", dimension_names="zyx"
+        )
+    found = open_material([(places[0], places[1])], (), Recipe(steps=1))
+    ((_, region),) = found.held_out
+    assert 2**23 < region.size <= 2**25
+    assert region.stop == (4096, 8000, 9000)
+    assert sum(part.size for part in found.regions[0]) == 4096 * 8000 * 9000 - region.size
 
 
 def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]) -> None:

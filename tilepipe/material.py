@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HELD_OUT = 2**25
+"""Voxels that are held out at most where nobody says which: each validation segments them."""
 NOTHING = "none"
 """The validation region that holds nothing out."""
 
@@ -144,6 +146,11 @@ def _open_pair(image_path: str, labels_path: str, recipe: Recipe) -> tuple[Volum
             f"labels (={labels_path}) of {comma(labels.shape)} voxels must have the image's"
             f" {comma(image.shape)} ({image_path})"
         )
+    if labels.axes != image.axes and not (labels.axes_assumed or image.axes_assumed):
+        raise BadRequest(
+            f"labels (={labels_path}) with axes {labels.axes} must have the image's, {image.axes}"
+            f" ({image_path}); say with --axes what both have"
+        )
     if not values and labels.channels != 1:
         raise BadRequest(f"labels (={labels_path}) have {labels.channels} channels; give one")
     if not values and labels.dtype.kind == "f":
@@ -187,8 +194,11 @@ def _held_out(image: Volume, recipe: Recipe, apart: bool) -> list[Region]:
     first = length - max(1, length // 8)
     if first == 0:
         raise BadRequest(f"image (={image.path}) is too small to hold a part out; name one apart")
-    start = tuple(first if a == axis else 0 for a in range(len(image.shape)))
-    return [Region(start, image.shape)]
+    held = [length - first if a == axis else n for a, n in enumerate(image.shape)]
+    while math.prod(held) > HELD_OUT:
+        longest = int(np.argmax(held))
+        held[longest] = -(-held[longest] // 2)
+    return [Region(tuple(n - m for n, m in zip(image.shape, held, strict=True)), image.shape)]
 
 
 def hold_out(material: Material, patches: Patches, folder: Path, *, resumed: bool) -> list[HeldOut]:
@@ -229,8 +239,14 @@ def kind_of(recipe: Recipe, axes: int) -> Kind:
     return Kind(recipe.target, recipe.ignore, recipe.in_plane, axes)
 
 
-def count(material: Material, recipe: Recipe, axes: int, scanned: Scan | None = None) -> Census:
-    """Read all labels of the training regions once, and count their classes."""
+def count(
+    material: Material,
+    recipe: Recipe,
+    axes: int,
+    cache: ChunkCache,
+    scanned: Scan | None = None,
+) -> Census:
+    """Read all labels of the training regions once, through the cache, and count their classes."""
     wanted = class_count(recipe.target)
     most = None if wanted is None else max(wanted, 2)
     if recipe.target == "classes" and recipe.classes is not None:
@@ -244,7 +260,12 @@ def count(material: Material, recipe: Recipe, axes: int, scanned: Scan | None = 
     )
     return Census(
         [
-            Labels(labels, mask, image.chunks, regions)
+            Labels(
+                cache.open(labels),
+                None if mask is None else cache.open(mask),
+                image.chunks,
+                regions,
+            )
             for image, labels, mask, regions in zip(
                 material.images, material.labels, material.masks, material.regions, strict=True
             )
@@ -278,8 +299,8 @@ def make_patches(
 ) -> Patches:
     """Return the samples of a training; what they need beside the volumes goes to ``folder``."""
     rule, axes, pairs = parse(recipe.normalize), len(frame.answer), []
-    for number, (image, labels, mask) in enumerate(
-        zip(material.images, material.labels, material.masks, strict=True)
+    for number, (image, labels, said) in enumerate(
+        zip(material.images, material.labels, census.labels, strict=True)
     ):
         objects = None
         if recipe.weight_map and recipe.target in ("classes", "mask"):
@@ -287,8 +308,8 @@ def make_patches(
         pairs.append(
             Pair(
                 cache.open(image),
-                cache.open(labels),
-                None if mask is None else cache.open(mask),
+                said.volume,
+                said.mask,
                 objects,
                 resolve(rule, image, _named(scanned, "grey values")),
                 material.regions[number],

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tilepipe.cache import CachedVolume
     from tilepipe.census import Census
     from tilepipe.normalize import Normalization
     from tilepipe.profile import Profile
+    from tilepipe.volume import Readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ def frame(profile: Profile, patch: Shape) -> Frame:
 class Pair:
     """An image with its labels, read through a cache of chunks."""
 
-    image: CachedVolume
-    labels: CachedVolume
-    mask: CachedVolume | None
+    image: Readable
+    labels: Readable
+    mask: Readable | None
     """Where it is 0 the labels say nothing; None where they do everywhere."""
-    objects: CachedVolume | None
+    objects: Readable | None
     """Numbered objects for the weights between them; None where there are none."""
     normalization: Normalization
     regions: tuple[Region, ...]
@@ -139,7 +139,7 @@ class Patches:
         warp = draw_warp(learning.augmentation, rng, _hull(frame.read, seen))
         box = _place(warp.box, start, leading)
 
-        def source(volume: CachedVolume) -> NDArray[np.generic]:
+        def source(volume: Readable) -> NDArray[np.generic]:
             voxels = read_mirrored(volume, box)
             return voxels.reshape(voxels.shape[0], *warp.box.shape)
 

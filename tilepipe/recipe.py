@@ -49,7 +49,8 @@ class Recipe:
     train_region: tuple[str, ...] = ()
     """Regions of each volume that are learned from, such as ``0:20,:,:``."""
     val_region: tuple[str, ...] = ()
-    """Regions of each volume that are held out; by default the last eighth of the first axis."""
+    """Regions of each volume that are held out; by default the last eighth of the first axis, or
+    of a large volume a corner of that."""
     normalize: str = "zscore"
 
     ndim: int | None = None

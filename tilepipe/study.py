@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 
 from tilepipe import __version__
@@ -121,7 +122,13 @@ def prepare(
     if not 2 <= axes <= len(image.axes):
         raise BadRequest(f"ndim (={axes}) must be 2, or 3 for a volume; axes are {image.axes}")
     patch = default_patch(recipe, axes)
-    census = count(material, recipe, axes, scanned)
+    cache = ChunkCache(recipe.cache)
+    census = count(material, recipe, axes, cache, scanned)
+    if recipe.target != "values" and sum(n > 0 for n in census.counts) == 1:
+        raise BadRequest(
+            f"labels hold the class {int(np.argmax(census.counts))} alone, in all voxels to learn"
+            " from; name other labels, another --target or --train-region"
+        )
     classes = _classes(recipe, material, census.counts)
     labels = _names(recipe, classes)
     torch.manual_seed(recipe.seed)
@@ -145,7 +152,6 @@ def prepare(
             " let it give what goes in"
         )
     frame = frame_of(profile, patch)
-    cache = ChunkCache(recipe.cache)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
     patches = make_patches(

@@ -154,6 +154,7 @@ def _loop(
     begun, earlier, begun_step = time.perf_counter(), state.seconds, state.step
     done, lr, report = _done(recipe, state.step, earlier), 0.0, None
     losses: list[torch.Tensor] = []
+    read_before = study.cache.bytes_read
     told, told_at, waited = state.step, begun, 0.0
 
     def validation() -> Score | None:
@@ -200,7 +201,7 @@ def _loop(
             if losses
             else math.nan,
             waited=(loader.waited - waited) / max(now - told_at, 1e-9) if losses else math.nan,
-            bytes_per_patch=study.cache.bytes_read
+            bytes_per_patch=(study.cache.bytes_read - read_before)
             / max(1, (state.step - begun_step) * per_step / team.ranks),
             best=state.best,
             score=score,
