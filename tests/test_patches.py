@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from tilepipe.cache import ChunkCache
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.loader import Loader
-from tilepipe.material import count, make_patches, open_material
+from tilepipe.material import _objects, count, make_patches, open_material
 from tilepipe.model import load_model, wrap
 from tilepipe.patches import Patches, frame
 from tilepipe.profile import find_profile
@@ -24,8 +25,6 @@ from tilepipe.targets import IGNORE, border_weights, class_map
 from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 PLAIN = {"elastic": 0.0, "rotate": "none", "flip": False, "scale": 0.0, "grey": 0.0}
@@ -245,6 +244,20 @@ def test_what_is_ignored_is_no_object(tmp_path: Path) -> None:
     patches, _ = samples(tmp_path, noise(64, 64), labels, **options)
     for number in range(5):
         assert set(np.unique(patches[number].weights)) <= {0, 1}
+
+
+def test_objects_of_a_mask_in_time_are_numbered_in_3d(tmp_path: Path) -> None:
+    labels = np.zeros((2, 16, 16, 16), np.uint8)
+    labels[:, 4:12, 4:12, 4:6] = labels[:, 4:12, 4:12, 8:10] = 1
+    places = [str(tmp_path / "image.zarr"), str(tmp_path / "labels.zarr")]
+    for place, array in zip(places, (noise(*labels.shape), labels), strict=True):
+        write_volume(Path(place), array, "tzyx")
+    recipe = Recipe(target="mask", weight_map=True, steps=1)
+    volume = open_material([(places[0], places[1])], (), recipe).labels[0]
+    objects = _objects(volume, recipe, 3, tmp_path / "objects.zarr").read(
+        Region.whole(volume.shape)
+    )
+    assert len(np.unique(objects)) == 1 + 2 * 2
 
 
 def test_values_move_with_the_image(tmp_path: Path) -> None:

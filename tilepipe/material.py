@@ -352,7 +352,7 @@ def _objects(labels: Volume, recipe: Recipe, axes: int, place: Path) -> Volume:
             labels,
             unfinished,
             foreground=lambda voxels: (voxels[0] != 0) & (voxels[0] != recipe.ignore),
-            per_plane=axes < len(labels.shape),
+            per_plane=axes == 2 and "z" in labels.axes,
         )
         unfinished.rename(place)
     return open_volume(place)
