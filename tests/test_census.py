@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import write_volume
+from tilepipe.cache import ChunkCache
 from tilepipe.census import Census, Kind, Labels, blocks
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
@@ -38,7 +39,8 @@ def census(place: Path, labels: NDArray[np.generic], kind: Kind, **options: obje
     mask = options.pop("mask", None)
     given = {"classes": None, "balance": False, "kept": 10**6, "seed": 0, **options}
     regions = (Region((0, 0, 0), (1, 60, 60)), Region((1, 10, 7), (2, 50, 60)))
-    return Census([Labels(volume, mask, volume.chunks, regions)], kind, **given)  # type: ignore[arg-type]
+    kept = ChunkCache(10**8).open(volume)
+    return Census([Labels(kept, mask, volume.chunks, regions)], kind, **given)  # type: ignore[arg-type]
 
 
 def test_counts_are_those_of_the_whole(tmp_path: Path) -> None:
@@ -86,6 +88,20 @@ def test_each_class_is_as_likely_with_balance(tmp_path: Path, kept: int) -> None
     assert set(drawn) == {0, 1, 2}
     if kept > 1:
         assert all(abs(drawn[c] - 1000) < 120 for c in range(3))  # 4.6 standard deviations
+
+
+def test_draws_from_a_large_block_are_of_the_class_and_all_over(tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).integers(0, 2, (1, 200, 210)).astype(np.uint8)
+    volume = open_volume(write_volume(tmp_path / "l.zarr", labels, "zyx", (1, 200, 210)))
+    item = Labels(
+        ChunkCache(10**8).open(volume), None, volume.chunks, (Region.whole((1, 200, 210)),)
+    )
+    kind = Kind("classes", None, False, 2)
+    made = Census([item], kind, classes=None, balance=True, kept=9, seed=0)
+    drawn = [made.draw(n, np.random.default_rng(n))[2] for n in range(400)]
+    assert abs(sum(int(labels[voxel]) for voxel in drawn) - 200) < 50  # 5 standard deviations
+    assert abs(np.mean([voxel[1] for voxel in drawn]) - 100) < 15
+    assert abs(np.mean([voxel[2] for voxel in drawn]) - 105) < 15
 
 
 def test_without_balance_each_labelled_voxel_is_as_likely(tmp_path: Path) -> None:

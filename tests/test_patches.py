@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,19 +14,19 @@ from scipy import ndimage
 
 from tests.support import assert_close, noise, one_pass, write_unet, write_volume
 from tilepipe.cache import ChunkCache
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.loader import Loader
-from tilepipe.material import count, make_patches, open_material
-from tilepipe.model import load_model
+from tilepipe.material import _objects, count, make_patches, open_material
+from tilepipe.model import load_model, wrap
 from tilepipe.patches import Patches, frame
 from tilepipe.profile import find_profile
 from tilepipe.recipe import Recipe
 from tilepipe.targets import IGNORE, border_weights, class_map
 from tilepipe.team import Team
+from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 PLAIN = {"elastic": 0.0, "rotate": "none", "flip": False, "scale": 0.0, "grey": 0.0}
@@ -66,14 +68,15 @@ def samples(
     model = write_unet(folder / "unet.pt", normalize="none", **architecture)  # type: ignore[arg-type]
     profile = find_profile(load_model(model))
     material = open_material([(places[0], places[1])], (), recipe, masks=masks)
+    cache = ChunkCache(recipe.cache)
     patch = recipe.patch or (20,) * profile.axes
     patches = make_patches(
         material,
-        count(material, recipe, profile.axes),
+        count(material, recipe, profile.axes, cache),
         recipe,
         frame(profile, patch),
         folder=folder,
-        cache=ChunkCache(recipe.cache),
+        cache=cache,
     )
     return patches, model
 
@@ -206,6 +209,61 @@ def test_samples_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
     assert not torch.equal(found[0][0][0], found[0][1][0])
 
 
+@pytest.mark.parametrize("patch", [17, 18, 21])
+def test_what_a_network_pads_never_counts(patch: int) -> None:
+    torch.manual_seed(0)
+    network = UNet(ndim=2, base=2, depth=3, padding="same").eval()
+    made = frame(find_profile(wrap(network)), (patch, patch))
+    assert all(n >= patch for n in made.answer)
+    size, around = made.read.shape[0], 32
+    larger = torch.rand(1, 1, size + 2 * around, size + 2 * around)
+    at = [slice(s, s + n) for s, n in zip(made.skip, made.answer, strict=True)]
+    with torch.inference_mode():
+        alone = network(larger[..., around:-around, around:-around])[..., at[0], at[1]]
+        within = network(larger)[..., around:-around, around:-around][..., at[0], at[1]]
+    assert_close(alone.numpy(), within.numpy())
+
+
+def test_a_network_without_room_for_an_answer_is_refused() -> None:
+    network = UNet(ndim=2, base=2, depth=3, padding="same")
+    profile = replace(find_profile(wrap(network)), fixed=True, smallest=(32, 32))
+    with pytest.raises(BadRequest, match=r"reads 32 voxels and nothing else.* context, 46"):
+        frame(profile, (8, 8))
+
+
+def test_grey_values_that_are_not_finite_are_0_for_the_network(tmp_path: Path) -> None:
+    image = noise(40, 40, dtype="float32") + 100
+    image[::3, ::3] = np.nan
+    patches, _ = samples(tmp_path, image, cells(40, 40), normalize="scale:0.5,-50")
+    sample = patches[0].image
+    assert np.isfinite(sample).all()
+    assert (sample == 0).mean() > 0.05
+    assert abs(sample).max() < 1
+
+
+def test_what_is_ignored_is_no_object(tmp_path: Path) -> None:
+    labels = np.zeros((64, 64), np.int32)
+    labels[:, :20], labels[:, 24:44] = -1, 5
+    options = {"weight_map": True, "ignore": -1, "val_region": ("none",)}
+    patches, _ = samples(tmp_path, noise(64, 64), labels, **options)
+    for number in range(5):
+        assert set(np.unique(patches[number].weights)) <= {0, 1}
+
+
+def test_objects_of_a_mask_in_time_are_numbered_in_3d(tmp_path: Path) -> None:
+    labels = np.zeros((2, 16, 16, 16), np.uint8)
+    labels[:, 4:12, 4:12, 4:6] = labels[:, 4:12, 4:12, 8:10] = 1
+    places = [str(tmp_path / "image.zarr"), str(tmp_path / "labels.zarr")]
+    for place, array in zip(places, (noise(*labels.shape), labels), strict=True):
+        write_volume(Path(place), array, "tzyx")
+    recipe = Recipe(target="mask", weight_map=True, steps=1)
+    volume = open_material([(places[0], places[1])], (), recipe).labels[0]
+    objects = _objects(volume, recipe, 3, tmp_path / "objects.zarr").read(
+        Region.whole(volume.shape)
+    )
+    assert len(np.unique(objects)) == 1 + 2 * 2
+
+
 def test_values_move_with_the_image(tmp_path: Path) -> None:
     image = noise(64, 64, dtype="float32")
     wild = {"elastic": 4.0, "rotate": "any", "flip": True}
@@ -224,8 +282,19 @@ def test_values_move_with_the_image(tmp_path: Path) -> None:
 def test_bytes_decoded_are_few_where_chunks_are_kept(tmp_path: Path) -> None:
     image, labels = noise(300, 300), cells(300, 300)
     patches, _ = samples(tmp_path, image, labels, cache=40_000)
-    cache = patches.pairs[0].image._cache
+    cache = patches.pairs[0].image._cache  # type: ignore[attr-defined]
+    before = cache.bytes_read
     for number in range(64):
         patches[number]
     patch = np.prod(patches.frame.read.shape)
-    assert cache.bytes_read / 64 < 12 * patch
+    assert (cache.bytes_read - before) / 64 < 12 * patch
+
+
+def test_labels_that_are_kept_are_not_decoded_to_draw_from_them(tmp_path: Path) -> None:
+    labels = np.zeros((90, 80), np.uint8)
+    labels[3:6, 4:6], labels[50:53] = 1, 1  # rare: blocks are searched
+    patches, _ = samples(tmp_path, noise(90, 80), labels, target="mask", balance=True)
+    for place in (tmp_path / "labels.zarr" / "c").rglob("*"):
+        if place.is_file():
+            place.unlink()  # which would read as 0
+    assert sum((patches[number].truth == 1).any() for number in range(20)) > 5

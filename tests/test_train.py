@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+import zarr
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -20,6 +22,7 @@ from tests.support import read, write_volume
 from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.learner import rate
+from tilepipe.material import open_material
 from tilepipe.model import load_model
 from tilepipe.options import Options
 from tilepipe.recipe import CHOICES, Recipe
@@ -29,8 +32,6 @@ from tilepipe.train import Progress, train
 from tilepipe.validate import score
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from tilepipe.study import Study
@@ -203,6 +204,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
 ) -> None:
     good = {**SMALL, "steps": 2}
     write_volume(tmp_path / "small.zarr", np.zeros((4, 8, 8), np.uint8), "zyx")
+    write_volume(tmp_path / "zero.zarr", np.zeros((4, 80, 90), np.uint8), "zyx")
+    write_volume(tmp_path / "times.zarr", discs(4, 80, 90)[1], "tyx")
     cases: list[tuple[dict[str, object], tuple[str, str], str]] = [
         ({"classes": 3}, pair, r"classes \(=3\) must be 2 for target mask or 1"),
         ({"val_region": ("0:4,:,:",)}, pair, "leaves nothing"),
@@ -213,6 +216,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         ({"network": "tests.nothing:Own"}, pair, "cannot be built"),
         ({"padding": "same", "kernels": [2, 2]}, pair, "must be odd"),
         ({}, (pair[0], str(tmp_path / "small.zarr")), r"4,8,8 voxels must have the image's"),
+        ({}, (pair[0], str(tmp_path / "zero.zarr")), "hold the class 0 alone"),
+        ({}, (pair[0], str(tmp_path / "times.zarr")), r"axes tyx must have the image's, zyx"),
         ({}, (pair[0], pair[0]), "must be integers"),
         ({}, (pair[0], str(tmp_path / "none.zarr")), "does not exist"),
     ]
@@ -222,6 +227,99 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
         assert "\n" not in str(refusal.value)
         assert not (tmp_path / "u.pt").exists()
         assert not (tmp_path / "u.pt.training").exists(), options
+
+
+def test_what_is_held_out_is_seen_as_in_the_whole_image(tmp_path: Path) -> None:
+    image, labels = discs(4, 80, 90)
+    image[3] = 5 + 3 * image[3]  # alone it would be normalized otherwise
+    places = [tmp_path / "image.zarr", tmp_path / "labels.zarr"]
+    for place, array in zip(places, (image, labels), strict=True):
+        write_volume(place, array, "zyx", (1, 40, 45))
+    recipe = Recipe(**{**SMALL, "steps": 1, "val_region": ("3:4,:,:",)})  # type: ignore[arg-type]
+    train([(str(places[0]), str(places[1]))], output=tmp_path / "u.pt", recipe=recipe)
+    segment(places[0], model=tmp_path / "u.pt.training/last.pt", output=tmp_path / "o.zarr")
+    held_out = read(tmp_path / "u.pt.training" / "held-out-0-segmented.zarr")
+    assert np.array_equal(held_out[0], read(tmp_path / "o.zarr")[3])
+
+
+def test_of_a_large_volume_no_more_is_held_out_than_is_soon_segmented(tmp_path: Path) -> None:
+    places = [str(tmp_path / "image.zarr"), str(tmp_path / "labels.zarr")]
+    for place in places:
+        zarr.create_array(
+            place, shape=(4096, 8000, 9000), chunks=(64, 64, 64), dtype="u1", dimension_names="zyx"
+        )
+    found = open_material([(places[0], places[1])], (), Recipe(steps=1))
+    ((_, region),) = found.held_out
+    assert 2**23 < region.size <= 2**25
+    assert region.stop == (4096, 8000, 9000)
+    assert sum(part.size for part in found.regions[0]) == 4096 * 8000 * 9000 - region.size
+
+
+def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]) -> None:
+    recipe = Recipe(**{**SMALL, "steps": 1})  # type: ignore[arg-type]
+    train([pair], output=tmp_path / "u.pt", recipe=recipe)
+    other = write_volume(tmp_path / "other.zarr", discs(4, 80, 90)[1], "zyx")
+    for volumes in ([(pair[0], str(other))], [pair, pair]):
+        with pytest.raises(BadRequest, match=r"volumes \(=.*as this training began"):
+            train(volumes, output=tmp_path / "u.pt", recipe=recipe, resume=True)
+    state = tmp_path / "u.pt.training" / "state.pt"
+    for damage in (b"", b"junk", (tmp_path / "u.pt").read_bytes(), state.read_bytes()[:999]):
+        state.write_bytes(damage)
+        with pytest.raises(BadRequest, match=r"^resume: .*state\.pt (cannot be read|is no state)"):
+            train([pair], output=tmp_path / "u.pt", recipe=recipe, resume=True)
+
+
+def test_storage_that_fails_is_told_in_a_line(tmp_path: Path, pair: tuple[str, str]) -> None:
+    recipe = Recipe(**{**SMALL, "steps": 2, "normalize": "none"})  # type: ignore[arg-type]
+
+    def damage(study: Study) -> None:
+        for plane in range(4):
+            (Path(pair[0]) / f"c/{plane}/0/0").write_bytes(b"damaged")
+
+    with pytest.raises(BadRequest, match=r"cannot go on: .* \(chunk c/./0/0\)") as refusal:
+        train([pair], output=tmp_path / "u.pt", recipe=recipe, prepared=damage)
+    assert "\n" not in str(refusal.value)
+
+
+def test_classes_that_are_held_out_alone_are_refused(tmp_path: Path) -> None:
+    image, labels = discs(4, 80, 90)
+    labels[3, :9] = 2
+    places = [tmp_path / "image.zarr", tmp_path / "labels.zarr"]
+    for place, array in zip(places, (image, labels), strict=True):
+        write_volume(place, array, "zyx", (1, 40, 45))
+    options = {**SMALL, "steps": 1, "target": "classes", "val_region": ("3:4,:,:",)}
+    with pytest.raises(BadRequest, match=r"hold the class 2 .* held out.*--classes 3"):
+        train(
+            [(str(places[0]), str(places[1]))], output=tmp_path / "u.pt",
+            recipe=Recipe(**options),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+class Soft(Own):
+    """A network that ends in what the loss does."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return super().forward(image).sigmoid()
+
+
+class Two(Own):
+    """A network of two outputs."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        answer = super().forward(image)
+        return answer, answer  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [("Soft", r"ends in sigmoid, which the loss does itself"), ("Two", "has 2 outputs; one can")],
+)
+def test_networks_that_cannot_be_trained(
+    tmp_path: Path, pair: tuple[str, str], network: str, said: str
+) -> None:
+    options = {**SMALL, "steps": 1, "classes": 1, "network": f"tests.test_train:{network}"}
+    with pytest.raises(BadRequest, match=said):
+        train([pair], output=tmp_path / "u.pt", recipe=Recipe(**options))  # type: ignore[arg-type]
 
 
 def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str, str]) -> None:
@@ -237,10 +335,14 @@ def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str
         train([pair], output=tmp_path / "u.pt", recipe=other, resume=True)
     (tmp_path / "v.pt.training").mkdir()
     (tmp_path / "v.pt.training" / "thesis.txt").write_text("mine")
-    with pytest.raises(BadRequest, match="files of others"):
-        train([pair], output=tmp_path / "v.pt", recipe=recipe, overwrite=True)
-    assert (tmp_path / "v.pt.training" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "v.pt.training" / "log.csv").write_text("of a training that was killed early")
+    for overwrite in (False, True):
+        train([pair], output=tmp_path / "v.pt", recipe=recipe, overwrite=overwrite)
+        assert (tmp_path / "v.pt.training" / "thesis.txt").read_text() == "mine"
+        assert log_of(tmp_path / "v.pt")[-1]["step"] == "1"
     train([pair], output=tmp_path / "u.pt", recipe=other, overwrite=True)
+    with pytest.raises(BadRequest, match="must be a file and"):
+        train([pair], output=tmp_path / "w.pt", recipe=recipe, folder=tmp_path / "u.pt")
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, pair: tuple[str, str]) -> None:
@@ -256,8 +358,11 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, pair: tuple[
         ({}, "a training needs one"),
         ({"steps": 0}, r"steps \(=0\) must be a whole number of at least 1"),
         ({"steps": 1, "target": "cells"}, r"target \(=cells\) must be one of"),
-        ({"steps": 1, "dropout": 1.0}, r"dropout \(=1.0\) must be at least 0 and below 1"),
-        ({"steps": 1, "lr": 0.0}, r"lr \(=0.0\) must be above 0"),
+        ({"steps": 1, "dropout": 1.0}, r"dropout \(=1.0\) must be a number at least 0 and below 1"),
+        ({"steps": 1, "lr": 0.0}, r"lr \(=0.0\) must be a number above 0"),
+        ({"steps": 1, "lr": float("inf")}, r"lr \(=inf\) must be a number above 0"),
+        ({"steps": 1, "sigma": float("inf")}, r"sigma \(=inf\) must be"),
+        ({"steps": 1, "seed": -1}, r"seed \(=-1\) must be a whole number in 0:4294967296"),
         ({"steps": 1, "loss": "l1"}, "does not fit target"),
         ({"steps": 1, "target": "values", "balance": True}, "no classes"),
     ],

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 STAY = 16
 """Patches that are drawn from a block while its chunks are kept, where not all can be kept."""
+TRIES = 8
+"""Voxels of a block that are looked at before all of them are."""
+SMALL = 2**15
+"""Voxels that are looked at all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class Census:
 
         Raises `BadRequest` where nothing is labelled, or a label is no class.
         """
-        self._labels, self._kind, self._seed = labels, kind, seed
+        self.labels, self._kind, self._seed = labels, kind, seed
         self._places = [
             (index, region, block)
             for index, item in enumerate(labels)
@@ -129,19 +133,30 @@ class Census:
             slot = int(rng.integers(self._kept))
             turn = (number + slot * STAY) // (self._kept * STAY)
             row = self._block(np.random.default_rng((self._seed, 1, slot, turn)))
-        index, region, block = self._places[row]
+        index, region, _ = self._places[row]
         chances = self._shares[row] / self._shares[row].sum()
         wanted = int(rng.choice(len(chances), p=chances))
-        inside = int(rng.integers(self._counts[row, wanted]))
-        if self._counts[row, wanted] == block.size:
-            place = np.unravel_index(inside, block.shape)
-        else:
-            found = self._read(index, block) == wanted
-            place = np.unravel_index(np.flatnonzero(found)[inside], block.shape)
-        return index, region, tuple(a + int(n) for a, n in zip(block.start, place, strict=True))
+        return index, region, self._voxel(row, wanted, rng)
+
+    def _voxel(self, row: int, wanted: int, rng: np.random.Generator) -> Shape:
+        """Return a voxel of a class, each of the block's as likely as any other.
+
+        Where the block is large and the class not rare in it, a few voxels are tried before the
+        whole block is read.
+        """
+        index, _, block = self._places[row]
+        count = self._counts[row, wanted]
+        tries = TRIES if block.size > SMALL and count * TRIES > block.size else 0
+        for _ in range(tries):
+            voxel = tuple(int(n) for n in rng.integers(block.start, block.stop))
+            if count == block.size or self._read(index, _only(voxel)).item() == wanted:
+                return voxel
+        found = np.flatnonzero(self._read(index, block) == wanted)
+        place = np.unravel_index(found[rng.integers(len(found))], block.shape)
+        return tuple(a + int(n) for a, n in zip(block.start, place, strict=True))
 
     def _read(self, index: int, block: Region) -> NDArray[np.uint8]:
-        return self._kind.read(self._labels[index].volume, self._labels[index].mask, block)
+        return self._kind.read(self.labels[index].volume, self.labels[index].mask, block)
 
     def _block(self, rng: np.random.Generator) -> int:
         at = np.searchsorted(self._of_block, rng.random() * self._of_block[-1], side="right")
@@ -156,6 +171,10 @@ class Census:
                 f" give --classes {wrong + 1}, --ignore {wrong}, or another target"
             )
         return found[:classes]
+
+
+def _only(voxel: Shape) -> Region:
+    return Region(voxel, tuple(n + 1 for n in voxel))
 
 
 def _check_classes(labels: NDArray[np.generic], ignore: int | None, region: Region) -> None:

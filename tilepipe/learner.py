@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,7 +19,7 @@ from tilepipe.losses import LOSSES
 from tilepipe.predict import keep_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -148,6 +149,7 @@ class Learner:
         """Write all that a training needs to go on; whole or not at all."""
         content = {
             "recipe": self._recipe.asdict(),
+            "sources": list(self._study.sources),
             "state": asdict(self.state),
             "network": self.network.state_dict(),
             "averaged": None if self._averaged is None else self._averaged.state_dict(),
@@ -159,10 +161,16 @@ class Learner:
     def load(self, path: Path) -> None:
         """Go on from a state that was saved."""
         saved = read_state(path)
-        self.network.load_state_dict(saved["network"])
-        if self._averaged is not None:
-            self._averaged.load_state_dict(saved["averaged"])
-        self._optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.network.load_state_dict(saved["network"])
+            if self._averaged is not None:
+                self._averaged.load_state_dict(saved["averaged"])
+            self._optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:  # the code of one's own network has changed
+            raise BadRequest(
+                f"resume: {path} does not fit the network: {' '.join(str(error).split()):.200};"
+                " begin anew with --overwrite"
+            ) from error
         self._scaler.load_state_dict(saved["scaler"])
         self.state = State(**saved["state"])  # type: ignore[arg-type]
 
@@ -170,13 +178,15 @@ class Learner:
 def read_state(path: Path) -> dict[str, dict[str, object]]:
     """Return what `Learner.save` wrote, without running anything it says."""
     try:
-        return cast(
-            "dict[str, dict[str, object]]", torch.load(path, map_location="cpu", weights_only=True)
-        )
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadRequest(f"resume: {path} does not exist; begin without --resume") from None
     except Exception as error:  # whatever damage does
         raise BadRequest(f"resume: {path} cannot be read: {type(error).__name__}") from error
+    parts = {"recipe", "sources", "state", "network", "averaged", "optimizer", "scaler"}
+    if not isinstance(found, dict) or not parts <= found.keys():
+        raise BadRequest(f"resume: {path} is no state of a training; begin anew with --overwrite")
+    return cast("dict[str, dict[str, object]]", found)
 
 
 def check_recipe(path: Path, recipe: Recipe) -> None:
@@ -187,6 +197,17 @@ def check_recipe(path: Path, recipe: Recipe) -> None:
             raise BadRequest(
                 f"{name} (={value}) must be {earlier.get(name)}, as this training began;"
                 " or begin anew with --overwrite"
+            )
+
+
+def check_sources(path: Path, sources: Sequence[str]) -> None:
+    """Refuse to go on with other volumes than those that a training began with."""
+    earlier = cast("list[str]", read_state(path)["sources"])
+    for asked, before in zip_longest(sources, earlier, fillvalue="none"):
+        if asked != before:
+            raise BadRequest(
+                f"volumes (={asked}) must be {before}, as this training began; or begin anew with"
+                " --overwrite"
             )
 
 

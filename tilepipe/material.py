@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tilepipe.cache import ChunkCache
+    from tilepipe.normalize import Normalization
     from tilepipe.recipe import Recipe
 
     Scan = Callable[[str, int, int], None]
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HELD_OUT = 2**25
+"""Voxels that are held out at most where nobody says which: each validation segments them."""
 NOTHING = "none"
 """The validation region that holds nothing out."""
 
@@ -49,6 +52,8 @@ class HeldOut:
     mask: Volume | None
     region: Region
     """Of the labels; the image has just this size."""
+    normalize: str | None
+    """None where grey values are yet to be normalized, as the model does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,13 @@ class Material:
     def channels(self) -> int:
         """Channels of the images."""
         return self.images[0].channels
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the volumes lie: images, labels, masks, then those that are held out whole."""
+        masks = [mask for mask in self.masks if mask is not None]
+        apart = [volume for pair in self.apart for volume in pair]
+        return tuple(v.path for v in (*self.images, *self.labels, *masks, *apart))
 
     @property
     def held_out_voxels(self) -> int:
@@ -134,6 +146,11 @@ def _open_pair(image_path: str, labels_path: str, recipe: Recipe) -> tuple[Volum
             f"labels (={labels_path}) of {comma(labels.shape)} voxels must have the image's"
             f" {comma(image.shape)} ({image_path})"
         )
+    if labels.axes != image.axes and not (labels.axes_assumed or image.axes_assumed):
+        raise BadRequest(
+            f"labels (={labels_path}) with axes {labels.axes} must have the image's, {image.axes}"
+            f" ({image_path}); say with --axes what both have"
+        )
     if not values and labels.channels != 1:
         raise BadRequest(f"labels (={labels_path}) have {labels.channels} channels; give one")
     if not values and labels.dtype.kind == "f":
@@ -177,38 +194,44 @@ def _held_out(image: Volume, recipe: Recipe, apart: bool) -> list[Region]:
     first = length - max(1, length // 8)
     if first == 0:
         raise BadRequest(f"image (={image.path}) is too small to hold a part out; name one apart")
-    start = tuple(first if a == axis else 0 for a in range(len(image.shape)))
-    return [Region(start, image.shape)]
+    held = [length - first if a == axis else n for a, n in enumerate(image.shape)]
+    while math.prod(held) > HELD_OUT:
+        longest = int(np.argmax(held))
+        held[longest] = -(-held[longest] // 2)
+    return [Region(tuple(n - m for n, m in zip(image.shape, held, strict=True)), image.shape)]
 
 
-def hold_out(material: Material, folder: Path, *, resumed: bool) -> list[HeldOut]:
-    """Copy the held-out regions of the images into ``folder``, to be segmented as any volume."""
+def hold_out(material: Material, patches: Patches, folder: Path, *, resumed: bool) -> list[HeldOut]:
+    """Copy the held-out regions of the images into ``folder``, to be segmented as any volume.
+
+    Their grey values are normalized as those of the whole image they are cut from.
+    """
     found = []
     for number, (index, region) in enumerate(material.held_out):
         image, place = material.images[index], folder / f"held-out-{number}.zarr"
         if not (resumed and place.exists()):
-            _copy(image, region, place)
-        found.append(
-            HeldOut(str(place), None, 0, material.labels[index], material.masks[index], region)
-        )
+            _copy(image, region, patches.pairs[index].normalization, place)
+        labels, mask = material.labels[index], material.masks[index]
+        found.append(HeldOut(str(place), None, 0, labels, mask, region, "none"))
     for image, labels in material.apart:
-        whole = Region.whole(image.shape)
-        found.append(HeldOut(image.path, image.requested_axes, image.level, labels, None, whole))
+        whole, axes = Region.whole(image.shape), image.requested_axes
+        found.append(HeldOut(image.path, axes, image.level, labels, None, whole, None))
     return found
 
 
-def _copy(image: Volume, region: Region, place: Path) -> None:
-    """Write a region of an image as a Zarr array, block by block."""
+def _copy(image: Volume, region: Region, normalization: Normalization, place: Path) -> None:
+    """Write a region of an image as a Zarr array of normalized grey values, block by block."""
     array = zarr.create_array(
         store=str(place),
         shape=(image.channels, *region.shape),
         chunks=(1, *(min(a, b) for a, b in zip(image.chunks, region.shape, strict=True))),
-        dtype=image.dtype,
+        dtype=np.float32,
         dimension_names=("c", *image.axes),
         overwrite=True,
     )
     for block in blocks(image.shape, image.chunks, region):
-        array[(slice(None), *block.within(region.start))] = image.read(block)
+        inside = (slice(None), *block.within(region.start))
+        array[inside] = normalization.apply(image.read(block))
 
 
 def kind_of(recipe: Recipe, axes: int) -> Kind:
@@ -216,8 +239,14 @@ def kind_of(recipe: Recipe, axes: int) -> Kind:
     return Kind(recipe.target, recipe.ignore, recipe.in_plane, axes)
 
 
-def count(material: Material, recipe: Recipe, axes: int, scanned: Scan | None = None) -> Census:
-    """Read all labels of the training regions once, and count their classes."""
+def count(
+    material: Material,
+    recipe: Recipe,
+    axes: int,
+    cache: ChunkCache,
+    scanned: Scan | None = None,
+) -> Census:
+    """Read all labels of the training regions once, through the cache, and count their classes."""
     wanted = class_count(recipe.target)
     most = None if wanted is None else max(wanted, 2)
     if recipe.target == "classes" and recipe.classes is not None:
@@ -231,7 +260,12 @@ def count(material: Material, recipe: Recipe, axes: int, scanned: Scan | None = 
     )
     return Census(
         [
-            Labels(labels, mask, image.chunks, regions)
+            Labels(
+                cache.open(labels),
+                None if mask is None else cache.open(mask),
+                image.chunks,
+                regions,
+            )
             for image, labels, mask, regions in zip(
                 material.images, material.labels, material.masks, material.regions, strict=True
             )
@@ -265,8 +299,8 @@ def make_patches(
 ) -> Patches:
     """Return the samples of a training; what they need beside the volumes goes to ``folder``."""
     rule, axes, pairs = parse(recipe.normalize), len(frame.answer), []
-    for number, (image, labels, mask) in enumerate(
-        zip(material.images, material.labels, material.masks, strict=True)
+    for number, (image, labels, said) in enumerate(
+        zip(material.images, material.labels, census.labels, strict=True)
     ):
         objects = None
         if recipe.weight_map and recipe.target in ("classes", "mask"):
@@ -274,8 +308,8 @@ def make_patches(
         pairs.append(
             Pair(
                 cache.open(image),
-                cache.open(labels),
-                None if mask is None else cache.open(mask),
+                said.volume,
+                said.mask,
                 objects,
                 resolve(rule, image, _named(scanned, "grey values")),
                 material.regions[number],
@@ -318,7 +352,7 @@ def _objects(labels: Volume, recipe: Recipe, axes: int, place: Path) -> Volume:
             labels,
             unfinished,
             foreground=lambda voxels: (voxels[0] != 0) & (voxels[0] != recipe.ignore),
-            per_plane=axes < len(labels.shape),
+            per_plane=axes == 2 and "z" in labels.axes,
         )
         unfinished.rename(place)
     return open_volume(place)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from tilepipe.augment import Augmentation, draw_warp, grey
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, ceil_to, mirror
 from tilepipe.targets import IGNORE, MARGIN, border_weights, class_map, weights_margin
 from tilepipe.volume import read_mirrored
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tilepipe.cache import CachedVolume
     from tilepipe.census import Census
     from tilepipe.normalize import Normalization
     from tilepipe.profile import Profile
+    from tilepipe.volume import Readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,15 @@ def frame(profile: Profile, patch: Shape) -> Frame:
         padded = lead > offset and not profile.troubles
         beyond = profile.context.after[axis] if padded else shrink - offset
         first = lead if padded else offset
+        if padded:  # what the network is asked for ends on its lattice
+            want = ceil_to(want, profile.context.step[axis])
         size = profile.accepted(axis, first + want + beyond)
-        kept = size - first - beyond
-        if padded and not profile.fixed:
-            kept = ceil_to(want, profile.context.step[axis])
+        kept = want if padded and not profile.fixed else size - first - beyond
+        if kept <= 0:
+            raise BadRequest(
+                f"network reads {size} voxels and nothing else, which must be more than its"
+                f" context, {first + beyond}; build it for a larger size, or for any"
+            )
         answer.append(kept)
         before.append(first)
         after.append(size - first - kept)
@@ -73,11 +79,11 @@ def frame(profile: Profile, patch: Shape) -> Frame:
 class Pair:
     """An image with its labels, read through a cache of chunks."""
 
-    image: CachedVolume
-    labels: CachedVolume
-    mask: CachedVolume | None
+    image: Readable
+    labels: Readable
+    mask: Readable | None
     """Where it is 0 the labels say nothing; None where they do everywhere."""
-    objects: CachedVolume | None
+    objects: Readable | None
     """Numbered objects for the weights between them; None where there are none."""
     normalization: Normalization
     regions: tuple[Region, ...]
@@ -132,11 +138,11 @@ class Patches:
         warp = draw_warp(learning.augmentation, rng, _hull(frame.read, seen))
         box = _place(warp.box, start, voxel[:-axes])
 
-        def source(volume: CachedVolume) -> NDArray[np.generic]:
+        def source(volume: Readable) -> NDArray[np.generic]:
             voxels = read_mirrored(volume, box)
             return voxels.reshape(voxels.shape[0], *warp.box.shape)
 
-        image = warp.image(pair.normalization.apply(_finite(source(pair.image))), frame.read)
+        image = warp.image(_finite(pair.normalization.apply(source(pair.image))), frame.read)
         image = grey(learning.augmentation, rng, image)
         inside = _inside(box, pair.labels.shape, pair.regions).reshape(warp.box.shape)
         if pair.mask is not None:
@@ -161,6 +167,7 @@ class Patches:
                 sigma=learning.sigma,
                 in_plane=learning.in_plane,
                 at=_between(classes, learning.target),
+                ignore=learning.ignore if pair.objects is None else None,
             )
             weights += between[inner] * (truth != IGNORE)
         return Sample(image, truth, weights)
@@ -207,11 +214,9 @@ def _inside(box: Region, shape: Shape, regions: Sequence[Region]) -> NDArray[np.
     return inside
 
 
-def _finite(image: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Return the image with 0 for what is not finite."""
-    if image.dtype.kind != "f":
-        return image
-    finite: NDArray[np.generic] = np.nan_to_num(image, nan=0.0, posinf=0.0, neginf=0.0)
+def _finite(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the image with 0 for what is not finite, as `segment` does."""
+    finite: NDArray[np.float32] = np.nan_to_num(image, nan=0.0, posinf=0.0, neginf=0.0)
     return finite
 
 

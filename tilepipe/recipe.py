@@ -23,6 +23,7 @@ CHOICES = {
     "precision": ("float32", "bfloat16", "float16"),
 }
 """What each of these options may be; the first is the default, but for the loss of values."""
+SEEDS = 2**32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,8 @@ class Recipe:
     train_region: tuple[str, ...] = ()
     """Regions of each volume that are learned from, such as ``0:20,:,:``."""
     val_region: tuple[str, ...] = ()
-    """Regions of each volume that are held out; by default the last eighth of the first axis."""
+    """Regions of each volume that are held out; by default the last eighth of the first axis, or
+    of a large volume a corner of that."""
     normalize: str = "zscore"
 
     ndim: int | None = None
@@ -136,6 +138,8 @@ class Recipe:
         for name in ("steps", "validate_every", "patience", "threads", "classes"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
+            raise BadRequest(f"seed (={self.seed!r}) must be a whole number in 0:{SEEDS}")
         for name in ("scale", "grey", "noise", "w0", "clip", "weight_decay"):
             _between(name, getattr(self, name), 0, math.inf)
         for name in ("dropout", "average", "warmup"):
@@ -197,9 +201,10 @@ def _at_least(name: str, value: object, least: int) -> None:
 def _between(
     name: str, value: object, low: float, high: float, *, first: bool = True, last: bool = True
 ) -> None:
-    fits = isinstance(value, int | float) and low <= value <= high
+    fits = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
     if not fits or (value == low and not first) or (value == high and not last):
         span = f"above {low:g}" if not first else f"at least {low:g}"
         raise BadRequest(
-            f"{name} (={value!r}) must be {span}{f' and below {high:g}' * (high < math.inf)}"
+            f"{name} (={value!r}) must be a number {span}"
+            f"{f' and below {high:g}' * (high < math.inf)}"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 
 from tilepipe import __version__
@@ -121,22 +122,41 @@ def prepare(
     if not 2 <= axes <= len(image.axes):
         raise BadRequest(f"ndim (={axes}) must be 2, or 3 for a volume; axes are {image.axes}")
     patch = default_patch(recipe, axes)
-    census = count(material, recipe, axes, scanned)
+    cache = ChunkCache(recipe.cache)
+    census = count(material, recipe, axes, cache, scanned)
+    if recipe.target != "values" and sum(n > 0 for n in census.counts) == 1:
+        raise BadRequest(
+            f"labels hold the class {int(np.argmax(census.counts))} alone, in all voxels to learn"
+            " from; name other labels, another --target or --train-region"
+        )
     classes = _classes(recipe, material, census.counts)
     labels = _names(recipe, classes)
     torch.manual_seed(recipe.seed)
     network, architecture = _build(recipe, axes, material.channels, classes)
-    profile = find_profile(wrap(network))
+    wrapped = wrap(network)
+    if wrapped.outputs != 1:
+        raise BadRequest(
+            f"network (={recipe.network}) has {wrapped.outputs} outputs; one can be"
+            " trained: wrap it"
+        )
+    profile = find_profile(wrapped)
     if (profile.axes, profile.channels, profile.classes) != (axes, material.channels, classes):
         raise BadRequest(
             f"network (={recipe.network}) reads {profile.channels} channels in {profile.axes}D and"
             f" gives {profile.classes}; {material.channels} channels in {axes}D and {classes}"
             f" for target {recipe.target} are needed"
         )
+    if profile.activation and recipe.target != "values":
+        raise BadRequest(
+            f"network (={recipe.network}) ends in {profile.activation}, which the loss does itself;"
+            " let it give what goes in"
+        )
     frame = frame_of(profile, patch)
-    cache = ChunkCache(recipe.cache)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
+    patches = make_patches(
+        material, census, recipe, frame, folder=folder, cache=cache, scanned=scanned
+    )
     return Study(
         recipe=recipe,
         folder=folder,
@@ -146,14 +166,12 @@ def prepare(
         frame=frame,
         labels=labels,
         counts=tuple(census.counts),
-        patches=make_patches(
-            material, census, recipe, frame, folder=folder, cache=cache, scanned=scanned
-        ),
+        patches=patches,
         cache=cache,
         kind=kind_of(recipe, axes),
-        held_out=tuple(hold_out(material, folder, resumed=resume)) if first else (),
+        held_out=tuple(hold_out(material, patches, folder, resumed=resume)) if first else (),
         held_out_voxels=material.held_out_voxels,
-        sources=tuple(volume.path for volume in (*material.images, *material.labels)),
+        sources=material.sources,
     )
 
 

@@ -6,6 +6,7 @@ go on from, the log, pictures, and the held-out images.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tilepipe.errors import BadRequest
-from tilepipe.learner import Learner, check_recipe, rate
+from tilepipe.learner import Learner, check_recipe, check_sources, rate
 from tilepipe.loader import Loader
 from tilepipe.material import open_material
 from tilepipe.stop import stopping
@@ -26,7 +27,7 @@ from tilepipe.team import is_first, joined
 from tilepipe.trainlog import TrainLog, write_preview
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tilepipe.material import Scan
     from tilepipe.recipe import Recipe
@@ -39,6 +40,11 @@ TOLD = 10
 """Steps between two rows of the log."""
 VALIDATIONS = 20
 """Validations of a training that does not say how many."""
+LEFT = (
+    *("log.csv", "state.pt", "last.pt", "tensorboard", "held-out-*.zarr", "objects-*.zarr"),
+    *("objects-*.partial", "state.pt.*.partial", "last.pt.*.partial"),
+)
+"""What a training leaves in its folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,8 @@ def train(
     is told what will be done, ``scanned`` what is being read before, ``progress`` how it goes.
 
     An interrupt saves the state after the step and raises KeyboardInterrupt. Raises BadRequest for
-    what cannot work, before anything is written, and for a loss that is no longer finite.
+    what cannot work, before a step is taken, for a loss that is no longer finite, and for storage
+    or memory that fails.
     """
     output = Path(output)
     folder = Path(f"{output}.training" if folder is None else folder)
@@ -105,7 +112,9 @@ def train(
         if preview is not None and not (preview.suffix == ".png" and preview.parent.is_dir()):
             raise BadRequest(f"preview (={preview}) must be a .png in a folder that exists")
     material = open_material(pairs, apart, recipe, masks=masks)
-    with joined(recipe.device) as team:
+    if resume:
+        check_sources(folder / "state.pt", material.sources)
+    with _told_in_a_line(), joined(recipe.device) as team:
         if not team.first:
             team.wait()  # for what the first one leaves in the folder
         study = prepare(material, recipe, folder, resume=resume, first=team.first, scanned=scanned)
@@ -139,6 +148,7 @@ def _loop(
     begun, earlier, begun_step = time.perf_counter(), state.seconds, state.step
     done, lr, report = _done(recipe, state.step, earlier), 0.0, None
     losses: list[torch.Tensor] = []
+    read_before = study.cache.bytes_read
     told, told_at, waited = state.step, begun, 0.0
 
     def validation() -> Score | None:
@@ -185,7 +195,7 @@ def _loop(
             if losses
             else math.nan,
             waited=(loader.waited - waited) / max(now - told_at, 1e-9) if losses else math.nan,
-            bytes_per_patch=study.cache.bytes_read
+            bytes_per_patch=(study.cache.bytes_read - read_before)
             / max(1, (state.step - begun_step) * per_step / team.ranks),
             best=state.best,
             score=score,
@@ -226,6 +236,23 @@ def _loop(
     return report or report_now(None)
 
 
+@contextlib.contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """Turn faults of storage, and memory that does not suffice, into what a user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise BadRequest(f"the training cannot go on: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not short and "can't allocate memory" not in str(error):
+            raise
+        raise BadRequest(
+            "memory does not suffice; take a smaller --batch (and --accumulate more), --patch,"
+            " --base or --depth, or --precision bfloat16"
+        ) from error
+
+
 def _done(recipe: Recipe, step: int, seconds: float) -> float:
     """Return the share of a training that is done, 0 to 1."""
     by_steps = step / recipe.steps if recipe.steps else 0.0
@@ -242,14 +269,23 @@ def _check_place(
         raise BadRequest(f"output (={output}) must lie in a folder that exists")
     if resume and overwrite:
         raise BadRequest("resume goes on and overwrite begins anew; give one of them")
+    if output.is_dir() or (folder.exists() and not folder.is_dir()):
+        raise BadRequest(f"{output} must be a file and {folder} a folder; name others")
     if resume:
         check_recipe(folder / "state.pt", recipe)
-    elif not overwrite and (output.exists() or folder.exists()):
+    elif not overwrite and (there := [p for p in (output, folder / "state.pt") if p.exists()]):
         raise BadRequest(
-            f"output (={output}) is there already; go on with --resume, or replace it with"
+            f"output (={there[0]}) is there already; go on with --resume, or replace it with"
             " --overwrite"
         )
-    elif folder.is_dir():
-        if any(folder.iterdir()) and not (folder / "log.csv").is_file():
-            raise BadRequest(f"{folder} holds files of others; remove it, or name another output")
-        shutil.rmtree(folder)
+    else:
+        _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier training left in a folder, and nothing else."""
+    for place in [place for name in LEFT for place in folder.glob(name)]:
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilepipe.census import blocks
+from tilepipe.errors import BadRequest
 from tilepipe.segment import segment
 from tilepipe.targets import IGNORE
 from tilepipe.volume import open_volume
@@ -59,7 +60,14 @@ def validate(
     square, known = 0.0, 0
     for number, held in enumerate(held_out):
         place = folder / f"held-out-{number}-segmented.zarr"
-        report = segment(held.source, model=model, output=place, options=options, overwrite=True)
+        report = segment(
+            held.source,
+            model=model,
+            output=place,
+            options=replace(options, normalize=held.normalize, axes=held.axes, level=held.level),
+            engine="serial",  # this process has the device, and others of the team have theirs
+            overwrite=True,
+        )
         if report.failures:
             raise RuntimeError(f"validation failed: {report.failures[0].cause}")
         answer = open_volume(place)
@@ -74,7 +82,12 @@ def validate(
                 known += int(finite.sum())
                 continue
             truth = kind.read(held.labels, held.mask, block)
-            said = (truth != IGNORE) & (truth < classes)
+            said = truth != IGNORE
+            if (most := int(truth[said].max(initial=0))) >= classes:
+                raise BadRequest(
+                    f"labels hold the class {most} in {block}, which is held out, but classes"
+                    f" (={classes}) end before it; give --classes {most + 1} or --ignore {most}"
+                )
             pairs = truth[said].astype(np.int64) * classes + found[0][said]
             confusion += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
     if kind.target == "values":
