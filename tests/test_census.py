@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.support import write_volume
 from tilepipe.cache import ChunkCache
-from tilepipe.census import Census, Kind, Labels, blocks
+from tilepipe.census import Blocks, Census, Kind, Labels
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.targets import class_map
@@ -40,7 +40,10 @@ def census(place: Path, labels: NDArray[np.generic], kind: Kind, **options: obje
     given = {"classes": None, "balance": False, "kept": 10**6, "seed": 0, **options}
     regions = (Region((0, 0, 0), (1, 60, 60)), Region((1, 10, 7), (2, 50, 60)))
     kept = ChunkCache(10**8).open(volume)
-    return Census([Labels(kept, mask, volume.chunks, regions)], kind, **given)  # type: ignore[arg-type]
+    classes = given.pop("classes")
+    made = Census([Labels(kept, mask, volume.chunks, regions)], kind, **given)  # type: ignore[arg-type]
+    made.count(classes=classes)  # type: ignore[arg-type]
+    return made
 
 
 def test_counts_are_those_of_the_whole(tmp_path: Path) -> None:
@@ -64,7 +67,7 @@ def test_blocks_cover_a_region_once(
     region = Region(tuple(a for a, _ in ends), tuple(b for _, b in ends))
     count = np.zeros(shape, np.uint8)
     if region.size:
-        for block in blocks(shape, chunks, region):
+        for block in Blocks.of(shape, chunks, region):
             count[block.slices] += 1
     wanted = np.zeros(shape, np.uint8)
     wanted[region.slices] = 1
@@ -97,7 +100,8 @@ def test_draws_from_a_large_block_are_of_the_class_and_all_over(tmp_path: Path) 
         ChunkCache(10**8).open(volume), None, volume.chunks, (Region.whole((1, 200, 210)),)
     )
     kind = Kind("classes", None, False, 2)
-    made = Census([item], kind, classes=None, balance=True, kept=9, seed=0)
+    made = Census([item], kind, balance=True, kept=9, seed=0)
+    made.count(classes=None)
     drawn = [made.draw(n, np.random.default_rng(n))[2] for n in range(400)]
     assert abs(sum(int(labels[voxel]) for voxel in drawn) - 200) < 50  # 5 standard deviations
     assert abs(np.mean([voxel[1] for voxel in drawn]) - 100) < 15

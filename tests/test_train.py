@@ -23,6 +23,7 @@ from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.learner import rate
 from tilepipe.material import open_material
+from tilepipe.material import open_material
 from tilepipe.model import load_model
 from tilepipe.options import Options
 from tilepipe.recipe import CHOICES, Recipe
@@ -152,9 +153,8 @@ class Own(nn.Module):
             nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 1)
         )
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        answer: torch.Tensor = self.body(image)
-        return answer
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"values": self.body(image)}
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
@@ -347,7 +347,7 @@ def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, pair: tuple[str, str]) -> None:
     wild = {**SMALL, "steps": 40, "optimizer": "sgd", "lr": 1e18, "clip": 0.0, "warmup": 0.0}
-    with pytest.raises(BadRequest, match=r"lr \(=1e\+18\) let the loss become"):
+    with pytest.raises(BadRequest, match=r"the loss became .* at step .* smaller --lr than 1e\+18"):
         train([pair], output=tmp_path / "u.pt", recipe=Recipe(**wild))  # type: ignore[arg-type]
     assert all(torch.isfinite(w).all() for w in weights(tmp_path / "u.pt").values())
 
@@ -433,6 +433,30 @@ def test_the_command_refuses_in_a_line(
     assert done.stderr.startswith("tilepipe: ")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_regions_that_overlap_count_once(pair: tuple[str, str]) -> None:
+    regions = ("0:2,:,:", "1:3,10:60,:", "0:3,20:30,5:9")
+    recipe = Recipe(**{**SMALL, "train_region": regions, "val_region": ("2:4,50:,:",)}, steps=1)  # type: ignore[arg-type]
+    learned = open_material([pair], (), recipe).regions[0]
+    counts = np.zeros((4, 80, 90), int)
+    for region in learned:
+        counts[region.slices] += 1
+    wanted = np.zeros((4, 80, 90), int)
+    wanted[0:2] = wanted[1:3, 10:60] = wanted[0:3, 20:30, 5:9] = 1
+    wanted[2:4, 50:] = 0
+    assert np.array_equal(counts, wanted)
+
+
+def test_patience_ends_a_training_and_goes_on_nowhere(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    hopeless = {**SMALL, "lr": 1e-12, "steps": 50, "validate_every": 2, "patience": 2}
+    recipe = Recipe(**hopeless)  # type: ignore[arg-type]
+    assert train([pair], output=tmp_path / "u.pt", recipe=recipe).step == 4
+    (tmp_path / "u.pt.training" / "log.csv").open("a").write("5,7")  # as a full disk leaves it
+    assert train([pair], output=tmp_path / "u.pt", recipe=recipe, resume=True).step == 4
+    assert [row["step"] for row in log_of(tmp_path / "u.pt")][:3] == ["0", "2", "2"]
 
 
 @pytest.mark.long

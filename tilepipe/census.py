@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Region, Shape, TileGrid
+from tilepipe.geometry import Region, Shape
 from tilepipe.targets import IGNORE, MARGIN, class_map
 from tilepipe.volume import read_mirrored
 
@@ -80,45 +80,61 @@ class Census:
     """How many voxels of each class every block of the training regions holds."""
 
     def __init__(
-        self,
-        labels: Sequence[Labels],
-        kind: Kind,
-        *,
-        classes: int | None,
-        balance: bool,
-        kept: int,
-        seed: int,
-        progress: Callable[[int, int], None] | None = None,
+        self, labels: Sequence[Labels], kind: Kind, *, balance: bool, kept: int, seed: int
     ) -> None:
-        """``kept`` is the number of blocks whose chunks fit into the cache; None counts classes.
+        """``kept`` is the number of blocks whose chunks fit into the cache."""
+        self.labels, self._kind, self._kept, self._seed = labels, kind, kept, seed
+        self._balance = balance
+        self._parts = [
+            (index, region, Blocks.of(item.volume.shape, item.chunks, region))
+            for index, item in enumerate(labels)
+            for region in item.regions
+        ]
+        self._ends = np.cumsum([len(blocks) for _, _, blocks in self._parts])
+        self.table = np.zeros((int(self._ends[-1]), 0), np.int64)
+        """Voxels of each class, block by block."""
+
+    def count(
+        self, *, classes: int | None, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Read all labels once. None counts as many classes as there are, two at least.
 
         Raises `BadRequest` where nothing is labelled, or a label is no class.
         """
-        self.labels, self._kind, self._seed = labels, kind, seed
-        self._places = [
-            (index, region, block)
-            for index, item in enumerate(labels)
-            for region in item.regions
-            for block in blocks(item.volume.shape, item.chunks, region)
-        ]
-        self._counts = np.zeros((len(self._places), classes or IGNORE), np.int64)
-        for row, (index, _, block) in enumerate(self._places):
-            self._counts[row] = self._count(index, block, classes or IGNORE)
+        rows = len(self.table)
+        table = np.zeros((rows, classes or 2), np.int64)
+        for row in range(rows):
+            index, _, block = self._place(row)
+            found = np.bincount(self._read(index, block).ravel(), minlength=256)[:IGNORE]
+            highest = int(np.flatnonzero(found).max(initial=0))
+            if highest >= table.shape[1]:
+                if classes is not None:
+                    raise BadRequest(
+                        f"labels hold the class {highest} in {block}, but classes (={classes}) end"
+                        f" before it; give --classes {highest + 1}, --ignore {highest}, or another"
+                        " target"
+                    )
+                table = np.pad(table, ((0, 0), (0, highest + 1 - table.shape[1])))
+            table[row] = found[: table.shape[1]]
             if progress is not None:
-                progress(row + 1, len(self._places))
-        if classes is None:
-            held = np.flatnonzero(self._counts.sum(axis=0))
-            self._counts = self._counts[:, : max(2, int(held.max(initial=0)) + 1)]
-        self.counts: list[int] = self._counts.sum(axis=0).tolist()
-        """Voxels of each class in the training regions."""
-        if not sum(self.counts):
+                progress(row + 1, rows)
+        self.take(table)
+
+    def take(self, table: NDArray[np.int64]) -> None:
+        """Take a table that was counted before, of the same labels and regions."""
+        if len(table) != len(self.table):
+            raise BadRequest("the counts of an earlier run are of other volumes; begin anew")
+        totals = table.sum(axis=0)
+        if not totals.any():
             raise BadRequest("labels: no voxel of the training regions is labelled; name others")
-        there = self._counts.sum(axis=0) > 0
-        wanted = there / there.sum() if balance else self._counts.sum(axis=0) / sum(self.counts)
-        share = self._counts / np.maximum(self._counts.sum(axis=0), 1) * wanted
-        self._shares = share  # of a patch's chance: block by class
-        self._of_block = np.cumsum(share.sum(axis=1))
-        self._kept = kept
+        self.table = table
+        self.counts: list[int] = totals.tolist()
+        """Voxels of each class in the training regions."""
+        there = totals > 0
+        wanted = there / there.sum() if self._balance else totals / totals.sum()
+        self._worth = wanted / np.maximum(totals, 1)
+        """Of one voxel of a class: its share of all patches."""
+        self._of_block = np.cumsum(table @ self._worth)
 
     def draw(self, number: int, rng: np.random.Generator) -> tuple[int, Region, Shape]:
         """Return the pair, the region and the voxel round which sample ``number`` lies.
@@ -127,16 +143,22 @@ class Census:
         balance each class is as likely as any other. Where not all blocks fit the cache, some are
         open at a time, each for `STAY` samples.
         """
-        if len(self._places) <= self._kept:
+        if len(self.table) <= self._kept:
             row = self._block(rng)
         else:
             slot = int(rng.integers(self._kept))
             turn = (number + slot * STAY) // (self._kept * STAY)
             row = self._block(np.random.default_rng((self._seed, 1, slot, turn)))
-        index, region, _ = self._places[row]
-        chances = self._shares[row] / self._shares[row].sum()
-        wanted = int(rng.choice(len(chances), p=chances))
+        index, region, _ = self._place(row)
+        chances = self.table[row] * self._worth
+        wanted = int(rng.choice(len(chances), p=chances / chances.sum()))
         return index, region, self._voxel(row, wanted, rng)
+
+    def _place(self, row: int) -> tuple[int, Region, Region]:
+        """Return the pair, the region and the block of a row."""
+        part = int(np.searchsorted(self._ends, row, side="right"))
+        index, region, blocks = self._parts[part]
+        return index, region, blocks[row - int(self._ends[part]) + len(blocks)]
 
     def _voxel(self, row: int, wanted: int, rng: np.random.Generator) -> Shape:
         """Return a voxel of a class, each of the block's as likely as any other.
@@ -144,8 +166,8 @@ class Census:
         Where the block is large and the class not rare in it, a few voxels are tried before the
         whole block is read.
         """
-        index, _, block = self._places[row]
-        count = self._counts[row, wanted]
+        index, _, block = self._place(row)
+        count = self.table[row, wanted]
         tries = TRIES if block.size > SMALL and count * TRIES > block.size else 0
         for _ in range(tries):
             voxel = tuple(int(n) for n in rng.integers(block.start, block.stop))
@@ -160,17 +182,7 @@ class Census:
 
     def _block(self, rng: np.random.Generator) -> int:
         at = np.searchsorted(self._of_block, rng.random() * self._of_block[-1], side="right")
-        return min(int(at), len(self._places) - 1)
-
-    def _count(self, index: int, block: Region, classes: int) -> NDArray[np.int64]:
-        found = np.bincount(self._read(index, block).ravel(), minlength=256)
-        if found[classes:IGNORE].any():
-            wrong = classes + int(np.flatnonzero(found[classes:IGNORE])[0])
-            raise BadRequest(
-                f"labels hold the class {wrong} in {block}, but classes (={classes}) end before it;"
-                f" give --classes {wrong + 1}, --ignore {wrong}, or another target"
-            )
-        return found[:classes]
+        return min(int(at), len(self.table) - 1)
 
 
 def _only(voxel: Shape) -> Region:
@@ -189,24 +201,51 @@ def _check_classes(labels: NDArray[np.generic], ignore: int | None, region: Regi
         )
 
 
-def blocks(shape: Shape, chunks: Shape, region: Region) -> Iterator[Region]:
-    """Yield the parts of a region that lie in one block of chunks each, of about a million voxels.
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The parts of a region that lie in one block of chunks each, of about a million voxels.
 
-    >>> [str(b) for b in blocks((4000, 700), (512, 700), Region((100, 0), (2000, 700)))]
-    ['100:1024,0:700', '1024:2000,0:700']
+    >>> whole = Blocks.of((4000, 700), (512, 700), Region((100, 0), (2000, 700)))
+    >>> len(whole), [str(block) for block in whole]
+    (2, ['100:1024,0:700', '1024:2000,0:700'])
     """
-    size = list(chunks)
-    while math.prod(size) < 2**19:
-        grow = [axis for axis, n in enumerate(shape) if size[axis] < n]
-        if not grow:
-            break
-        axis = min(grow, key=lambda a: size[a])
-        size[axis] *= 2
-    low = tuple(a // n for a, n in zip(region.start, size, strict=True))
-    stop = tuple(-(-b // n) for b, n in zip(region.stop, size, strict=True))
-    counts = tuple(b - a for a, b in zip(low, stop, strict=True))
-    for tile in TileGrid(counts, (1,) * len(counts)):
-        place = tuple(a + n for a, n in zip(tile.write.start, low, strict=True))
-        start = tuple(p * n for p, n in zip(place, size, strict=True))
-        block = Region(start, tuple(a + n for a, n in zip(start, size, strict=True)))
-        yield block.intersect(region)
+
+    region: Region
+    size: Shape
+    """Voxels of a block: whole chunks."""
+
+    @classmethod
+    def of(cls, shape: Shape, chunks: Shape, region: Region) -> Blocks:
+        """Return the blocks of a region of a volume of this shape."""
+        size = list(chunks)
+        while math.prod(size) < 2**19:
+            grow = [axis for axis, n in enumerate(shape) if size[axis] < n]
+            if not grow:
+                break
+            axis = min(grow, key=lambda a: size[a])
+            size[axis] *= 2
+        return cls(region, tuple(size))
+
+    @property
+    def _first(self) -> Shape:
+        return tuple(a // n for a, n in zip(self.region.start, self.size, strict=True))
+
+    @property
+    def _counts(self) -> Shape:
+        ends = zip(self._first, self.region.stop, self.size, strict=True)
+        return tuple(-(-b // n) - a for a, b, n in ends)
+
+    def __len__(self) -> int:
+        return math.prod(self._counts)
+
+    def __getitem__(self, number: int) -> Region:
+        if not 0 <= number < len(self):
+            raise IndexError(f"block (={number}) must lie in 0:{len(self)}")
+        place = np.unravel_index(number, self._counts)
+        ends = zip(place, self._first, self.size, strict=True)
+        start = tuple((int(p) + a) * n for p, a, n in ends)
+        stop = tuple(a + n for a, n in zip(start, self.size, strict=True))
+        return Region(start, stop).intersect(self.region)
+
+    def __iter__(self) -> Iterator[Region]:
+        return (self[number] for number in range(len(self)))

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tilepipe.checkpoint import save_whole
 from tilepipe.errors import BadRequest
 from tilepipe.losses import LOSSES
+from tilepipe.model import tensors_of
 from tilepipe.predict import keep_memory
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-FREE = ("steps", "minutes", "patience", "loaders", "cache", "device")
+FREE = ("steps", "minutes", "patience", "loaders", "device")
 """What may be asked anew of a training that goes on."""
 
 
@@ -72,13 +73,15 @@ class Learner:
         self._run = self.network
         if team.ranks > 1:
             places = [device.index] if device.type == "cuda" else None
-            self._run = nn.parallel.DistributedDataParallel(self.network, device_ids=places)
+            self._run = nn.parallel.DistributedDataParallel(
+                self.network, device_ids=places, find_unused_parameters=recipe.network is not None
+            )
         if recipe.compile:
             self._run = cast("nn.Module", torch.compile(self._run))
         self._loss = LOSSES[recipe.loss_name]
-        self._inner = tuple(
-            slice(s, s + n) for s, n in zip(study.frame.skip, study.frame.answer, strict=True)
-        )
+        frame = study.frame
+        inner = [slice(s, s + n) for s, n in zip(frame.skip, frame.answer, strict=True)]
+        self._inner = (slice(None), slice(None), *inner)
         if device.type == "cpu":
             keep_memory()
 
@@ -119,14 +122,14 @@ class Learner:
             image_BCS = image_BCS.contiguous(memory_format=torch.channels_last)
         kind = PRECISIONS[self._recipe.precision]
         with torch.autocast(self._device.type, kind, enabled=kind != torch.float32):
-            logits_BCS = self._run(image_BCS)
-        return self._loss(logits_BCS[(..., *self._inner)], truth_BS, weights=weights_BS)
+            logits_BCS = tensors_of(self._run(image_BCS))[0]
+        return self._loss(logits_BCS[self._inner], truth_BS, weights=weights_BS)
 
     def predict(self, image_BCS: Tensor) -> Tensor:
         """Return what the saved weights answer for a batch of patches, on the CPU."""
         kept = self.kept.eval()
         with torch.inference_mode():
-            answer: Tensor = kept(self._send(image_BCS))[(..., *self._inner)].float().cpu()
+            answer = tensors_of(kept(self._send(image_BCS)))[0][self._inner].float().cpu()
         self.network.train()
         return answer
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,11 @@ import numpy as np
 import zarr
 
 from tilepipe.augment import NONE, Augmentation
-from tilepipe.census import Census, Kind, Labels, blocks
+from tilepipe.census import Blocks, Census, Kind, Labels
 from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Region, Shape
 from tilepipe.instances import label_components
-from tilepipe.normalize import parse, resolve
+from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.patches import Frame, Learning, Pair, Patches
 from tilepipe.slices import outside, parse_region
 from tilepipe.targets import balance_weights, class_count
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tilepipe.cache import ChunkCache
-    from tilepipe.normalize import Normalization
     from tilepipe.recipe import Recipe
 
     Scan = Callable[[str, int, int], None]
@@ -114,11 +114,15 @@ def open_material(
     regions, held_out = [], []
     for number, (image, _) in enumerate(opened):
         held = _held_out(image, recipe, bool(apart))
-        learned = [
+        asked = [
             parse_region(text, image.shape, name="train_region") for text in recipe.train_region
-        ] or [Region.whole(image.shape)]
-        for hole in held:
-            learned = [part for box in learned for part in outside(box, hole)]
+        ]
+        learned: list[Region] = []
+        for box in asked or [Region.whole(image.shape)]:
+            fresh = [box]
+            for hole in (*held, *learned):  # each voxel once
+                fresh = [part for piece in fresh for part in outside(piece, hole)]
+            learned += fresh
         if not learned:
             raise BadRequest(
                 f"val_region (={','.join(recipe.val_region)}) leaves nothing of"
@@ -229,7 +233,7 @@ def _copy(image: Volume, region: Region, normalization: Normalization, place: Pa
         dimension_names=("c", *image.axes),
         overwrite=True,
     )
-    for block in blocks(image.shape, image.chunks, region):
+    for block in Blocks.of(image.shape, image.chunks, region):
         inside = (slice(None), *block.within(region.start))
         array[inside] = normalization.apply(image.read(block))
 
@@ -244,21 +248,26 @@ def count(
     recipe: Recipe,
     axes: int,
     cache: ChunkCache,
+    *,
+    table: Path | None = None,
     scanned: Scan | None = None,
 ) -> Census:
-    """Read all labels of the training regions once, through the cache, and count their classes."""
+    """Read all labels of the training regions once, through the cache, and count their classes.
+
+    ``table`` holds the counts of an earlier run of the same training; they are not read again.
+    """
     wanted = class_count(recipe.target)
     most = None if wanted is None else max(wanted, 2)
     if recipe.target == "classes" and recipe.classes is not None:
         most = max(recipe.classes, 2)
     block = max(
-        next(blocks(image.shape, image.chunks, region)).size * _bytes_per_voxel(image, labels)
+        Blocks.of(image.shape, image.chunks, region)[0].size * _bytes_per_voxel(image, labels)
         for image, labels, regions in zip(
             material.images, material.labels, material.regions, strict=True
         )
         for region in regions
     )
-    return Census(
+    census = Census(
         [
             Labels(
                 cache.open(labels),
@@ -271,12 +280,16 @@ def count(
             )
         ],
         kind_of(recipe, axes),
-        classes=1 if recipe.target == "values" else most,
         balance=recipe.balance,
         kept=max(1, recipe.cache // (4 * block)),
         seed=recipe.seed,
-        progress=_named(scanned, "labels"),
     )
+    if table is not None and table.is_file():
+        census.take(np.load(table, allow_pickle=False))
+    else:
+        classes = 1 if recipe.target == "values" else most
+        census.count(classes=classes, progress=_named(scanned, "labels"))
+    return census
 
 
 def _named(scanned: Scan | None, what: str) -> Callable[[int, int], None] | None:
@@ -298,7 +311,7 @@ def make_patches(
     scanned: Scan | None = None,
 ) -> Patches:
     """Return the samples of a training; what they need beside the volumes goes to ``folder``."""
-    rule, axes, pairs = parse(recipe.normalize), len(frame.answer), []
+    axes, pairs = len(frame.answer), []
     for number, (image, labels, said) in enumerate(
         zip(material.images, material.labels, census.labels, strict=True)
     ):
@@ -311,7 +324,7 @@ def make_patches(
                 said.volume,
                 said.mask,
                 objects,
-                resolve(rule, image, _named(scanned, "grey values")),
+                _normalization(image, recipe, folder / f"grey-{number}.json", scanned),
                 material.regions[number],
             )
         )
@@ -325,6 +338,18 @@ def make_patches(
         augmentation=augmentation(recipe, frame.answer),
     )
     return Patches(pairs, census, frame=frame, learning=learning, seed=recipe.seed)
+
+
+def _normalization(
+    image: Volume, recipe: Recipe, place: Path, scanned: Scan | None
+) -> Normalization:
+    """Return the normalization of an image, which is read for it once in a training."""
+    if place.is_file():
+        said = json.loads(place.read_text())
+        return Normalization(tuple(said["center"]), tuple(said["scale"]))
+    found = resolve(parse(recipe.normalize), image, _named(scanned, "grey values"))
+    place.write_text(json.dumps(asdict(found)))
+    return found
 
 
 def augmentation(recipe: Recipe, patch: Shape) -> Augmentation:

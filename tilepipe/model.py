@@ -46,19 +46,20 @@ class _Head(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Return output number ``head``, counted through nested tuples, lists and dicts."""
-        outputs = list(_tensors(self.network(image)))
+        outputs = list(tensors_of(self.network(image)))
         if self.head >= len(outputs):
             raise IndexError(f"head (={self.head}) must be below the {len(outputs)} outputs")
         return outputs[self.head]
 
 
-def _tensors(value: object) -> list[torch.Tensor]:
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """Return the tensors that a network gives, counted through nested tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors_of(item)]
     return []
 
 
@@ -140,7 +141,7 @@ class Model:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 chosen = cast("_Head", self.module if self._on_cpu else self.on_meta())
-                outputs = _tensors(chosen.network(image))
+                outputs = tensors_of(chosen.network(image))
         except NotImplementedError:
             if self._on_cpu or self.exportable:
                 raise

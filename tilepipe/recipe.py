@@ -158,10 +158,9 @@ class Recipe:
                 f"loss (={self.loss}) does not fit target (={self.target}): values need l1 or l2,"
                 " classes cross-entropy, dice or both"
             )
-        if self.target == "values" and (self.balance or self.class_weights or self.weight_map):
-            raise BadRequest(
-                "target (=values) has no classes: leave out balance, class_weights, weight_map"
-            )
+        for_classes = ("classes", "balance", "class_weights", "weight_map")
+        if self.target == "values" and (named := [n for n in for_classes if getattr(self, n)]):
+            raise BadRequest(f"target (=values) has no classes: leave out {', '.join(named)}")
 
     @property
     def loss_name(self) -> str:

@@ -122,8 +122,14 @@ def prepare(
     if not 2 <= axes <= len(image.axes):
         raise BadRequest(f"ndim (={axes}) must be 2, or 3 for a volume; axes are {image.axes}")
     patch = default_patch(recipe, axes)
+    if recipe.patience and not material.held_out_voxels:
+        raise BadRequest(
+            f"patience (={recipe.patience}) needs validations; hold something out with --val-region"
+        )
     cache = ChunkCache(recipe.cache)
-    census = count(material, recipe, axes, cache, scanned)
+    table = folder / "counts.npy"
+    earlier = table if resume or not first else None
+    census = count(material, recipe, axes, cache, table=earlier, scanned=scanned)
     if recipe.target != "values" and sum(n > 0 for n in census.counts) == 1:
         raise BadRequest(
             f"labels hold the class {int(np.argmax(census.counts))} alone, in all voxels to learn"
@@ -154,6 +160,7 @@ def prepare(
     frame = frame_of(profile, patch)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
+        np.save(table, census.table)
     patches = make_patches(
         material, census, recipe, frame, folder=folder, cache=cache, scanned=scanned
     )

@@ -34,13 +34,13 @@ class Team:
         if self.ranks > 1:
             torch.distributed.barrier()
 
-    def agree(self, value: float) -> float:
-        """Return the value of the first process, in every one."""
+    def agree(self, *values: float) -> tuple[float, ...]:
+        """Return the values of the first process, in every one."""
         if self.ranks == 1:
-            return value
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return values
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.broadcast(shared, 0)
-        return float(shared)
+        return tuple(shared.tolist())
 
 
 def is_first() -> bool:

@@ -24,7 +24,7 @@ from tilepipe.material import open_material
 from tilepipe.stop import stopping
 from tilepipe.study import cores, prepare
 from tilepipe.team import is_first, joined
-from tilepipe.trainlog import TrainLog, write_preview
+from tilepipe.trainlog import TrainLog, check_tensorboard, write_preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +42,7 @@ VALIDATIONS = 20
 """Validations of a training that does not say how many."""
 LEFT = (
     *("log.csv", "state.pt", "last.pt", "tensorboard", "held-out-*.zarr", "objects-*.zarr"),
+    *("counts.npy", "grey-*.json"),
     *("objects-*.partial", "state.pt.*.partial", "last.pt.*.partial"),
 )
 """What a training leaves in its folder."""
@@ -107,6 +108,8 @@ def train(
     output = Path(output)
     folder = Path(f"{output}.training" if folder is None else folder)
     preview = None if preview is None else Path(preview)
+    if tensorboard:
+        check_tensorboard()
     if is_first():
         _check_place(output, folder, recipe, resume=resume, overwrite=overwrite)
         if preview is not None and not (preview.suffix == ".png" and preview.parent.is_dir()):
@@ -175,16 +178,22 @@ def _loop(
         learner.save(folder / "state.pt")
         return score
 
+    def mean_loss() -> float:
+        """Return the mean of the losses since the last report; one that is not finite ends it."""
+        loss = float(torch.stack(losses).mean()) if losses else math.nan
+        if losses and not math.isfinite(loss):
+            raise BadRequest(
+                f"the loss became {loss} at step {state.step}; take a smaller --lr than"
+                f" {recipe.highest_lr:g}, or --clip, and look at the patches with --preview;"
+                f" {output} is the best until then"
+            )
+        return loss
+
     def report_now(score: Score | None) -> Progress:
         nonlocal told, told_at, waited, losses
         now = time.perf_counter()
         state.seconds = earlier + now - begun
-        loss = float(torch.stack(losses).mean()) if losses else math.nan
-        if losses and not math.isfinite(loss):
-            raise BadRequest(
-                f"lr (={recipe.highest_lr}) let the loss become {loss} at step {state.step}; take"
-                f" a smaller one, or --clip; {output} is the best until then"
-            )
+        loss = mean_loss()
         made = Progress(
             step=state.step,
             done=done,
@@ -210,11 +219,12 @@ def _loop(
         report = report_now(validation())  # what cannot work is known before the first step
         told_at = time.perf_counter()
     learner.use_threads(cores(recipe))
-    while done < 1:
+    while done < 1 and not (recipe.patience and team.agree(state.worse)[0] >= recipe.patience):
         lr = rate(recipe, _done(recipe, state.step + 1, state.seconds))
         losses.append(learner.step(batches, lr))
         state.seconds = earlier + time.perf_counter() - begun
-        before, done = done, team.agree(_done(recipe, state.step, state.seconds))
+        before = done
+        done, asked = team.agree(_done(recipe, state.step, state.seconds), stop.asked)
         due = (
             state.step % recipe.validate_every == 0
             if recipe.validate_every
@@ -227,12 +237,11 @@ def _loop(
             told_at = time.perf_counter()
         elif state.step % TOLD == 0:
             report = report_now(None)
-        if team.agree(float(stop.asked)):
+        if asked:
+            mean_loss()  # what is not finite is not saved
             if team.first:
                 learner.save(folder / "state.pt")
             raise KeyboardInterrupt("interrupted; run the same command with --resume to go on")
-        if recipe.patience and team.agree(float(state.worse)) >= recipe.patience:
-            break
     return report or report_now(None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,19 +46,15 @@ class TrainLog:
         kept = []
         if step and self._path.exists():
             with self._path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                kept = [row for row in csv.DictReader(file) if _is_before(row, step)]
         self._file = self._path.open("w", newline="")
         self._rows = csv.DictWriter(self._file, COLUMNS)
         self._rows.writeheader()
         self._rows.writerows(kept)
         self._file.flush()
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise BadRequest(
-                    "tensorboard is not installed; pip install 'tilepipe[tensorboard]'"
-                ) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step)
 
     def write(self, report: Progress) -> None:
@@ -83,6 +80,19 @@ class TrainLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def check_tensorboard() -> None:
+    """Refuse to begin where TensorBoard is asked for and not there."""
+    if find_spec("tensorboard") is None:
+        raise BadRequest(
+            "tensorboard is not installed; pip install 'tilepipe[tensorboard]', or leave it out"
+        )
+
+
+def _is_before(row: dict[str, str], step: int) -> bool:
+    """Whether a row is whole and of a step that is not done anew."""
+    return None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step
 
 
 def _short(value: float | None) -> str:

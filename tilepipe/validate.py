@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilepipe.census import blocks
+from tilepipe.census import Blocks
 from tilepipe.errors import BadRequest
 from tilepipe.segment import segment
 from tilepipe.targets import IGNORE
@@ -71,7 +71,7 @@ def validate(
         if report.failures:
             raise RuntimeError(f"validation failed: {report.failures[0].cause}")
         answer = open_volume(place)
-        for block in blocks(held.labels.shape, held.labels.chunks, held.region):
+        for block in Blocks.of(held.labels.shape, held.labels.chunks, held.region):
             found = answer.read(block.shift([-n for n in held.region.start]))
             if kind.target == "values":
                 wanted = held.labels.read(block).astype(np.float64)
