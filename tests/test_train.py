@@ -23,7 +23,6 @@ from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.learner import rate
 from tilepipe.material import open_material
-from tilepipe.material import open_material
 from tilepipe.model import load_model
 from tilepipe.options import Options
 from tilepipe.recipe import CHOICES, Recipe
@@ -454,7 +453,8 @@ def test_patience_ends_a_training_and_goes_on_nowhere(
     hopeless = {**SMALL, "lr": 1e-12, "steps": 50, "validate_every": 2, "patience": 2}
     recipe = Recipe(**hopeless)  # type: ignore[arg-type]
     assert train([pair], output=tmp_path / "u.pt", recipe=recipe).step == 4
-    (tmp_path / "u.pt.training" / "log.csv").open("a").write("5,7")  # as a full disk leaves it
+    with (tmp_path / "u.pt.training" / "log.csv").open("a") as file:
+        file.write("5,7")  # as a full disk leaves it
     assert train([pair], output=tmp_path / "u.pt", recipe=recipe, resume=True).step == 4
     assert [row["step"] for row in log_of(tmp_path / "u.pt")][:3] == ["0", "2", "2"]
 
