@@ -113,19 +113,31 @@ def describe_volume(volume: Volume) -> str:
 
 def describe_report(report: Report) -> str:
     """Return how a segmentation went."""
+    shard = "" if report.shard is None else f"shard {report.shard}: "
+    whole = [] if report.shard is None else [_whole(report)]
     if not report.done and not report.failures:
-        return f"all {report.tiles} tiles were done before; nothing was left to do"
+        nothing = f"all {report.tiles} tiles were done before; nothing was left to do"
+        return "\n".join([shard + nothing, *whole])
     rate = report.voxels / max(report.seconds, 1e-9) / 1e6
     lines = [
-        f"{report.before + report.done} of {report.tiles} tiles done"
+        f"{shard}{report.before + report.done} of {report.tiles} tiles done"
         + (f", {report.before} of them before" if report.before else "")
-        + f"; {report.voxels / 1e6:.4g} megavoxels in {report.seconds:.1f} s ({rate:.3g} per s)"
+        + (f", {report.retries} tried again" if report.retries else "")
+        + f"; {report.voxels / 1e6:.4g} megavoxels in {report.seconds:.1f} s ({rate:.3g} per s)",
+        *whole,
     ]
     if report.done:
         busy = report.read_seconds, report.compute_seconds, report.write_seconds
-        lines.append(
-            "seconds in tiles: {:.1f} reading, {:.1f} computing, {:.1f} writing".format(*busy)
-        )
+        lines += [
+            "seconds in tiles: {:.1f} reading, {:.1f} computing, {:.1f} writing".format(*busy),
+            describe_devices(
+                len(report.workers),
+                seconds=report.device_seconds,
+                computing=report.compute_seconds,
+                starved=report.starved_seconds,
+                voxels=report.voxels,
+            ),
+        ]
     if report.nonfinite:
         lines.append(f"{report.nonfinite} values of the source are NaN or infinite: taken as 0")
     if report.narrowed:
@@ -141,6 +153,31 @@ def describe_report(report: Report) -> str:
         if len(report.failures) > 20:
             lines.append(f"  and {len(report.failures) - 20} more, in the output's ledger")
     return "\n".join(lines)
+
+
+def _whole(report: Report) -> str:
+    """Return how far the whole is that a shard belongs to."""
+    if not report.unfinished:
+        return "all shards are done: the output is whole"
+    left = counted(report.unfinished, "tile")
+    return f"{left} of the output not done yet; the last task, or a later call, ends it"
+
+
+def describe_devices(
+    workers: int, *, seconds: float, computing: float, starved: float, voxels: int
+) -> str:
+    """Return what the devices of some workers did in the seconds that they were held.
+
+    >>> describe_devices(2, seconds=7200, computing=6480, starved=360, voxels=14_400_000_000)
+    '2 device hours on 2 workers, 2 megavoxels/s each; 90% computing, 5% waiting for data'
+    """
+    held = max(seconds, computing, 1e-9)
+    waiting = min(starved / held, 1 - computing / held)
+    return (
+        f"{held / 3600:.3g} device hours on {counted(workers, 'worker')},"
+        f" {voxels / held / 1e6:.3g} megavoxels/s each; {computing / held:.0%} computing,"
+        f" {waiting:.0%} waiting for data"
+    )
 
 
 def describe_scores(scores: Scores) -> str:

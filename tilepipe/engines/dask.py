@@ -12,7 +12,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -152,8 +152,7 @@ class _Tiles:
         """Return what became of a tile, None where it is to be tried again."""
         self._on_trial.discard(index)
         if isinstance(outcome, TileResult):
-            del self._attempts[index]
-            return outcome
+            return replace(outcome, attempts=self._attempts.pop(index))
         if self._attempts[index] > self._retries:
             return TileFailure(index, outcome.cause, self._attempts.pop(index))
         (self._suspects if outcome.lost else self._failed).append(index)
