@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.commands import ROOT, WAIT, until
+from tests.commands import ROOT, until
 from tests.support import noise, write_unet, write_volume
 from tilepipe import claim
 from tilepipe.claim import Claim, Owner, living
@@ -28,25 +28,78 @@ from tilepipe.segment import plan_segment, segment
 from tilepipe.target import LEDGER, read_attributes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
 EDGE, TILES, TASKS = 64, 36, 3
 SIZES = ("--tile", "64,64", "--chunks", "64,64", "--threads", "1", "--engine", "serial")
 OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1)
-SLOWLY = """
-import sys, time
+FORKING = """
+import json, os, sys, time
+import torch
+import tilepipe.describe, tilepipe.segment
 from tilepipe import worker
 from tilepipe.cli import main
 
+torch.set_num_threads(1)
 process = worker.Worker._process
-def slowly(self, index, times):
-    time.sleep(float(sys.argv[1]))
-    return process(self, index, times)
-worker.Worker._process = slowly
-main(sys.argv[2:])
+for line in sys.stdin:
+    arguments, log, free, gate = json.loads(line)
+    pid = os.fork() if arguments else 0
+    if not arguments:
+        print(os.waitstatus_to_exitcode(os.waitpid(int(log), 0)[1]), flush=True)
+    elif pid:
+        print(pid, flush=True)
+    else:
+        begun = []
+        def gated(self, index, times):
+            begun.append(index)
+            while len(begun) > free and not os.path.exists(gate):
+                time.sleep(0.01)
+            return process(self, index, times)
+        worker.Worker._process = gated
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        try:
+            main(arguments)
+        except SystemExit as ending:
+            sys.stdout.flush()
+            os._exit(ending.code or 0)
 """
-"""The command line with tiles that take a while."""
+"""The command line in processes that wait, after so many free tiles, until a file is there."""
+
+
+class Tasks:
+    """Starts tasks of arrays, at once, and waits for them."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+        self.server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", FORKING],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+
+    def _ask(self, *request: object) -> int:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, target: Path, shard: str, *, free: int) -> int:
+        """Start a task that waits, after so many tiles, for the file ``gate`` beside its target."""
+        command = ["segment", str(self.made / "v.zarr"), "--model", str(self.made / "net.pt")]
+        command += ["-o", str(target), "--shard", shard, *SIZES]
+        log = target.with_name("log-" + shard.replace("/", "-"))
+        return self._ask(command, str(log), free, str(target.with_name("gate")))
+
+    def end(self, pid: int) -> int:
+        """Return the exit code of a task."""
+        return self._ask([], str(pid), 0, "")
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +140,13 @@ def check_whole(made: Path, target: Path) -> None:
     assert (ledger.done, ledger.tiles, ledger.failures) == (TILES, TILES, [])
 
 
-def task(made: Path, target: Path, shard: str, *, seconds: float) -> subprocess.Popen[str]:
-    """Start a task of an array by the command line; each tile takes so long."""
-    where = ("--model", str(made / "net.pt"), "-o", str(target), "--shard", shard)
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SLOWLY, str(seconds), "segment",
-         str(made / "v.zarr"), *where, *SIZES],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def ends(tasks: Sequence[subprocess.Popen[str]]) -> list[str]:
-    """Wait for tasks; return what they said, those that failed marked."""
-    said = [task.communicate(timeout=WAIT)[0] for task in tasks]
-    return [f"{task.returncode}\n{text}" for task, text in zip(tasks, said, strict=True)]
+@pytest.fixture(scope="module")
+def tasks(made: Path) -> Iterator[Tasks]:
+    started = Tasks(made)
+    with started.server as server:
+        yield started
+        assert server.stdin is not None
+        server.stdin.close()
 
 
 @settings(max_examples=60, derandomize=True)
@@ -153,36 +198,44 @@ def test_an_array_goes_on_with_what_a_run_has_begun(made: Path, tmp_path: Path) 
     check_whole(made, target)
 
 
-def test_tasks_at_once_one_killed_and_the_last_ends_it(made: Path, tmp_path: Path) -> None:
+def test_tasks_at_once_one_killed_and_the_last_ends_it(
+    tasks: Tasks, made: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "o"
-    tasks = [task(made, target, f"{n}/{TASKS}", seconds=0.3) for n in (1, 2, 3)]
-    path = target / LEDGER / "done-2"
-    until(lambda: path.exists() and path.stat().st_size >= 2 * 13)
+    pids = [tasks.start(target, f"{n}/3", free=2) for n in (1, 2, 3)]
+    until(lambda: all(marked(target, n) == 2 for n in (1, 2, 3)))
     with pytest.raises(BadRequest, match=r"is being written by another run \(shard 2/3, host"):
-        run(made, target, shard=Shard(2, TASKS))
+        Ledger.open(target, shard=Shard(2, TASKS))
     with pytest.raises(BadRequest, match=r"is being written by another run \(shard ./3, host"):
-        run(made, target)
-    tasks[1].send_signal(signal.SIGKILL)
-    said = ends(tasks)
-    assert said[1].startswith("-9")
-    assert [text[0] for text in (said[0], said[2])] == ["0", "0"], said
-    assert "shard 2/3 died: its tiles are done here" in said[0] + said[2]
-    assert "all shards are done: the output is whole" in said[0] + said[2]
+        Ledger.open(target)
+    again = tasks.start(target, "2/3", free=0)
+    assert tasks.end(again) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    assert tasks.end(pids[1]) == -signal.SIGKILL
+    (tmp_path / "gate").touch()
+    assert [tasks.end(pids[n]) for n in (0, 2)] == [0, 0]
+    said = "".join((tmp_path / f"log-{n}-3").read_text() for n in (1, 3))
+    assert said.count("shard 2/3 died: its tiles are done here") == 1
+    assert "all shards are done: the output is whole" in said
     check_whole(made, target)
-    begun = [said[n].count("of 36 done") for n in (0, 2)]
-    assert begun == [0, 0]
 
 
-def test_all_killed_and_a_later_call_ends_it(made: Path, tmp_path: Path) -> None:
+def test_all_killed_and_a_later_call_ends_it(tasks: Tasks, made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
-    tasks = [task(made, target, f"{n}/2", seconds=0.3) for n in (1, 2)]
-    until(lambda: all((target / LEDGER / f"done-{n}").exists() for n in (1, 2)))
-    for process in tasks:
-        process.send_signal(signal.SIGKILL)
-    assert all(text.startswith("-9") for text in ends(tasks))
+    pids = [tasks.start(target, f"{n}/2", free=n) for n in (1, 2)]
+    until(lambda: all(marked(target, n) == n for n in (1, 2)))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        assert tasks.end(pid) == -signal.SIGKILL
     report = run(made, target, shard=Shard(2, 2))  # and what the first has left
-    assert (report.adopted, report.unfinished) == ([1], 0)
+    assert (report.done, report.adopted, report.unfinished) == (TILES - 3, [1], 0)
     check_whole(made, target)
+
+
+def marked(target: Path, number: int) -> int:
+    """Return how many tiles a task has entered."""
+    path = target / LEDGER / f"done-{number}"
+    return path.stat().st_size // 13 if path.exists() else 0
 
 
 @pytest.mark.parametrize("more", [{"overwrite": True}, {"scheduler": "tcp://127.0.0.1:1"}])

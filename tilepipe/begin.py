@@ -18,6 +18,7 @@ from tilepipe.ledger import (
     claimed_first,
     is_begun,
     is_claimed,
+    lay_plan,
 )
 from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.target import (
@@ -139,7 +140,11 @@ def open_ledger(
     """Open the ledger of the earlier run, or create the target and a new one."""
     there = earlier is not None or shard is not None
     opened = Ledger.open(made.target, shard=shard) if there else None
-    return opened or _begin(made, claimed(made.target), overwrite=overwrite)
+    if opened is not None:
+        return opened
+    claim = claimed(made.target)
+    content = _begin(made, claim, overwrite=overwrite)
+    return Ledger(Path(made.target) / LEDGER, content, tiles=len(made.grid), claim=claim)
 
 
 def agree(
@@ -168,8 +173,8 @@ def agree(
             raise BadRequest(short)
         claim = claimed_first(target, shard)
         if claim is not None:
-            with closing(_begin(made, claim, overwrite=False, scanned=scanned)):
-                pass
+            with closing(claim):
+                _begin(made, claim, overwrite=False, scanned=scanned)
 
 
 def _begin(
@@ -178,18 +183,18 @@ def _begin(
     *,
     overwrite: bool,
     scanned: Callable[[int, int], None] | None = None,
-) -> Ledger:
-    """Create the target that was claimed, and its ledger; nothing is left where that fails."""
+) -> dict[str, object]:
+    """Create the target that was claimed and return its plan; nothing is left where that fails."""
     try:
         made = normalized(made, None, scanned)
         _create(made, overwrite=overwrite)
         assert made.normalization is not None
-        content = {
+        content: dict[str, object] = {
             "identity": made.identity(),
             "normalization": asdict(made.normalization),
             "plan": made.asdict(),
         }
-        ledger = Ledger.create(made.target, content, tiles=len(made.grid), claim=claim)
+        content = lay_plan(made.target, content, tiles=len(made.grid))
         update_attributes(made.target, {"state": "started"})
     except BaseException:
         claim.close()
@@ -197,7 +202,7 @@ def _begin(
             (Path(made.target) / LEDGER).rmdir()
             Path(made.target).rmdir()
         raise
-    return ledger
+    return content
 
 
 def _create(made: Plan, *, overwrite: bool) -> None:

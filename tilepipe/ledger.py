@@ -98,15 +98,12 @@ class Ledger:
         process writes it.
         """
         claim = claim or claimed(target)
-        folder = Path(target) / LEDGER
-        content = {**plan, "tiles": tiles}
         try:
-            _forget(folder)  # before the plan: no tile of another may ever seem to be of this one
-            _replace(folder / "plan.json", content)
+            content = lay_plan(target, plan, tiles=tiles)
         except BaseException:
             claim.close()
             raise
-        return cls(folder, content, tiles=tiles, claim=claim)
+        return cls(Path(target) / LEDGER, content, tiles=tiles, claim=claim)
 
     @classmethod
     def open(
@@ -234,6 +231,17 @@ class Ledger:
         self.close()
 
 
+def lay_plan(target: str | Path, plan: Mapping[str, object], *, tiles: int) -> dict[str, object]:
+    """Begin the ledger of a target that is claimed, and return its plan."""
+    folder = Path(target) / LEDGER
+    content = {**plan, "tiles": tiles}
+    for path in folder.iterdir():
+        if not path.name.startswith(("lock", "plan.json")):
+            path.unlink()  # before the plan: no tile of another may ever seem to be of this one
+    _replace(folder / "plan.json", content)
+    return content
+
+
 def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
     """Claim a target, be it to create it; with a shard, that part of the work on it.
 
@@ -304,12 +312,6 @@ def _held(target: str | Path, owner: Owner) -> BadRequest:
         f"output (={target}) is being written by another run ({owner}); wait for it or name"
         " another output"
     )
-
-
-def _forget(folder: Path) -> None:
-    for path in folder.iterdir():
-        if not path.name.startswith(("lock", "plan.json")):
-            path.unlink()
 
 
 def _read_done(path: Path, finished: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int:
