@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = 10
 """Seconds in which a scheduler must answer, and after which missing workers are spoken of."""
-POLL = 0.01
-"""Seconds between two looks at what has ended."""
+POLL = 0.0005, 0.05
+"""Seconds between two looks at what has ended: just after a tile did, and at most."""
 GONE = "the scheduler is gone; start one and run again to go on"
 SETTINGS = {
     # Long calls into the network may hold the interpreter: a silent worker is not a dead one.
@@ -52,6 +52,7 @@ SETTINGS = {
     # Tiles are tried again by us: a bad one would kill this many workers more at each attempt.
     "distributed.scheduler.allowed-failures": 0,
     "distributed.admin.tick.limit": "1h",
+    "distributed.admin.low-level-log-length": 1000,  # or memory grows until 100,000 tiles
     "distributed.worker.multiprocessing-method": "spawn",  # never fork after Zarr was used
 }
 
@@ -171,7 +172,7 @@ def run(
     plugin, name = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}"
     todo, window = _Tiles(tiles, retries), _Window(client)
     indices: dict[Future[TileResult | _Failed], int] = {}
-    finished = as_completed(loop=client.loop)
+    finished, pause = as_completed(loop=client.loop), POLL[0]
     try:
         _send(client, plugin)
         while True:
@@ -183,11 +184,12 @@ def run(
             if not indices:
                 return
             if not finished.has_ready():
-                time.sleep(POLL)
+                time.sleep(pause)
+                pause = min(1.5 * pause, POLL[1])
                 continue
-            for future in finished.next_batch(block=False):
+            pause = POLL[0]
+            for future, outcome in _outcomes(client, finished.next_batch(block=False)):
                 index = indices.pop(future)
-                outcome = _outcome(future)
                 future.release()
                 if isinstance(outcome, _Failed) and client.status != "running":
                     raise TileError(GONE)
@@ -211,6 +213,21 @@ def _send(client: Client, plugin: _Jobs) -> None:
             "scheduler must have workers with the same tilepipe as here; a worker cannot take the"
             f" job: {one_line(error)}"
         ) from error
+
+
+def _outcomes(
+    client: Client, ended: list[Future[TileResult | _Failed]]
+) -> list[tuple[Future[TileResult | _Failed], TileResult | _Failed]]:
+    """Return what became of tiles; all results are fetched at once, which saves most of the time."""
+    found = [future for future in ended if future.status == "finished"]
+    fetched: dict[Future[TileResult | _Failed], TileResult | _Failed] = {}
+    try:
+        fetched = dict(zip(found, client.gather(found), strict=True))
+    except Exception:  # of one of them; each is asked
+        log.info("results cannot be fetched together", exc_info=True)
+    return [
+        (future, fetched[future] if future in fetched else _outcome(future)) for future in ended
+    ]
 
 
 def _outcome(future: Future[TileResult | _Failed]) -> TileResult | _Failed:
