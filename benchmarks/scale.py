@@ -6,8 +6,6 @@ a process of its own.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import click
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from tilepipe.engines import TileFailure, TileResult
 
@@ -57,19 +55,19 @@ def run_engine(engine: str, tiles: int, workers: int) -> None:
     def follow(outcomes: Iterable[TileResult | TileFailure], ledger: Ledger) -> None:
         from tilepipe.engines import TileResult
 
-        began, first = time.perf_counter(), resident()
-        last, marked = began, 0
+        first, last, cpu, marked = resident(), time.perf_counter(), time.process_time(), 0
         for number, outcome in enumerate(outcomes, start=1):
             assert isinstance(outcome, TileResult)
             ledger.mark(outcome.index, outcome)
             if number in shown:
                 now = time.perf_counter()
                 rate = (number - marked) / (now - last)
+                busy = (time.process_time() - cpu) / (number - marked) * 1e3
                 click.echo(
-                    f"| {engine} | {number:,} | {rate:,.0f} | {1e3 / rate:.2f} |"
+                    f"| {engine} | {number:,} | {rate:,.0f} | {busy:.2f} |"
                     f" {resident():.0f} | {resident() - first:+.0f} |"
                 )
-                last, marked = now, number
+                last, cpu, marked = now, time.process_time(), number
 
     shown = {10**power for power in range(3, 9)} | {tiles}
     with tempfile.TemporaryDirectory() as folder:
@@ -84,9 +82,8 @@ def run_engine(engine: str, tiles: int, workers: int) -> None:
 
 def run_resume(tiles: int) -> None:
     """Open a half-done ledger and find the first tile that is left."""
-    from tilepipe.inspect import inspect
-    from tilepipe.ledger import Ledger
     from tilepipe.engines import TileResult
+    from tilepipe.ledger import Ledger
 
     with tempfile.TemporaryDirectory() as folder:
         with Ledger.create(folder, {}, tiles=tiles) as ledger:
@@ -99,25 +96,38 @@ def run_resume(tiles: int) -> None:
             assert sum(1 for _ in opened.remaining()) == tiles // 2
         click.echo(f"| resume | {tiles:,} | {time.perf_counter() - began:.2f} s |"
                    f" {resident() - before:+.0f} MB |")  # fmt: skip
-        kept = sorted((path.name, path.stat().st_size) for path in Path(folder, ".tilepipe").iterdir())
+        kept = sorted(
+            (path.name, path.stat().st_size) for path in Path(folder, ".tilepipe").iterdir()
+        )
         click.echo(f"files: {kept}")
 
 
 def run_plan(folder: Path) -> None:
     """Plan a petavoxel volume; imports and the first, small plan are not counted."""
+    import torch
     import zarr
 
     import tilepipe as tp
+    from tilepipe.checkpoint import save_checkpoint
+    from tilepipe.unet import UNet
 
-    before, began = resident(), time.perf_counter()
-    zarr.create_array(folder / "v.zarr", shape=(EDGE,) * 3, chunks=(128,) * 3, dtype="uint8",
-                      shards=(512,) * 3, dimension_names=list("zyx"))  # fmt: skip
-    for tile in ((512, 512, 512), None):
+    torch.set_num_threads(1)
+    shape: dict[str, object] = {"ndim": 3, "base": 16, "depth": 4}
+    save_checkpoint(folder / "net.pt", UNet(ndim=3, base=16, depth=4), architecture=shape,
+                    normalize="scale:0.004,0", labels=["one", "two"], provenance={})  # fmt: skip
+    for name, edge in (("s.zarr", 64), ("v.zarr", EDGE)):
+        zarr.create_array(folder / name, shape=(edge,) * 3, dtype="uint8", chunks=(64,) * 3,
+                          dimension_names=list("zyx"))  # fmt: skip
+    tp.plan(folder / "s.zarr", model=folder / "net.pt")  # imports what planning needs
+    click.echo(f"imports and a small plan: {resident():.0f} MB")
+    for tile in ((512,) * 3, None):
         options = tp.Options(tile=tile, memory=8_000_000_000, device="cpu")
         before, began = resident(), time.perf_counter()
         made = tp.plan(folder / "v.zarr", model=folder / "net.pt", options=options)
-        click.echo(f"| plan | {made.costs.tiles:,} | {time.perf_counter() - began:.2f} s |"
-                   f" {resident() - before:+.0f} MB | {made.costs.files:,} files | {made.sizes} |")  # fmt: skip
+        click.echo(
+            f"| {made.costs.tiles:,} | {made.sizes.tile} | {time.perf_counter() - began:.1f} |"
+            f" {resident() - before:+.0f} | {made.costs.files:,} | {made.sizes.shards} |"
+        )
 
 
 @click.command()

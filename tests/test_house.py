@@ -16,7 +16,7 @@ ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog", "loader",
     "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
-    "segment", "begin", "worker", "ledger", "claim", "progress", "engines", "plan", "tiling",
+    "segment", "begin", "worker", "ledger", "claim", "progress", "engines", "plan", "units", "tiling",
     "checks", "options", "cache", "slices", "normalize", "predict", "regions", "feed", "windows",
     "profile", "probe", "model", "checkpoint", "cost", "sweep", "compute", "transfer", "kernels",
     "rows", "network", "operations", "rules", "program", "unet", "losses", "targets", "augment",

@@ -13,6 +13,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -176,11 +177,14 @@ def run(
     try:
         _send(client, plugin)
         while True:
-            while len(indices) < window.size() and (index := todo.take(window.workers)) is not None:
-                key = (name, index, uuid4().hex[:8])
-                future = client.submit(process_tile, job.key, index, key=key, pure=False)
-                indices[future] = index
-                finished.add(future)
+            room, taken = window.size() - len(indices), list[int]()
+            while len(taken) < room and (index := todo.take(window.workers)) is not None:
+                taken.append(index)
+            if taken:  # in one message: each costs the scheduler as much as a tile
+                keys = [(name, index, uuid4().hex[:8]) for index in taken]
+                futures = client.map(partial(process_tile, job.key), taken, key=keys, pure=False)
+                indices.update(zip(futures, taken, strict=True))
+                finished.update(futures)
             if not indices:
                 return
             if not finished.has_ready():
@@ -218,7 +222,7 @@ def _send(client: Client, plugin: _Jobs) -> None:
 def _outcomes(
     client: Client, ended: list[Future[TileResult | _Failed]]
 ) -> list[tuple[Future[TileResult | _Failed], TileResult | _Failed]]:
-    """Return what became of tiles; all results are fetched at once, which saves most of the time."""
+    """Return what became of tiles; results are fetched together, which saves most of the time."""
     found = [future for future in ended if future.status == "finished"]
     fetched: dict[Future[TileResult | _Failed], TileResult | _Failed] = {}
     try:
