@@ -371,3 +371,6 @@ def test_progress_is_seen_from_elsewhere(made: Path, tmp_path: Path) -> None:
     run(made, target)
     values, text = inspect(target)
     assert values["done"] == 36
+    workers = values["workers"]
+    assert isinstance(workers, dict)
+    assert sum(worker["tiles"] for worker in workers.values()) == 36

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from tilepipe.model import Model
     from tilepipe.plan import Plan
     from tilepipe.profile import Profile
+    from tilepipe.progress import Progress
     from tilepipe.scores import Agreement, PartitionScores
     from tilepipe.segment import Report
     from tilepipe.study import Study
-    from tilepipe.train import Progress
+    from tilepipe.train import Progress as Training
     from tilepipe.volume import Volume
+
+WORKERS = 20
+"""Workers that are shown one by one."""
 
 
 def describe_plan(plan: Plan) -> str:
@@ -155,6 +159,65 @@ def describe_report(report: Report) -> str:
     return "\n".join(lines)
 
 
+def describe_live(progress: Progress, *, done: int, tiles: int, voxels: float) -> str:
+    """Return how a run goes by its logs; a tile has so many ``voxels`` on average."""
+    shares = progress.workers.values()
+    if not progress.workers:
+        return ""
+    ago = progress.now - max(share.ended for share in shares)
+    computed = sum(share.tiles for share in shares)
+    rows = [
+        (
+            "computed",
+            f"{counted(computed, 'tile')} in all runs, {progress.retries} tried again;"
+            f" the last {_duration(ago)} ago",
+        )
+    ]
+    if progress.rate and done < tiles:
+        left = (tiles - done) / progress.rate
+        rows.append(
+            (
+                "rate",
+                f"{progress.rate:.3g} tiles/s, {progress.rate * voxels / 1e6:.3g} megavoxels/s;"
+                f" about {_duration(left)} left",
+            )
+        )
+    told = describe_devices(
+        len(progress.workers),
+        seconds=sum(share.seconds for share in shares),
+        computing=sum(share.compute for share in shares),
+        starved=sum(share.starved for share in shares),
+        voxels=round(computed * voxels),
+    )
+    rows.append(("devices", told))
+    latest = sorted(progress.workers.items(), key=lambda item: -item[1].ended)
+    for name, share in latest[:WORKERS]:
+        rate = share.tiles * voxels / max(share.seconds, 1.0) / 1e6
+        rows.append(
+            (
+                "worker",
+                f"{name}: {counted(share.tiles, 'tile')}, {rate:.3g} megavoxels/s,"
+                f" the last {_duration(progress.now - share.ended)} ago",
+            )
+        )
+    if len(latest) > WORKERS:
+        rows.append(("", f"and {len(latest) - WORKERS} workers more: see --json"))
+    return _table(rows)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> _duration(42), _duration(125), _duration(7500), _duration(200_000)
+    ('42 s', '2 min', '2.1 h', '2.3 days')
+    """
+    if seconds < 100:
+        return f"{max(seconds, 0):.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
 def _whole(report: Report) -> str:
     """Return how far the whole is that a shard belongs to."""
     if not report.unfinished:
@@ -285,7 +348,7 @@ def describe_study(study: Study) -> str:
     )  # fmt: skip
 
 
-def describe_progress(report: Progress) -> str:
+def describe_progress(report: Training) -> str:
     """Return how a training goes, in a line."""
     begin = f"step {report.step} ({report.done:.0%})"
     if report.score is not None:
@@ -299,7 +362,7 @@ def describe_progress(report: Progress) -> str:
     )
 
 
-def describe_training(report: Progress, output: str) -> str:
+def describe_training(report: Training, output: str) -> str:
     """Return how a training went."""
     best = "" if report.best is None else f", best held-out score {report.best:.4f}"
     return (

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import zarr
 
 from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
@@ -22,7 +23,7 @@ from tilepipe.plan import whole_graph
 from tilepipe.predict import Predictor, keep_memory
 from tilepipe.regions import Regions, regions_of
 from tilepipe.target import open_target
-from tilepipe.tiling import SLOTS, block_rows
+from tilepipe.tiling import READS, SLOTS, block_rows
 from tilepipe.transfer import is_out_of_memory
 from tilepipe.volume import open_volume, read_mirrored, read_zero_padded
 from tilepipe.windows import Window, Windows, cut, read_box
@@ -80,6 +81,7 @@ class Worker:
         options = plan.options
         if plan.sizes.device == "cpu":
             keep_memory()
+        _bound_reads()
         self._plan = plan
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
         self._target = open_target(plan.target)
@@ -304,6 +306,17 @@ class Worker:
             place = (slice(None), *window.keep.within(part.write.start))
             answer[place] = found.reshape(answer[place].shape)
         return answer, time.perf_counter() - began
+
+
+def _bound_reads() -> None:
+    """Let Zarr decode no more chunks at once than memory was planned for, on any number of cores.
+
+    What the user's own configuration says of threads is left.
+    """
+    if zarr.config.get("threading.max_workers") is None:
+        zarr.config.set({"threading.max_workers": READS})
+    if zarr.config.get("async.concurrency") > READS:
+        zarr.config.set({"async.concurrency": READS})
 
 
 def _spoiled(image: NDArray[np.generic]) -> int:
