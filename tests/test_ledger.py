@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import BATCH, DIGITS, Ledger, check_idle, fingerprint
+from tilepipe.ledger import BATCH, DIGITS, Ledger, claimed, fingerprint
 from tilepipe.target import LEDGER
 
 if TYPE_CHECKING:
@@ -272,15 +272,14 @@ def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_another_process_is_named_and_its_death_frees_the_ledger(
     tmp_path: Path, writer: subprocess.Popen[str]
 ) -> None:
-    for refused in (Ledger.open, check_idle):
+    for refused in (Ledger.open, claimed):
         with pytest.raises(BadRequest, match=rf"process {writer.pid}\)"):
             refused(tmp_path)
     with reopen(tmp_path, write=False) as reader:
         assert finished(reader) == {2}
     writer.send_signal(signal.SIGKILL)
     writer.wait()
-    check_idle(tmp_path)
-    check_idle(tmp_path / "absent")
+    claimed(tmp_path).close()
     with reopen(tmp_path) as ledger:
         assert finished(ledger) == {2}
         ledger.mark(1)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import tilepipe as tp
 from tests import zoo
 from tests.support import noise, write_unet, write_volume
+from tilepipe.begin import _create
 from tilepipe.compute import RegionEvaluator
 from tilepipe.cost import Liveness
 from tilepipe.engines import serial
@@ -27,7 +28,6 @@ from tilepipe.options import Options
 from tilepipe.plan import default_target
 from tilepipe.profile import find_profile
 from tilepipe.regions import regions_of
-from tilepipe.segment import _create
 from tilepipe.sweep import Sweep
 from tilepipe.tiling import _decoded
 from tilepipe.volume import Volume

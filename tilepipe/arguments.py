@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from tilepipe.errors import BadRequest
-from tilepipe.options import CHOICES, Options
+from tilepipe.options import CHOICES, Options, Shard
 from tilepipe.recipe import CHOICES as RECIPES
 from tilepipe.recipe import Recipe
 
@@ -81,6 +81,21 @@ class Bytes(click.ParamType[int]):
         return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
+class Part(click.ParamType["Shard"]):
+    """One task of an array."""
+
+    name = "I/N"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Shard:
+        """Return which task of how many."""
+        match = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
+        if match is None:
+            self.fail(f"{value!r} must be a task and their number, as in 3/8", param, ctx)
+        return Shard(int(match[1]), int(match[2]))
+
+
 class Arguments(click.ParamType[dict[str, object]]):
     """A JSON object."""
 
@@ -140,6 +155,7 @@ _SEGMENT = (
     click.option("--engine", type=click.Choice(["auto", "serial", "dask"]), default="auto"),
     click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that already runs."),
     click.option("--workers", type=int, metavar="N", help="Worker processes. [1, or one per GPU]"),
+    click.option("--shard", type=Part(), help="Just this share, as task I of an array 1-N."),
 )  # fmt: skip
 
 

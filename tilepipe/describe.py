@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from tilepipe.model import Model
     from tilepipe.plan import Plan
     from tilepipe.profile import Profile
+    from tilepipe.progress import Progress
     from tilepipe.scores import Agreement, PartitionScores
     from tilepipe.segment import Report
     from tilepipe.study import Study
-    from tilepipe.train import Progress
+    from tilepipe.train import Progress as Training
     from tilepipe.volume import Volume
+
+WORKERS = 20
+"""Workers that are shown one by one."""
 
 
 def describe_plan(plan: Plan) -> str:
@@ -113,19 +117,31 @@ def describe_volume(volume: Volume) -> str:
 
 def describe_report(report: Report) -> str:
     """Return how a segmentation went."""
+    shard = "" if report.shard is None else f"shard {report.shard}: "
+    whole = [] if report.shard is None else [_whole(report)]
     if not report.done and not report.failures:
-        return f"all {report.tiles} tiles were done before; nothing was left to do"
+        nothing = f"all {report.tiles} tiles were done before; nothing was left to do"
+        return "\n".join([shard + nothing, *whole])
     rate = report.voxels / max(report.seconds, 1e-9) / 1e6
     lines = [
-        f"{report.before + report.done} of {report.tiles} tiles done"
+        f"{shard}{report.before + report.done} of {report.tiles} tiles done"
         + (f", {report.before} of them before" if report.before else "")
-        + f"; {report.voxels / 1e6:.4g} megavoxels in {report.seconds:.1f} s ({rate:.3g} per s)"
+        + (f", {report.retries} tried again" if report.retries else "")
+        + f"; {report.voxels / 1e6:.4g} megavoxels in {report.seconds:.1f} s ({rate:.3g} per s)",
+        *whole,
     ]
     if report.done:
         busy = report.read_seconds, report.compute_seconds, report.write_seconds
-        lines.append(
-            "seconds in tiles: {:.1f} reading, {:.1f} computing, {:.1f} writing".format(*busy)
-        )
+        lines += [
+            "seconds in tiles: {:.1f} reading, {:.1f} computing, {:.1f} writing".format(*busy),
+            describe_devices(
+                len(report.workers),
+                seconds=report.device_seconds,
+                computing=report.compute_seconds,
+                starved=report.starved_seconds,
+                voxels=report.voxels,
+            ),
+        ]
     if report.nonfinite:
         lines.append(f"{report.nonfinite} values of the source are NaN or infinite: taken as 0")
     if report.narrowed:
@@ -141,6 +157,90 @@ def describe_report(report: Report) -> str:
         if len(report.failures) > 20:
             lines.append(f"  and {len(report.failures) - 20} more, in the output's ledger")
     return "\n".join(lines)
+
+
+def describe_live(progress: Progress, *, done: int, tiles: int, voxels: float) -> str:
+    """Return how a run goes by its logs; a tile has so many ``voxels`` on average."""
+    shares = progress.workers.values()
+    if not progress.workers:
+        return ""
+    ago = progress.now - max(share.ended for share in shares)
+    computed = sum(share.tiles for share in shares)
+    rows = [
+        (
+            "computed",
+            f"{counted(computed, 'tile')} in all runs, {progress.retries} tried again;"
+            f" the last {_duration(ago)} ago",
+        )
+    ]
+    if progress.rate and done < tiles:
+        left = (tiles - done) / progress.rate
+        rows.append(
+            (
+                "rate",
+                f"{progress.rate:.3g} tiles/s, {progress.rate * voxels / 1e6:.3g} megavoxels/s;"
+                f" about {_duration(left)} left",
+            )
+        )
+    told = describe_devices(
+        len(progress.workers),
+        seconds=sum(share.seconds for share in shares),
+        computing=sum(share.compute for share in shares),
+        starved=sum(share.starved for share in shares),
+        voxels=round(computed * voxels),
+    )
+    rows.append(("devices", told))
+    latest = sorted(progress.workers.items(), key=lambda item: -item[1].ended)
+    for name, share in latest[:WORKERS]:
+        rate = share.tiles * voxels / max(share.seconds, 1.0) / 1e6
+        rows.append(
+            (
+                "worker",
+                f"{name}: {counted(share.tiles, 'tile')}, {rate:.3g} megavoxels/s,"
+                f" the last {_duration(progress.now - share.ended)} ago",
+            )
+        )
+    if len(latest) > WORKERS:
+        rows.append(("", f"and {len(latest) - WORKERS} workers more: see --json"))
+    return _table(rows)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> _duration(42), _duration(125), _duration(7500), _duration(200_000)
+    ('42 s', '2 min', '2.1 h', '2.3 days')
+    """
+    if seconds < 100:
+        return f"{max(seconds, 0):.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def _whole(report: Report) -> str:
+    """Return how far the whole is that a shard belongs to."""
+    if not report.unfinished:
+        return "all shards are done: the output is whole"
+    left = counted(report.unfinished, "tile")
+    return f"{left} of the output not done yet; the last task, or a later call, ends it"
+
+
+def describe_devices(
+    workers: int, *, seconds: float, computing: float, starved: float, voxels: int
+) -> str:
+    """Return what the devices of some workers did in the seconds that they were held.
+
+    >>> describe_devices(2, seconds=7200, computing=6480, starved=360, voxels=14_400_000_000)
+    '2 device hours on 2 workers, 2 megavoxels/s each; 90% computing, 5% waiting for data'
+    """
+    held = max(seconds, computing, 1e-9)
+    waiting = min(starved / held, 1 - computing / held)
+    return (
+        f"{held / 3600:.3g} device hours on {counted(workers, 'worker')},"
+        f" {voxels / held / 1e6:.3g} megavoxels/s each; {computing / held:.0%} computing,"
+        f" {waiting:.0%} waiting for data"
+    )
 
 
 def describe_scores(scores: Scores) -> str:
@@ -248,7 +348,7 @@ def describe_study(study: Study) -> str:
     )  # fmt: skip
 
 
-def describe_progress(report: Progress) -> str:
+def describe_progress(report: Training) -> str:
     """Return how a training goes, in a line."""
     begin = f"step {report.step} ({report.done:.0%})"
     if report.score is not None:
@@ -262,7 +362,7 @@ def describe_progress(report: Progress) -> str:
     )
 
 
-def describe_training(report: Progress, output: str) -> str:
+def describe_training(report: Training, output: str) -> str:
     """Return how a training went."""
     best = "" if report.best is None else f", best held-out score {report.best:.4f}"
     return (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from tilepipe.describe import describe_model, describe_volume
+from tilepipe.describe import describe_live, describe_model, describe_volume
 from tilepipe.errors import BadRequest
 from tilepipe.ledger import Ledger
-from tilepipe.target import read_attributes
+from tilepipe.progress import read_progress
+from tilepipe.target import LEDGER, read_attributes
 from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
@@ -73,4 +75,16 @@ def _output(path: Path) -> tuple[dict[str, object], str]:
             lines += [f"failed         tile {failure.index}, {failure.cause}" for failure in failed]
             values |= {"tiles": ledger.tiles, "done": ledger.done}
             values["failures"] = [asdict(failure) for failure in failed]
-    return values, "\n".join(lines)
+            progress = read_progress(path / LEDGER)
+            shape = cast("list[int]", plan["source"]["shape"])
+            lines.append(
+                describe_live(
+                    progress,
+                    done=ledger.done,
+                    tiles=ledger.tiles,
+                    voxels=math.prod(shape) / max(ledger.tiles, 1),
+                )
+            )
+            values |= {"tiles_per_second": progress.rate, "retries": progress.retries}
+            values["workers"] = {name: asdict(share) for name, share in progress.workers.items()}
+    return values, "\n".join(filter(None, lines))

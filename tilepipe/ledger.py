@@ -1,30 +1,42 @@
 """Which tiles are finished, kept beside the output with the plan that they belong to.
 
 Law: a tile in the ledger has been written wholly. Killing a run at any moment loses no more than
-the tiles in flight. Files, in ``TARGET/.tilepipe``: ``plan.json`` (whole or absent), ``done``
-(appended, one line of fixed width for each tile), ``failed.json`` and ``lock``.
+the tiles in flight. Several tasks may write at once, from several machines: each appends to files
+of its own, and who reads merges them. There are no locks (see `tilepipe.claim`).
+
+Files, in ``TARGET/.tilepipe``: ``plan.json`` (whole or absent); of each writer ``done`` (appended,
+one line of fixed width for each tile), ``log`` (see `tilepipe.progress`), ``failed.json`` where
+tiles failed, ``lock`` while it runs. Shard 3 of an array has ``done-3``, ``log-3`` and so on.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from tilepipe.claim import Claim, Owner, living, take_dead
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
+from tilepipe.options import Shard
+from tilepipe.progress import Log, read_progress
 from tilepipe.target import LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
+
+    from tilepipe.engines import TileResult
+
+log = logging.getLogger(__name__)
 
 DIGITS = 12
 """Of a tile's index in ``done``; with the line's end the width of a record is one more."""
@@ -32,6 +44,8 @@ BATCH = 1 << 16
 """Records of ``done`` that are read at once."""
 SYNC_SECONDS = 1.0
 """How often what was appended is forced to disk."""
+LOOK = 0.2
+"""Seconds between two looks at whether another task has created the target."""
 
 
 def fingerprint(content: Mapping[str, object]) -> str:
@@ -45,42 +59,60 @@ def fingerprint(content: Mapping[str, object]) -> str:
 
 
 class Ledger:
-    """The finished tiles of one target; with ``write`` no other process can open it so."""
+    """The finished tiles of one target; with a claim on it, no other process can write so."""
 
-    def __init__(self, folder: Path, plan: dict[str, object], *, tiles: int, write: bool) -> None:
-        self._folder = folder
+    def __init__(
+        self, folder: Path, plan: dict[str, object], *, tiles: int, claim: Claim | None
+    ) -> None:
+        self._folder, self._claim = folder, claim
         self.plan = plan
         self.tiles = tiles
-        self._lock = _locked(folder) if write else None
-        self._file = None
+        self._name = "" if claim is None else claim.name.removeprefix("lock")
+        self._file = self._log = None
         self._synced = time.monotonic()
+        self._finished = np.zeros(tiles, dtype=np.bool_)
+        self.done = 0
+        """Tiles known to be finished, by whomever; `refresh` looks again."""
         try:
-            self._finished = _read_done(folder / "done", tiles, mend=write)
-            self.done = int(np.count_nonzero(self._finished))
-            self._file = (folder / "done").open("ab") if write else None
+            if claim is not None:
+                _mend(folder / f"done{self._name}")
+                self._file = (folder / f"done{self._name}").open("ab")
+                self._log = Log(folder / f"log{self._name}")
+            self.refresh()
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def create(cls, target: str | Path, plan: Mapping[str, object], *, tiles: int) -> Ledger:
+    def create(
+        cls,
+        target: str | Path,
+        plan: Mapping[str, object],
+        *,
+        tiles: int,
+        claim: Claim | None = None,
+    ) -> Ledger:
         """Begin a ledger for a new target, open for writing; what an older one held is forgotten.
 
-        Raises `BadRequest` where another process writes it.
+        ``claim`` is on the target, where it was taken already. Raises `BadRequest` where another
+        process writes it.
         """
-        folder = Path(target) / LEDGER
-        folder.mkdir(exist_ok=True)
-        content = {**plan, "tiles": tiles}
-        ledger = cls(folder, content, tiles=tiles, write=True)
-        ledger._forget()  # before the plan: no tile of another plan may ever seem to be of this one
-        _replace(folder / "plan.json", content)
-        return ledger
+        claim = claim or claimed(target)
+        try:
+            content = lay_plan(target, plan, tiles=tiles)
+        except BaseException:
+            claim.close()
+            raise
+        return cls(Path(target) / LEDGER, content, tiles=tiles, claim=claim)
 
     @classmethod
-    def open(cls, target: str | Path, *, write: bool = True) -> Ledger | None:
+    def open(
+        cls, target: str | Path, *, write: bool = True, shard: Shard | None = None
+    ) -> Ledger | None:
         """Open the ledger of a target; None where there is none.
 
-        Raises `BadRequest` where it cannot be read, or where another process writes it.
+        Of an array's tasks each opens it for its ``shard``, and all may write at once. Raises
+        `BadRequest` where it cannot be read, or where another process writes it.
         """
         folder = Path(target) / LEDGER
         try:
@@ -95,26 +127,36 @@ class Ledger:
                 f"output (={target}) has a ledger that cannot be read ({error}); replace the"
                 " output with --overwrite"
             ) from error
-        return cls(folder, plan, tiles=tiles, write=write)
+        claim = claimed(target, shard=shard) if write else None
+        return cls(folder, plan, tiles=tiles, claim=claim)
 
-    def _forget(self) -> None:
-        os.truncate(self._folder / "done", 0)
-        self.set_aside([])
-        self._finished[:] = False
-        self.done = 0
+    def refresh(self) -> None:
+        """Read again what all writers have finished."""
+        for path in sorted(self._folder.glob("done*")):
+            _read_done(path, self._finished)
+        self.done = int(np.count_nonzero(self._finished))
 
     def __contains__(self, index: int) -> bool:
         return bool(self._finished[index])
 
-    def remaining(self) -> Iterator[int]:
-        """Yield the tiles that were not finished when each is reached, in order."""
-        return (index for index in range(self.tiles) if not self._finished[index])
+    def remaining(self, among: range | None = None) -> Iterator[int]:
+        """Yield the tiles, ``among`` these, that were not finished when each is reached."""
+        return (index for index in among or range(self.tiles) if not self._finished[index])
 
-    def mark(self, index: int) -> None:
-        """Enter a tile that has been written wholly."""
+    def finished(self, among: range) -> int:
+        """Return how many of these tiles are finished."""
+        return int(np.count_nonzero(self._finished[among.start : among.stop]))
+
+    def mark(self, index: int, result: TileResult | None = None) -> None:
+        """Enter a tile that has been written wholly, and how, if that is known, in the log."""
         assert self._file is not None
+        assert self._claim is not None
+        assert self._log is not None
         if not 0 <= index < self.tiles:  # its record would hide all that come after
             raise IndexError(f"tile {index} is not one of {self.tiles}")
+        self._claim.check()
+        if result is not None:
+            self._log.add(result)
         self._file.write(b"%0*d\n" % (DIGITS, index))
         self._file.flush()
         if not self._finished[index]:
@@ -125,21 +167,44 @@ class Ledger:
             self._synced = time.monotonic()
 
     def set_aside(self, failures: Sequence[TileFailure]) -> None:
-        """Keep the tiles that failed in this run; none removes those of earlier runs."""
+        """Keep the tiles that failed in this run; none removes those of earlier runs.
+
+        A shard speaks for itself, any other run for all.
+        """
+        if not self._name:
+            for path in self._folder.glob("failed-*.json"):
+                path.unlink(missing_ok=True)
+        path = self._folder / f"failed{self._name}.json"
         if failures:
-            _replace(self._folder / "failed.json", [asdict(failure) for failure in failures])
+            _replace(path, [asdict(failure) for failure in failures])
         else:
-            (self._folder / "failed.json").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     @property
     def failures(self) -> list[TileFailure]:
-        """The tiles that the last run set aside, less those finished since."""
-        try:
-            kept = json.loads((self._folder / "failed.json").read_text())
-        except FileNotFoundError:
-            return []
-        failures = (TileFailure(**failure) for failure in kept)
-        return [failure for failure in failures if failure.index not in self]
+        """The tiles that the last run set aside, less those finished since, in order."""
+        found: dict[int, TileFailure] = {}
+        for path in sorted(self._folder.glob("failed*.json")):
+            with suppress(FileNotFoundError):
+                kept = json.loads(path.read_text())
+                found |= {failure["index"]: TileFailure(**failure) for failure in kept}
+        return [found[index] for index in sorted(found) if index not in self]
+
+    def nonfinite(self) -> int:
+        """Return how many values of the source were not finite, by the logs of all runs."""
+        return sum(read_progress(self._folder).nonfinite.values())
+
+    def adopt(self, shard: Shard) -> dict[int, Claim]:
+        """Claim the shares of an array's tasks that began and died before they were done.
+
+        A task that has not begun is not dead: its turn may come.
+        """
+        left = {
+            self._folder / f"lock-{number}": number
+            for number in range(1, shard.count + 1)
+            if next(self.remaining(Shard(number, shard.count).share(self.tiles)), None) is not None
+        }
+        return {left[path]: claim for path, claim in take_dead(left, shard=str(shard)).items()}
 
     def close(self) -> None:
         """Force what was entered to disk and let others write."""
@@ -147,9 +212,12 @@ class Ledger:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def __enter__(self) -> Ledger:
         return self
@@ -163,42 +231,96 @@ class Ledger:
         self.close()
 
 
-def check_idle(target: str | Path) -> None:
-    """Raise `BadRequest` where another process writes this target, before it is replaced."""
+def lay_plan(target: str | Path, plan: Mapping[str, object], *, tiles: int) -> dict[str, object]:
+    """Begin the ledger of a target that is claimed, and return its plan."""
     folder = Path(target) / LEDGER
-    if (folder / "lock").exists():
-        os.close(_locked(folder))
+    content = {**plan, "tiles": tiles}
+    for path in folder.iterdir():
+        if not path.name.startswith(("lock", "plan.json")):
+            path.unlink()  # before the plan: no tile of another may ever seem to be of this one
+    _replace(folder / "plan.json", content)
+    return content
 
 
-def _locked(folder: Path) -> int:
-    """Take the folder's lock; it is let go when the process ends, however that is."""
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
+    """Claim a target, be it to create it; with a shard, that part of the work on it.
+
+    The tasks of an array have a claim each; a run without a shard needs the whole. Raises
+    `BadRequest` where one lives that is in the way.
+    """
+    folder = Path(target) / LEDGER
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(handle, 32).decode(errors="replace").strip()
-        os.close(handle)
-        raise BadRequest(
-            f"output (={folder.parent}) is being written by another run (process {owner}); wait"
-            " for it or name another output"
-        ) from None
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "lock" if shard is None else f"lock-{shard.number}"
+        claim = Claim.take(folder / name, shard="" if shard is None else str(shard))
     except OSError as error:
-        os.close(handle)
-        raise BadRequest(
-            f"output (={folder.parent}) must lie where files can be locked: {error}; name another"
-        ) from error
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return handle
+        raise BadRequest(f"output (={target}) cannot be written: {error}") from error
+    if isinstance(claim, Owner):
+        raise _held(target, claim)
+    others = (
+        [path for path in folder.glob("lock-*") if "." not in path.name]
+        if shard is None
+        else [folder / "lock"]
+    )
+    if found := living(others, clear=True):
+        claim.close()
+        raise _held(target, next(iter(found.values())))
+    return claim
 
 
-def _read_done(path: Path, tiles: int, *, mend: bool) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Read the finished tiles; a record that was not wholly written is cut off."""
-    finished = np.zeros(tiles, dtype=np.bool_)
-    width, size = DIGITS + 1, 0
+def claimed_first(target: str | Path, shard: Shard) -> Claim | None:
+    """Claim a target for a task of an array that creates it; None where another has begun to."""
+    folder = Path(target) / LEDGER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim = Claim.take(folder / "lock", shard=str(shard))
+    except OSError as error:
+        raise BadRequest(f"output (={target}) cannot be written: {error}") from error
+    if isinstance(claim, Owner):
+        return None
+    if is_begun(target):
+        claim.close()
+        return None
+    return claim
+
+
+def await_first(target: str | Path) -> None:
+    """Wait while another task of the array creates the target.
+
+    Raises `BadRequest` where it is a run of no array that writes it.
+    """
+    path = Path(target) / LEDGER / "lock"
+    while owner := living([path], clear=True).get(path):
+        if not owner.shard:
+            raise _held(target, owner)
+        log.info("waiting for %s to create %s", owner, target)
+        time.sleep(LOOK)
+
+
+def is_claimed(target: str | Path) -> bool:
+    """Whether there is a claim on the whole target, be it of the dead."""
+    return (Path(target) / LEDGER / "lock").exists()
+
+
+def is_begun(target: str | Path) -> bool:
+    """Whether there is a ledger."""
+    return (Path(target) / LEDGER / "plan.json").exists()
+
+
+def _held(target: str | Path, owner: Owner) -> BadRequest:
+    return BadRequest(
+        f"output (={target}) is being written by another run ({owner}); wait for it or name"
+        " another output"
+    )
+
+
+def _read_done(path: Path, finished: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int:
+    """Enter the tiles that one writer finished; return the bytes that are whole records.
+
+    What comes behind a record that was not wholly written is left out.
+    """
+    tiles, width, size = len(finished), DIGITS + 1, 0
     scale = 10.0 ** np.arange(DIGITS - 1, -1, -1)  # float64 holds twelve digits exactly
-    if not path.exists():
-        return finished
     with path.open("rb") as file:
         while content := file.read(BATCH * width):
             records = np.frombuffer(content, np.uint8, len(content) // width * width)
@@ -211,9 +333,15 @@ def _read_done(path: Path, tiles: int, *, mend: bool) -> np.ndarray[tuple[int], 
             size += count * width
             if count * width < len(content):
                 break
-    if mend and size < path.stat().st_size:
-        os.truncate(path, size)
-    return finished
+    return size
+
+
+def _mend(path: Path) -> None:
+    """Cut off what was not wholly written, before more is appended."""
+    if path.exists():
+        whole = _read_done(path, np.zeros(0, dtype=np.bool_))
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)
 
 
 def _replace(path: Path, content: object) -> None:

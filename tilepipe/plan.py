@@ -24,13 +24,12 @@ from tilepipe.tiling import (
     Tiling,
     Work,
     choose,
-    choose_chunks,
-    choose_shards,
     describe_bytes,
     floor_work,
     sweep_work,
     work,
 )
+from tilepipe.units import choose_chunks, choose_shards
 from tilepipe.volume import Volume, open_volume
 from tilepipe.windows import whole
 
@@ -349,8 +348,8 @@ def _sizes(
     tile = tile or _kept(kept, "tile")
     chunks = options.chunks or _kept(kept, "chunks") or choose_chunks(tiling, chosen)
     shards = options.shards or _kept(kept, "shards")
-    if shards is None and options.chunks is None and options.tile is None and not kept:
-        shards = choose_shards(tiling, chunks) if options.ome_version != "0.4" else None
+    if shards is None and options.chunks is None and options.ome_version != "0.4" and not kept:
+        shards = choose_shards(tiling, chunks, chosen)
     checks.check_sizes(tiling.multiple, volume, tile=tile, chunks=chunks, shards=shards)
     memory = options.memory or checks.default_memory(workers, device)
     window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None

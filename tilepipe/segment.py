@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import shutil
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, cast
 
-from tilepipe import __version__
+from tilepipe.begin import (
+    agree,
+    check_intact,
+    check_same,
+    find_earlier,
+    normalized,
+    open_ledger,
+    short_of_disk,
+)
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import Ledger, check_idle, fingerprint
-from tilepipe.normalize import Normalization, parse, resolve
-from tilepipe.options import Options
+from tilepipe.ledger import Ledger, fingerprint
+from tilepipe.options import Options, Shard
 from tilepipe.plan import Plan, default_target, plan
-from tilepipe.target import (
-    check_free,
-    check_target,
-    create_target,
-    open_target,
-    read_attributes,
-    update_attributes,
-)
-from tilepipe.tiling import describe_bytes
-from tilepipe.volume import open_volume
+from tilepipe.progress import Share
+from tilepipe.target import check_free, check_target, update_attributes
 from tilepipe.worker import SegmentJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from distributed import Client
 
 log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "serial", "dask")
-COMPRESSED = {"labels": 0.1}
-"""Share of its size that an answer is expected to take on disk; 0.9 where nothing is said."""
 
 
 @dataclass(slots=True)
@@ -49,7 +44,7 @@ class Report:
 
     plan: Plan
     tiles: int
-    """Tiles of the whole volume."""
+    """Tiles that were asked for: of the whole volume, or of a shard's share."""
     before: int
     """Tiles that an earlier run had finished."""
     done: int = 0
@@ -64,6 +59,17 @@ class Report:
     write_seconds: float = 0.0
     narrowed: int = 0
     """Tiles that were computed in smaller parts than planned, since memory was short."""
+    starved_seconds: float = 0.0
+    """How long devices waited for data."""
+    retries: int = 0
+    """Attempts after the first, of the tiles that came to an end."""
+    workers: dict[str, Share] = field(default_factory=dict)
+    """What each worker has done."""
+    shard: Shard | None = None
+    adopted: list[int] = field(default_factory=list)
+    """Numbers of the array's tasks that died, whose tiles were done here."""
+    unfinished: int = 0
+    """Tiles of the whole volume that nobody had finished at the end."""
     failures: list[TileFailure] = field(default_factory=list)
     dashboard: str | None = None
     """Address of the Dask dashboard, where there is one."""
@@ -72,6 +78,11 @@ class Report:
     def left(self) -> int:
         """Tiles neither finished nor set aside."""
         return self.tiles - self.before - self.done - len(self.failures)
+
+    @property
+    def device_seconds(self) -> float:
+        """For how long devices were held: of each worker, from its first tile to its last."""
+        return sum(share.seconds for share in self.workers.values())
 
 
 def segment(
@@ -83,6 +94,7 @@ def segment(
     engine: str = "auto",
     scheduler: str | None = None,
     workers: int | None = None,
+    shard: Shard | None = None,
     overwrite: bool = False,
     planned: Callable[[Plan], None] | None = None,
     scanned: Callable[[int, int], None] | None = None,
@@ -93,24 +105,36 @@ def segment(
     Runs again where an earlier run of the same plan was stopped. ``planned`` is told the plan
     before anything is written, ``scanned`` the blocks read and their number where the whole volume
     is read once for its normalization, ``progress`` the report after every tile. Tiles that fail
-    are retried, then set aside in ``Report.failures`` while the rest goes on.
+    are retried, then set aside in ``Report.failures`` while the rest goes on. With ``shard`` just
+    that share of the tiles is done, at the same time as others by other processes, and what those
+    that died have left; who does the last tile ends the whole.
 
     Raises `BadRequest`, before anything is written, for what cannot work.
     """
     options = options or Options()
     count = choose_workers(engine, scheduler, workers, options)
-    made, earlier = _plan(source, model, output, options, count, overwrite=overwrite)
-    if short := _short_of_disk(made):
+    _check_shard(shard, engine, scheduler, overwrite=overwrite)
+    made, earlier = (
+        _plan(source, model, output, options, count, overwrite=overwrite)
+        if shard is None
+        else (_agreed(source, model, output, options, count, shard, scanned), None)
+    )
+    if shard is None and (short := short_of_disk(made)):
         raise BadRequest(short)
     with _connected(scheduler) as client:  # before anything is written
         if planned is not None:
             planned(made)
-        made = _normalized(made, earlier, scanned)
-        with _ledger(made, earlier, overwrite=overwrite) as ledger:
-            report = Report(made, ledger.tiles, ledger.done)
-            _run(report, ledger, count=count, client=client, progress=progress)
-            if ledger.done == ledger.tiles:
-                update_attributes(made.target, {"state": "done", "nonfinite": report.nonfinite})
+        if shard is None:
+            made = normalized(made, earlier, scanned)
+        with open_ledger(made, earlier, shard=shard, overwrite=overwrite) as ledger:
+            tiles = range(ledger.tiles) if shard is None else shard.share(ledger.tiles)
+            report = Report(made, len(tiles), ledger.finished(tiles), shard=shard)
+            _run(report, ledger, tiles, count=count, client=client, progress=progress)
+            if shard is not None:
+                _adopt(report, ledger, shard, count=count, progress=progress)
+            report.unfinished = ledger.tiles - ledger.done
+            if not report.unfinished:
+                update_attributes(made.target, {"state": "done", "nonfinite": ledger.nonfinite()})
     return report
 
 
@@ -123,6 +147,7 @@ def plan_segment(
     engine: str = "auto",
     scheduler: str | None = None,
     workers: int | None = None,
+    shard: Shard | None = None,
 ) -> Plan:
     """Return the plan that `segment` would make, with all its refusals; touches nothing.
 
@@ -130,8 +155,9 @@ def plan_segment(
     """
     options = options or Options()
     count = choose_workers(engine, scheduler, workers, options)
+    _check_shard(shard, engine, scheduler, overwrite=False)
     made = _plan(source, model, output, options, count, overwrite=False)[0]
-    short = _short_of_disk(made)
+    short = short_of_disk(made)
     return replace(made, notices=(*made.notices, short)) if short else made
 
 
@@ -151,14 +177,14 @@ def _plan(
     check_target(target, source)
     if overwrite:
         check_free(target, overwrite=True)
-    earlier = None if overwrite else _earlier(target)
+    earlier = None if overwrite else find_earlier(target)
     kept = cast("Mapping[str, object]", (earlier or {}).get("identity") or {})
     made = plan(
         source, model=model, output=target, options=options, workers=count or 1, earlier=kept
     )
-    _check_same(target, kept, made.identity())
+    check_same(target, kept, made.identity())
     if earlier is not None:
-        _check_intact(made)
+        check_intact(made)
     return made, earlier
 
 
@@ -194,180 +220,91 @@ def _useful_workers(options: Options) -> int:
     return 0
 
 
-def _earlier(target: str) -> dict[str, object] | None:
-    """Return the plan of a run that wrote to this target before, None where there was none."""
-    if not Path(target).exists():
-        return None
-    ledger = Ledger.open(target, write=False)
-    if ledger is not None:
-        with ledger:
-            if "identity" in ledger.plan:
-                return ledger.plan
-        raise BadRequest(
-            f"output (={target}) has a ledger without its plan; replace it with --overwrite"
-        )
-    begun = _begun(target)
-    check_free(target, overwrite=True)  # says what else lies there
-    if not begun and any(Path(target).iterdir()):
-        raise BadRequest(
-            f"output (={target}) exists without the ledger of its run; name another, or replace"
-            " it with --overwrite"
-        )
-    return None
-
-
-def _check_same(target: str, kept: Mapping[str, object], asked: Mapping[str, object]) -> None:
-    if not kept:
+def _check_shard(
+    shard: Shard | None, engine: str, scheduler: str | None, *, overwrite: bool
+) -> None:
+    if shard is None:
         return
-    changed = [name for name in asked if kept.get(name) != asked[name]]
-    if "sizes" in changed:
-        old, new = (cast("Mapping[str, object]", d.get("sizes") or {}) for d in (kept, asked))
-        changed.remove("sizes")
-        changed += [name for name in new if old.get(name) != new[name]]
-    if changed:
+    if overwrite:
         raise BadRequest(
-            f"output (={target}) was begun with another plan (other {', '.join(changed)}); go on"
-            " with the same options, name another output, or replace it with --overwrite"
+            f"shard (={shard}) must not be with --overwrite, or each task would undo the others'"
+            " work; remove the output before the array begins"
+        )
+    if scheduler is not None or engine not in ("auto", "serial", "dask", "local-cuda"):
+        raise BadRequest(
+            f"shard (={shard}) is for arrays of processes without a scheduler; leave out"
+            " --shard, or --scheduler and --engine"
         )
 
 
-def _check_intact(made: Plan) -> None:
-    """Refuse an earlier output whose array is not the one that its run created."""
-    damage = ""
-    try:
-        found = open_target(made.target)
-        stored = found.shape, found.chunks, found.shards, str(found.dtype)
-        if stored != (made.source.shape, made.sizes.chunks, made.sizes.shards, made.answer.dtype):
-            damage = "its array 0 is another than was created"
-    except BadRequest as error:
-        damage = str(error)
-    if damage:
-        raise BadRequest(
-            f"output (={made.target}) is damaged ({damage}); replace it with --overwrite"
-        )
-
-
-def _short_of_disk(made: Plan) -> str:
-    """Return what to say where the output does not fit on the disk, by estimate; else nothing."""
-    folder = next(p for p in Path(made.target).absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    need = int(made.costs.write_bytes * COMPRESSED.get(made.options.write, 0.9))
-    if need <= free:
-        return ""
-    return (
-        f"output (={made.target}) needs about {describe_bytes(need)}; {folder} has"
-        f" {describe_bytes(free)} free: make room or name another place"
-    )
-
-
-def _normalized(
-    made: Plan,
-    earlier: Mapping[str, object] | None,
+def _agreed(
+    source: str | Path,
+    model: str | Path,
+    output: str | Path | None,
+    options: Options,
+    count: int,
+    shard: Shard,
     scanned: Callable[[int, int], None] | None,
 ) -> Plan:
-    """Return the plan with its normalization known, from the earlier run or from the volume."""
-    if made.normalization is not None:
-        return made
-    known = cast("Mapping[str, list[float]] | None", (earlier or {}).get("normalization"))
-    if known:
-        found = Normalization(tuple(known["center"]), tuple(known["scale"]))
-    else:
-        volume = open_volume(made.source.path, axes=made.options.axes, level=made.options.level)
+    """Return the plan of all tasks of an array; the target is there when this returns."""
+    target = str(output) if output is not None else default_target(source)
+    check_target(target, source)
+
+    def make() -> tuple[Plan, dict[str, object] | None]:
+        return _plan(source, model, output, options, count, overwrite=False)
+
+    return agree(target, make, shard=shard, scanned=scanned)
+
+
+def _adopt(
+    report: Report,
+    ledger: Ledger,
+    shard: Shard,
+    *,
+    count: int,
+    progress: Callable[[Report], None] | None,
+) -> None:
+    """Do what other tasks of the array have left that died."""
+    while True:
+        ledger.refresh()
+        taken = ledger.adopt(shard)
+        if not taken:
+            return
         try:
-            found = resolve(parse(made.normalize), volume, scanned)
-        except OSError as error:
-            raise BadRequest(
-                f"normalize (={made.normalize}) needs every voxel of the source, and {error}; mend"
-                " the source, or give known values with scale:A,B"
-            ) from error
-    return replace(made, normalization=found)
-
-
-@contextmanager
-def _ledger(
-    made: Plan, earlier: Mapping[str, object] | None, *, overwrite: bool
-) -> Iterator[Ledger]:
-    """Open the ledger of the earlier run, or create the target and a new one."""
-    opened = Ledger.open(made.target) if earlier is not None else None
-    if opened is None:
-        check_idle(made.target)
-        _create(made, overwrite=overwrite)
-        assert made.normalization is not None
-        content = {
-            "identity": made.identity(),
-            "normalization": asdict(made.normalization),
-            "plan": made.asdict(),
-        }
-        opened = Ledger.create(made.target, content, tiles=len(made.grid))
-        update_attributes(made.target, {"state": "started"})
-    with opened:
-        yield opened
-
-
-def _create(made: Plan, *, overwrite: bool) -> None:
-    many = made.options.write != "labels"
-    begun = Path(made.target).is_dir() and _begun(made.target)
-    create_target(
-        made.target,
-        axes="c" * many + made.source.axes,
-        shape=(made.answer.channels,) * many + made.source.shape,
-        dtype=made.answer.dtype,
-        chunks=made.sizes.chunks,
-        shards=made.sizes.shards,
-        scale=made.source.scale,
-        units=made.source.units,
-        attributes={"state": "created", **provenance(made)},
-        ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
-        overwrite=overwrite or begun,
-    )
-
-
-def _begun(target: str) -> bool:
-    """Whether a run was stopped here before it had a ledger, and so before any tile."""
-    try:
-        return read_attributes(target).get("state") == "created"
-    except BadRequest:
-        return False
-
-
-def provenance(made: Plan) -> dict[str, object]:
-    """Return with what an output was made, as plain values for its attributes."""
-    import numpy
-    import torch
-    import zarr
-
-    versions = {
-        "tilepipe": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zarr": zarr.__version__,
-        "numpy": numpy.__version__,
-    }
-    return {"versions": versions, "plan": made.asdict()}
+            ledger.refresh()
+            for number in sorted(taken):
+                log.warning("shard %d/%d died: its tiles are done here", number, shard.count)
+                share = Shard(number, shard.count).share(ledger.tiles)
+                report.adopted.append(number)
+                report.tiles += len(share)
+                report.before += ledger.finished(share)
+                _run(report, ledger, share, count=count, client=None, progress=progress)
+        finally:
+            for claim in taken.values():
+                claim.close()
 
 
 def _run(
     report: Report,
     ledger: Ledger,
+    tiles: range,
     *,
     count: int,
     client: Client | None,
     progress: Callable[[Report], None] | None,
 ) -> None:
     """Run the tiles that are left through the engine and enter them in the ledger."""
-    began = time.perf_counter()
+    began = time.perf_counter() - report.seconds
     job = SegmentJob(report.plan, fingerprint(report.plan.identity()))
-    with _outcomes(job, ledger, report, count=count, client=client) as outcomes:
+    left = ledger.remaining(tiles)
+    if next(ledger.remaining(tiles), None) is None:
+        return
+    with _outcomes(job, left, report, count=count, client=client) as outcomes:
         for outcome in outcomes:
+            report.retries += outcome.attempts - 1
             if isinstance(outcome, TileResult):
-                ledger.mark(outcome.index)
-                report.done += 1
-                report.voxels += outcome.voxels
-                report.nonfinite += outcome.nonfinite
-                report.read_seconds += outcome.read_seconds
-                report.compute_seconds += outcome.compute_seconds
-                report.write_seconds += outcome.write_seconds
-                report.narrowed += outcome.narrowed > 0
+                ledger.mark(outcome.index, outcome)
+                _enter(report, outcome)
             else:
                 write = report.plan.grid[outcome.index].write
                 named = replace(outcome, cause=f"voxels {write}: {outcome.cause}")
@@ -378,6 +315,24 @@ def _run(
                 progress(report)
     report.failures.sort(key=lambda failure: failure.index)
     ledger.set_aside(report.failures)
+
+
+def _enter(report: Report, result: TileResult) -> None:
+    report.done += 1
+    report.voxels += result.voxels
+    report.nonfinite += result.nonfinite
+    report.read_seconds += result.read_seconds
+    report.compute_seconds += result.compute_seconds
+    report.write_seconds += result.write_seconds
+    report.starved_seconds += result.starved_seconds
+    report.narrowed += result.narrowed > 0
+    report.workers.setdefault(result.worker, Share()).add(
+        time.time(),
+        read=result.read_seconds,
+        compute=result.compute_seconds,
+        write=result.write_seconds,
+        starved=result.starved_seconds,
+    )
 
 
 @contextmanager
@@ -403,13 +358,11 @@ def _gpus(count: int) -> list[str]:
 
 @contextmanager
 def _outcomes(
-    job: SegmentJob, ledger: Ledger, report: Report, *, count: int, client: Client | None
+    job: SegmentJob, tiles: Iterator[int], report: Report, *, count: int, client: Client | None
 ) -> Iterator[Iterator[TileResult | TileFailure]]:
     """Start the engine and give what becomes of the tiles."""
-    if ledger.done == ledger.tiles:
-        yield iter(())
-    elif count == 0:
-        yield serial.run(job, ledger.remaining())
+    if count == 0:
+        yield serial.run(job, tiles)
     else:
         from tilepipe.engines import dask
 
@@ -417,4 +370,4 @@ def _outcomes(
         local = dask.local_client(count, threads=job.slots, gpus=gpus)
         with nullcontext(client) if client is not None else local as used:
             report.dashboard = dask.dashboard_address(used)
-            yield dask.run(job, ledger.remaining(), client=used)
+            yield dask.run(job, tiles, client=used)

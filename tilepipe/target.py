@@ -247,6 +247,16 @@ def _is_foreign(entry: Path) -> bool:
     return entry.name not in _PARTS and not entry.name.endswith(".partial")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but claims of who is about to write there."""
+    return all(
+        entry.name == LEDGER
+        and entry.is_dir()
+        and all(path.name.startswith("lock") for path in entry.iterdir())
+        for entry in folder.iterdir()
+    )
+
+
 def check_free(path: str | Path, *, overwrite: bool) -> None:
     """Raise BadRequest unless the place is free: absent, empty, or ours and to be overwritten."""
     target = _resolve(path)
@@ -255,7 +265,7 @@ def check_free(path: str | Path, *, overwrite: bool) -> None:
         return
     if not target.is_dir():
         raise BadRequest(f"output (={target}) is an existing file; name another path")
-    if not any(target.iterdir()):
+    if is_empty(target):
         return
     if not (_is_ours(target) or (target / LEDGER / "plan.json").is_file()):
         raise BadRequest(
@@ -276,7 +286,11 @@ def _clear(target: Path) -> None:
     if not target.exists():
         return
     for entry in sorted(target.iterdir(), key=lambda entry: (entry.name in _MARKS, entry.name)):
-        if entry.is_dir() and not entry.is_symlink():
+        if entry.name == LEDGER and entry.is_dir():
+            for path in entry.iterdir():
+                if not path.name.startswith("lock"):  # of who is about to write here: us
+                    path.unlink()
+        elif entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tilepipe.cost import Cost
 from tilepipe.errors import BadRequest
 from tilepipe.feed import blocks
-from tilepipe.geometry import Region, Shape, TileGrid, ceil_to
+from tilepipe.geometry import Region, Shape, ceil_to
 from tilepipe.regions import Regions, regions_of
 from tilepipe.windows import Span, Windows
 
@@ -50,12 +50,6 @@ LOSS = 1.01
 """Time that shorter tiles may take: they are what is lost where one fails, and what is shown."""
 READS = 10
 """Chunks that are decoded at once while one tile is read."""
-CHUNK_EDGES = {1: (16, 256, 256), 2: (1024, 1024), 3: (128, 128, 128)}
-"""Chunk edges: for slices, planes and volumes of small numbers; about 1 to 2 MB."""
-SHARD_CHUNKS = 16384
-"""Chunks above which an array is written in shards, to be kind to file systems."""
-SHARD_BYTES = 64 << 20
-"""Size of a shard, before compression, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,38 +213,6 @@ def _decoded(low: int, high: int, length: int, chunk: int) -> int:
     if high > length:
         first = min(first, max(0, 2 * (length - 1) - high + 1))
     return min(length, ceil_to(last, chunk)) - first // chunk * chunk
-
-
-def choose_chunks(tiling: Tiling, tile: Shape | None) -> Shape:
-    """Return chunk edges: multiples of the step; where a tile is given, its divisors."""
-    rank = len(tiling.shape)
-    edges = CHUNK_EDGES[2 if rank == 2 else 3 if not tiling.leading else 1]
-    edges = (1,) * (rank - len(edges)) + edges
-    if tiling.answer_bytes > 2:
-        edges = tuple(edge // 2 if edge > 16 else edge for edge in edges)
-    chosen = []
-    for axis, (edge, step, length) in enumerate(zip(edges, tiling.step, tiling.shape, strict=True)):
-        chunk = ceil_to(edge, step)
-        if tile is not None:
-            multiple = step if tile[axis] % step == 0 else 1
-            divisors = [d for d in range(multiple, chunk + 1, multiple) if tile[axis] % d == 0]
-            chunk = max((d for d in divisors if d >= chunk // 8), default=tile[axis])
-        chosen.append(min(chunk, ceil_to(length, step)))
-    return tuple(chosen)
-
-
-def choose_shards(tiling: Tiling, chunks: Shape) -> Shape | None:
-    """Return shard edges where chunks alone would make too many files, else None."""
-    counts = TileGrid(tiling.shape, chunks).counts
-    if math.prod(counts) <= SHARD_CHUNKS:
-        return None
-    shards = list(chunks)
-    while math.prod(shards) * tiling.answer_bytes * 2 <= SHARD_BYTES:
-        growable = [a for a in range(len(shards)) if shards[a] < tiling.shape[a]]
-        if not growable:
-            break
-        shards[min(growable, key=lambda a: shards[a])] *= 2
-    return tuple(shards)
 
 
 @dataclass(frozen=True, slots=True)

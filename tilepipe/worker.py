@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import zarr
 
 from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
@@ -22,7 +23,7 @@ from tilepipe.plan import whole_graph
 from tilepipe.predict import Predictor, keep_memory
 from tilepipe.regions import Regions, regions_of
 from tilepipe.target import open_target
-from tilepipe.tiling import SLOTS, block_rows
+from tilepipe.tiling import READS, SLOTS, block_rows
 from tilepipe.transfer import is_out_of_memory
 from tilepipe.volume import open_volume, read_mirrored, read_zero_padded
 from tilepipe.windows import Window, Windows, cut, read_box
@@ -80,6 +81,7 @@ class Worker:
         options = plan.options
         if plan.sizes.device == "cpu":
             keep_memory()
+        _bound_reads()
         self._plan = plan
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
         self._target = open_target(plan.target)
@@ -91,6 +93,7 @@ class Worker:
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-write")
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
+        self._idle_since = time.perf_counter()
         self._predictor = self._compute.submit(self._load).result()
 
     def _load(self) -> Predictor:
@@ -179,13 +182,14 @@ class Worker:
                 read_seconds=sum(part.read_seconds for part in parts),
                 compute_seconds=sum(part.compute_seconds for part in parts),
                 write_seconds=sum(part.write_seconds for part in parts),
+                starved_seconds=sum(part.starved_seconds for part in parts),
                 narrowed=times,
             )
         cuts, began = self._cuts_for(times), time.perf_counter()
         part = self.read(write, cuts)
         spoiled = _spoiled(part.image[(slice(None), *write.within(part.box.start))])
         ready = time.perf_counter()
-        answer, seconds = self._compute.submit(self.answer, part).result()
+        answer, seconds, starved = self._compute.submit(self._timed, part, began, ready).result()
         done = time.perf_counter()
         self._target.write(write, answer if self._plan.options.write != "labels" else answer[0])
         return TileResult(
@@ -197,7 +201,17 @@ class Worker:
             write_seconds=time.perf_counter() - done,
             worker=self._name,
             narrowed=times,
+            starved_seconds=starved,
         )
+
+    def _timed(
+        self, part: Part, began: float, ready: float
+    ) -> tuple[NDArray[np.generic], float, float]:
+        """Return a tile's answer, the seconds it took, and those that its data were waited for."""
+        starved = max(0.0, ready - max(began, self._idle_since))
+        answer, seconds = self.answer(part)
+        self._idle_since = time.perf_counter()
+        return answer, seconds, starved
 
     def _sweep(self, index: int, axis: int, write: Region) -> TileResult:
         """Read, compute and write a tile, or a part, slab by slab, all three at once."""
@@ -246,6 +260,7 @@ class Worker:
             compute_seconds=computing - feed.waited - store.waited,
             write_seconds=writing,
             worker=self._name,
+            starved_seconds=feed.waited,
         )
 
     def _read(self, region: Region) -> NDArray[np.generic]:
@@ -291,6 +306,17 @@ class Worker:
             place = (slice(None), *window.keep.within(part.write.start))
             answer[place] = found.reshape(answer[place].shape)
         return answer, time.perf_counter() - began
+
+
+def _bound_reads() -> None:
+    """Let Zarr decode no more chunks at once than memory was planned for, on any number of cores.
+
+    What the user's own configuration says of threads is left.
+    """
+    if zarr.config.get("threading.max_workers") is None:
+        zarr.config.set({"threading.max_workers": READS})
+    if zarr.config.get("async.concurrency") > READS:
+        zarr.config.set({"async.concurrency": READS})
 
 
 def _spoiled(image: NDArray[np.generic]) -> int:

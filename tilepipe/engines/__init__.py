@@ -30,6 +30,10 @@ class TileResult:
     worker: str
     narrowed: int = 0
     """How often the network's share was halved since memory was short; 0 as planned."""
+    starved_seconds: float = 0.0
+    """How long the device waited for this tile's data."""
+    attempts: int = 1
+    """How often it was begun; engines count."""
 
 
 @dataclass(frozen=True, slots=True)

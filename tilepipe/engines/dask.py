@@ -12,7 +12,8 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -43,8 +44,8 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = 10
 """Seconds in which a scheduler must answer, and after which missing workers are spoken of."""
-POLL = 0.01
-"""Seconds between two looks at what has ended."""
+POLL = 0.0005, 0.05
+"""Seconds between two looks at what has ended: just after a tile did, and at most."""
 GONE = "the scheduler is gone; start one and run again to go on"
 SETTINGS = {
     # Long calls into the network may hold the interpreter: a silent worker is not a dead one.
@@ -52,6 +53,7 @@ SETTINGS = {
     # Tiles are tried again by us: a bad one would kill this many workers more at each attempt.
     "distributed.scheduler.allowed-failures": 0,
     "distributed.admin.tick.limit": "1h",
+    "distributed.admin.low-level-log-length": 1000,  # or memory grows until 100,000 tiles
     "distributed.worker.multiprocessing-method": "spawn",  # never fork after Zarr was used
 }
 
@@ -152,8 +154,7 @@ class _Tiles:
         """Return what became of a tile, None where it is to be tried again."""
         self._on_trial.discard(index)
         if isinstance(outcome, TileResult):
-            del self._attempts[index]
-            return outcome
+            return replace(outcome, attempts=self._attempts.pop(index))
         if self._attempts[index] > self._retries:
             return TileFailure(index, outcome.cause, self._attempts.pop(index))
         (self._suspects if outcome.lost else self._failed).append(index)
@@ -172,23 +173,27 @@ def run(
     plugin, name = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}"
     todo, window = _Tiles(tiles, retries), _Window(client)
     indices: dict[Future[TileResult | _Failed], int] = {}
-    finished = as_completed(loop=client.loop)
+    finished, pause = as_completed(loop=client.loop), POLL[0]
     try:
         _send(client, plugin)
         while True:
-            while len(indices) < window.size() and (index := todo.take(window.workers)) is not None:
-                key = (name, index, uuid4().hex[:8])
-                future = client.submit(process_tile, job.key, index, key=key, pure=False)
-                indices[future] = index
-                finished.add(future)
+            room, taken = window.size() - len(indices), list[int]()
+            while len(taken) < room and (index := todo.take(window.workers)) is not None:
+                taken.append(index)
+            if taken:  # in one message: each costs the scheduler as much as a tile
+                keys = [(name, index, uuid4().hex[:8]) for index in taken]
+                futures = client.map(partial(process_tile, job.key), taken, key=keys, pure=False)
+                indices.update(zip(futures, taken, strict=True))
+                finished.update(futures)
             if not indices:
                 return
             if not finished.has_ready():
-                time.sleep(POLL)
+                time.sleep(pause)
+                pause = min(1.5 * pause, POLL[1])
                 continue
-            for future in finished.next_batch(block=False):
+            pause = POLL[0]
+            for future, outcome in _outcomes(client, finished.next_batch(block=False)):
                 index = indices.pop(future)
-                outcome = _outcome(future)
                 future.release()
                 if isinstance(outcome, _Failed) and client.status != "running":
                     raise TileError(GONE)
@@ -212,6 +217,21 @@ def _send(client: Client, plugin: _Jobs) -> None:
             "scheduler must have workers with the same tilepipe as here; a worker cannot take the"
             f" job: {one_line(error)}"
         ) from error
+
+
+def _outcomes(
+    client: Client, ended: list[Future[TileResult | _Failed]]
+) -> list[tuple[Future[TileResult | _Failed], TileResult | _Failed]]:
+    """Return what became of tiles; results are fetched together, which saves most of the time."""
+    found = [future for future in ended if future.status == "finished"]
+    fetched: dict[Future[TileResult | _Failed], TileResult | _Failed] = {}
+    try:
+        fetched = dict(zip(found, client.gather(found), strict=True))
+    except Exception:  # of one of them; each is asked
+        log.info("results cannot be fetched together", exc_info=True)
+    return [
+        (future, fetched[future] if future in fetched else _outcome(future)) for future in ended
+    ]
 
 
 def _outcome(future: Future[TileResult | _Failed]) -> TileResult | _Failed:

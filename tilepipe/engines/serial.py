@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tilepipe.engines import RETRIES, Job, TileFailure, TileResult, one_line
@@ -42,8 +43,7 @@ def run(
                 attempts[index] = attempts.get(index, 0) + 1
                 error = future.exception()
                 if error is None:
-                    del attempts[index]
-                    yield future.result()
+                    yield replace(future.result(), attempts=attempts.pop(index))
                 elif attempts[index] > retries:
                     yield TileFailure(index, one_line(error), attempts.pop(index))
                 else:

@@ -1,0 +1,376 @@
+"""Laws of arrays: tasks that share an output, whenever they run and die, give the serial bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.commands import ROOT, until
+from tests.support import noise, write_unet, write_volume
+from tilepipe import claim
+from tilepipe.claim import Claim, Owner, living
+from tilepipe.errors import BadRequest, TileError
+from tilepipe.inspect import inspect
+from tilepipe.ledger import Ledger
+from tilepipe.options import Options, Shard
+from tilepipe.segment import plan_segment, segment
+from tilepipe.target import LEDGER, read_attributes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+EDGE, TILES, TASKS = 64, 36, 3
+SIZES = ("--tile", "64,64", "--chunks", "64,64", "--threads", "1", "--engine", "serial")
+OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1)
+FORKING = """
+import json, os, sys, time
+import torch
+import tilepipe.describe, tilepipe.segment
+from tilepipe import worker
+from tilepipe.cli import main
+
+torch.set_num_threads(1)
+process = worker.Worker._process
+for line in sys.stdin:
+    arguments, log, free, gate = json.loads(line)
+    pid = os.fork() if arguments else 0
+    if not arguments:
+        print(os.waitstatus_to_exitcode(os.waitpid(int(log), 0)[1]), flush=True)
+    elif pid:
+        print(pid, flush=True)
+    else:
+        begun = []
+        def gated(self, index, times):
+            begun.append(index)
+            while len(begun) > free and not os.path.exists(gate):
+                time.sleep(0.01)
+            return process(self, index, times)
+        worker.Worker._process = gated
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        try:
+            main(arguments)
+        except SystemExit as ending:
+            sys.stdout.flush()
+            os._exit(ending.code or 0)
+"""
+"""The command line in processes that wait, after so many free tiles, until a file is there."""
+
+
+class Tasks:
+    """Starts tasks of arrays, at once, and waits for them."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+        self.server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", FORKING],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+
+    def _ask(self, *request: object) -> int:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, target: Path, shard: str, *, free: int) -> int:
+        """Start a task that waits, after so many tiles, for the file ``gate`` beside its target."""
+        command = ["segment", str(self.made / "v.zarr"), "--model", str(self.made / "net.pt")]
+        command += ["-o", str(target), "--shard", shard, *SIZES]
+        log = target.with_name("log-" + shard.replace("/", "-"))
+        return self._ask(command, str(log), free, str(target.with_name("gate")))
+
+    def end(self, pid: int) -> int:
+        """Return the exit code of a task."""
+        return self._ask([], str(pid), 0, "")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a volume of 6 x 6 tiles, a network, and what one process made of them."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_unet(folder / "net.pt", depth=2, normalize="zscore")
+    write_volume(folder / "v.zarr", noise(6 * EDGE - 9, 6 * EDGE), "yx", chunks=(96, 96))
+    run(folder, folder / "serial.zarr")
+    return folder
+
+
+def run(folder: Path, target: Path, *, shard: Shard | None = None, options: Options = OPTIONS):  # type: ignore[no-untyped-def]
+    return segment(
+        folder / "v.zarr",
+        model=folder / "net.pt",
+        output=target,
+        options=options,
+        engine="serial",
+        shard=shard,
+    )
+
+
+def files(target: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of the array; leftovers of killed writers aside."""
+    return {
+        str(path.relative_to(target)): path.read_bytes()
+        for path in (target / "0").rglob("*")
+        if path.is_file() and path.suffix != ".partial"
+    }
+
+
+def check_whole(made: Path, target: Path) -> None:
+    assert files(target) == files(made / "serial.zarr")
+    assert read_attributes(target)["state"] == "done"
+    ledger = Ledger.open(target, write=False)
+    assert ledger is not None
+    assert (ledger.done, ledger.tiles, ledger.failures) == (TILES, TILES, [])
+
+
+@pytest.fixture(scope="module")
+def tasks(made: Path) -> Iterator[Tasks]:
+    started = Tasks(made)
+    with started.server as server:
+        yield started
+        assert server.stdin is not None
+        server.stdin.close()
+
+
+@settings(max_examples=60, derandomize=True)
+@given(tiles=st.integers(0, 300), count=st.integers(1, 40))
+def test_the_shares_are_every_tile_once(tiles: int, count: int) -> None:
+    shares = [Shard(number, count).share(tiles) for number in range(1, count + 1)]
+    assert [index for share in shares for index in share] == [*range(tiles)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("number", [0, 4, -1])
+def test_tasks_are_counted_from_one(number: int) -> None:
+    with pytest.raises(BadRequest, match=rf"^shard \(={number}/3\) .* as 1-3$"):
+        Shard(number, 3)
+
+
+def test_tasks_one_after_the_other_and_the_last_ends_it(made: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    for number in (2, 3, 1):
+        report = run(made, target, shard=Shard(number, TASKS))
+        assert (report.tiles, report.before, report.done, report.left) == (12, 0, 12, 0)
+        state = read_attributes(target)["state"]
+        assert state == ("done" if number == 1 else "started")
+        assert report.unfinished == {2: 24, 3: 12, 1: 0}[number]
+    check_whole(made, target)
+    names = sorted(path.name for path in (target / LEDGER).iterdir())
+    assert names == ["done-1", "done-2", "done-3", "log-1", "log-2", "log-3", "plan.json"]
+
+
+def test_a_later_call_without_a_shard_ends_it(made: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    run(made, target, shard=Shard(2, TASKS))
+    report = run(made, target)
+    assert (report.before, report.done) == (12, 24)
+    check_whole(made, target)
+
+
+def test_an_array_goes_on_with_what_a_run_has_begun(made: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+
+    def stop(report: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(made / "v.zarr", model=made / "net.pt", output=target, options=OPTIONS,
+                engine="serial", progress=stop)  # fmt: skip
+    for number in (1, 2):  # of another number of tasks, and with sizes left to what was begun
+        run(made, target, shard=Shard(number, 2), options=Options())
+    check_whole(made, target)
+
+
+def test_tasks_at_once_one_killed_and_the_last_ends_it(
+    tasks: Tasks, made: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "o"
+    pids = [tasks.start(target, f"{n}/3", free=2) for n in (1, 2, 3)]
+    until(lambda: all(marked(target, n) == 2 for n in (1, 2, 3)))
+    with pytest.raises(BadRequest, match=r"is being written by another run \(shard 2/3, host"):
+        Ledger.open(target, shard=Shard(2, TASKS))
+    with pytest.raises(BadRequest, match=r"is being written by another run \(shard ./3, host"):
+        Ledger.open(target)
+    again = tasks.start(target, "2/3", free=0)
+    assert tasks.end(again) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    assert tasks.end(pids[1]) == -signal.SIGKILL
+    (tmp_path / "gate").touch()
+    assert [tasks.end(pids[n]) for n in (0, 2)] == [0, 0]
+    said = "".join((tmp_path / f"log-{n}-3").read_text() for n in (1, 3))
+    assert said.count("shard 2/3 died: its tiles are done here") == 1
+    assert "all shards are done: the output is whole" in said
+    check_whole(made, target)
+
+
+def test_all_killed_and_a_later_call_ends_it(tasks: Tasks, made: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    pids = [tasks.start(target, f"{n}/2", free=n) for n in (1, 2)]
+    until(lambda: all(marked(target, n) == n for n in (1, 2)))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        assert tasks.end(pid) == -signal.SIGKILL
+    report = run(made, target, shard=Shard(2, 2))  # and what the first has left
+    assert (report.done, report.adopted, report.unfinished) == (TILES - 3, [1], 0)
+    check_whole(made, target)
+
+
+def marked(target: Path, number: int) -> int:
+    """Return how many tiles a task has entered."""
+    path = target / LEDGER / f"done-{number}"
+    return path.stat().st_size // 13 if path.exists() else 0
+
+
+@pytest.mark.parametrize("more", [{"overwrite": True}, {"scheduler": "tcp://127.0.0.1:1"}])
+def test_what_an_array_cannot_be_asked_is_refused(
+    made: Path, tmp_path: Path, more: dict[str, object]
+) -> None:
+    with pytest.raises(BadRequest, match=r"^shard \(=1/2\) ") as caught:
+        segment(made / "v.zarr", model=made / "net.pt", output=tmp_path / "o",
+                shard=Shard(1, 2), **more)  # type: ignore[arg-type]  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_plan_of_a_task_touches_nothing(made: Path, tmp_path: Path) -> None:
+    planned = plan_segment(
+        made / "v.zarr", model=made / "net.pt", output=tmp_path / "o", shard=Shard(1, 2)
+    )
+    assert planned.target == str(tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_task_with_another_plan_is_refused(made: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    run(made, target, shard=Shard(1, TASKS))
+    with pytest.raises(BadRequest, match=r"begun with another plan \(other precision\)"):
+        run(made, target, shard=Shard(2, TASKS), options=replace(OPTIONS, precision="bfloat16"))
+
+
+@pytest.fixture
+def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "BEAT", 0.1)
+    monkeypatch.setattr(claim, "LEASE", 0.6)
+
+
+@contextmanager
+def elsewhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
+    """Hold a claim as a process of another machine does: nobody here can see whether it lives."""
+    with monkeypatch.context() as patch:
+        patch.setattr(claim, "_machine", lambda: "another")
+        taken = Claim.take(path, shard="1/2")
+    assert isinstance(taken, Claim)
+    try:
+        yield taken
+    finally:
+        taken.close()
+
+
+def test_an_owner_elsewhere_lives_while_it_beats(
+    quick_claims: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "lock"
+    with elsewhere(path, monkeypatch):
+        found = Claim.take(path)
+        assert isinstance(found, Owner)
+        assert found.shard == "1/2"
+        assert [*living([path, tmp_path / "none"])] == [path]
+    assert not path.exists()
+    taken = Claim.take(path)
+    assert isinstance(taken, Claim)
+    taken.close()
+
+
+def test_an_owner_elsewhere_that_is_silent_loses_its_claim(
+    quick_claims: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "lock"
+    with elsewhere(path, monkeypatch) as silent:
+        silent._end.set()  # as if its machine had gone
+        taken = Claim.take(path)
+        assert isinstance(taken, Claim)
+        taken.check()
+        taken.close()
+
+
+def test_who_was_taken_over_notices(
+    quick_claims: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "o" / LEDGER
+    folder.mkdir(parents=True)
+    with elsewhere(folder / "lock", monkeypatch) as suspended:
+        suspended.check()
+        (folder / "lock").unlink()
+        taken = Claim.take(folder / "lock")
+        until(lambda: suspended._lost)
+        with pytest.raises(TileError, match=r"another run has taken over .*o, since"):
+            suspended.check()
+        suspended.close()
+        assert json.loads((folder / "lock").read_text())["pid"] == os.getpid()
+        assert isinstance(taken, Claim)
+        taken.close()
+
+
+def test_of_many_at_once_one_gets_it(quick_claims: None, tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    for dead in (False, True):
+        if dead:
+            with subprocess.Popen([sys.executable, "-c", DYING, str(path)]) as process:
+                process.wait()
+            assert path.exists()
+        found: list[Claim | Owner] = []
+        start = threading.Barrier(8)
+
+        def take(start: threading.Barrier = start, found: list[Claim | Owner] = found) -> None:
+            start.wait()
+            found.append(Claim.take(path))
+
+        threads = [threading.Thread(target=take) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        held = [one for one in found if isinstance(one, Claim)]
+        assert len(held) == 1
+        held[0].close()
+        assert [*tmp_path.iterdir()] == []
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from tilepipe.claim import Claim
+Claim.take(Path(sys.argv[1]))
+os._exit(1)
+"""
+
+
+def test_progress_is_seen_from_elsewhere(made: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o"
+    run(made, target, shard=Shard(1, TASKS))
+    values, text = inspect(target)
+    assert (values["done"], values["tiles"]) == (12, 36)
+    assert "12 of 36 done" in text
+    run(made, target)
+    values, text = inspect(target)
+    assert values["done"] == 36
+    workers = values["workers"]
+    assert isinstance(workers, dict)
+    assert sum(worker["tiles"] for worker in workers.values()) == 36

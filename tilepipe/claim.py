@@ -1,0 +1,222 @@
+"""Who writes what on a file system that many machines share, without locks.
+
+A claim is a small file that its owner creates, which is atomic also on NFS, and rewrites every
+`BEAT` seconds. An owner on this machine lives while its process does; one elsewhere while its
+file changes, so no clocks are compared. Law: of those who take a claim at once one gets it. What
+claims guard stays right without them, too: two writers of a tile write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import psutil
+
+from tilepipe.errors import TileError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+BEAT = 15.0
+"""Seconds between two signs of life."""
+LEASE = 60.0
+"""Seconds without one after which an owner on another machine is taken for dead."""
+WIDTH = 512
+"""Bytes of a claim, whatever it says: it is rewritten in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What a claim says of who holds it."""
+
+    host: str
+    machine: str
+    """Of the processes that this one can see: the boot of a machine, and its container."""
+    pid: int
+    born: float
+    """When the process began, in seconds since 1970 by its own machine."""
+    token: str
+    shard: str
+    """Which part of an array of tasks it is, as ``3/8``; empty where it is none."""
+    beat: int = 0
+
+    def __str__(self) -> str:
+        part = f"shard {self.shard}, " if self.shard else ""
+        return f"{part}host {self.host}, process {self.pid}"
+
+
+class Claim:
+    """A claim that is held until it is closed."""
+
+    def __init__(self, path: Path, owner: Owner, handle: int) -> None:
+        self._path, self._owner, self._handle = path, owner, handle
+        self._lost = False
+        self._end = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._live, name="tilepipe-claim", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, path: Path, *, shard: str = "", dead: Owner | None = None) -> Claim | Owner:
+        """Take a claim; where it is held by one who lives, return who that is.
+
+        An owner on another machine is watched until it gives a sign of life, for `LEASE` at most;
+        one that was watched before is given as ``dead``.
+        """
+        mine = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, shard)
+        while True:
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                return cls(path, mine, handle)
+            except FileExistsError:
+                pass
+            before = _read(path)
+            if before is None:
+                continue
+            if before != dead and (found := living([path]).get(path)):
+                return found
+            _remove_dead(path, before)
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return self._path.name
+
+    def check(self) -> None:
+        """Raise `TileError` where another has taken the claim, since nothing was heard of us."""
+        if self._lost:
+            raise TileError(
+                f"another run has taken over {self._path.parent.parent}, since this one was not"
+                " heard of; what was finished is kept"
+            )
+
+    def _write(self) -> None:
+        content = json.dumps(asdict(self._owner)).encode().ljust(WIDTH)
+        os.pwrite(self._handle, content, 0)
+        os.fsync(self._handle)
+
+    def _live(self) -> None:
+        while not self._end.wait(BEAT):
+            try:
+                found = _read(self._path)
+                if found is None or found.token != self._owner.token:
+                    self._lost = True
+                    return
+                self._owner = replace(self._owner, beat=self._owner.beat + 1)
+                self._write()
+            except OSError as error:  # of a server that does not answer now
+                log.info("%s cannot be rewritten: %s", self._path, error)
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._end.is_set():
+            return
+        self._end.set()
+        self._thread.join()
+        os.close(self._handle)
+        with suppress(OSError):
+            found = _read(self._path)
+            if found is not None and found.token == self._owner.token:
+                self._path.unlink()
+
+
+def living(paths: Iterable[Path], *, clear: bool = False) -> dict[Path, Owner]:
+    """Return the claims whose owners live, of these files; all are watched at once.
+
+    With ``clear`` the claims of the dead are removed.
+    """
+    held = watched = {path: owner for path in paths if (owner := _read(path)) is not None}
+    alive = {path: o for path, o in watched.items() if o.machine == _machine() and _runs(o)}
+    watched = {path: owner for path, owner in watched.items() if owner.machine != _machine()}
+    end, told = time.monotonic() + LEASE, False
+    while watched and time.monotonic() < end:
+        if not told:
+            shown = str(next(iter(watched.values())))
+            log.warning("up to %.0f s: waiting to see whether a run still lives (%s)", LEASE, shown)
+            told = True
+        time.sleep(min(1.0, LEASE / 10))
+        for path, before in list(watched.items()):
+            now = _read(path)
+            if now != before:
+                del watched[path]
+                if now is not None:
+                    alive[path] = now
+    if clear:
+        for path in held.keys() - alive.keys():
+            _remove_dead(path, held[path])
+    return alive
+
+
+def take_dead(paths: Iterable[Path], *, shard: str) -> dict[Path, Claim]:
+    """Take the claims of the dead, of these files, unless another is quicker."""
+    held = {path: owner for path in paths if (owner := _read(path)) is not None}
+    alive = living(held)
+    taken = {
+        path: Claim.take(path, shard=shard, dead=owner)
+        for path, owner in held.items()
+        if path not in alive and path.exists()
+    }
+    return {path: claim for path, claim in taken.items() if isinstance(claim, Claim)}
+
+
+def _read(path: Path) -> Owner | None:
+    """Return what a claim says; None where there is none."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return Owner(**json.loads(content))
+    except (ValueError, TypeError):  # its owner has not written it yet
+        return Owner("unknown", "", 0, 0.0, "", "")
+
+
+def _remove_dead(path: Path, dead: Owner) -> None:
+    """Remove a claim of the dead; of those who want to, just one does."""
+    mark = path.with_name(f"{path.name}.{dead.token or 'unknown'}")
+    end = time.monotonic() + LEASE
+    while _read(path) == dead:
+        try:
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:  # another is about to remove it, or died just then
+            time.sleep(0.01)
+            if time.monotonic() > end:
+                mark.unlink(missing_ok=True)
+            continue
+        if _read(path) == dead:
+            path.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
+
+
+@cache
+def _machine() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot, space = file.read().strip(), os.readlink("/proc/self/ns/pid")
+        return f"{socket.gethostname()} {boot} {space}"
+    except OSError:
+        return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def _born() -> float:
+    return psutil.Process().create_time()
+
+
+def _runs(owner: Owner) -> bool:
+    try:
+        return abs(psutil.Process(owner.pid).create_time() - owner.born) < 5
+    except psutil.NoSuchProcess:
+        return False
