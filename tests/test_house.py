@@ -16,9 +16,9 @@ ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog", "loader",
     "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
-    "segment", "worker", "ledger", "engines", "plan", "tiling", "checks", "options", "cache",
-    "slices", "normalize", "predict", "regions", "feed", "windows", "profile", "probe", "model",
-    "checkpoint", "cost", "sweep", "compute", "transfer", "kernels", "rows", "network",
+    "segment", "cluster", "worker", "ledger", "engines", "plan", "tiling", "checks", "options",
+    "cache", "slices", "normalize", "predict", "regions", "feed", "windows", "profile", "probe",
+    "model", "checkpoint", "cost", "sweep", "compute", "transfer", "kernels", "rows", "network",
     "operations", "rules", "program", "unet", "losses", "targets", "augment", "overlay",
     "synthetic", "instances", "warping", "scores", "target", "volume", "ome", "tiff", "geometry",
     "errors",

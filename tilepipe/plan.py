@@ -203,11 +203,13 @@ def plan(
     options: Options | None = None,
     workers: int = 1,
     earlier: Mapping[str, object] | None = None,
+    elsewhere: bool = False,
 ) -> Plan:
     """Decide how a volume is segmented; touches nothing.
 
     ``earlier`` is the `Plan.identity` of a run that may go on: sizes that its machine chose and
-    that ``options`` leave open are kept. Raises `BadRequest` for what cannot work.
+    that ``options`` leave open are kept. ``elsewhere``: on other machines, whose devices are not
+    looked for here. Raises `BadRequest` for what cannot work.
     """
     options = options or Options()
     volume = open_volume(source, axes=options.axes, level=options.level)
@@ -237,7 +239,7 @@ def plan(
         box=box,
         graph=graph,
         ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
-        device=_device(options, earlier),
+        device=_device(options, earlier, elsewhere=elsewhere),
     )
     checks.check_sweep(options, tiling)
     sizes, why = _sizes(tiling, volume, options, workers, earlier)
@@ -382,9 +384,9 @@ def _work(tiling: Tiling, volume: Volume, sizes: Sizes) -> Work:
     return sweep_work(tiling, sizes.tile, sizes.sweep, slab, volume.chunks, sizes.unit)
 
 
-def _device(options: Options, earlier: Mapping[str, object] | None) -> str:
+def _device(options: Options, earlier: Mapping[str, object] | None, *, elsewhere: bool) -> str:
     """Return the kind of device; a run that goes on keeps its own unless it is told another."""
-    device = find_device(options.device).split(":")[0]
+    device = find_device(options.device, elsewhere=elsewhere).split(":")[0]
     kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
     return str(kept.get("device", device)) if options.device == "auto" else device
 

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from tilepipe import __version__
+from tilepipe import __version__, cluster
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import BadRequest
 from tilepipe.ledger import Ledger, check_idle, fingerprint
 from tilepipe.normalize import Normalization, parse, resolve
-from tilepipe.options import Options
+from tilepipe.options import ENGINES, Options
 from tilepipe.plan import Plan, default_target, plan
 from tilepipe.target import (
     check_free,
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
+    from tilepipe.engines.jobs import Jobs
+
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "serial", "dask")
 COMPRESSED = {"labels": 0.1}
 """Share of its size that an answer is expected to take on disk; 0.9 where nothing is said."""
 
@@ -83,6 +84,7 @@ def segment(
     engine: str = "auto",
     scheduler: str | None = None,
     workers: int | None = None,
+    jobs: Jobs | None = None,
     overwrite: bool = False,
     planned: Callable[[Plan], None] | None = None,
     scanned: Callable[[int, int], None] | None = None,
@@ -93,22 +95,25 @@ def segment(
     Runs again where an earlier run of the same plan was stopped. ``planned`` is told the plan
     before anything is written, ``scanned`` the blocks read and their number where the whole volume
     is read once for its normalization, ``progress`` the report after every tile. Tiles that fail
-    are retried, then set aside in ``Report.failures`` while the rest goes on.
+    are retried, then set aside in ``Report.failures`` while the rest goes on. ``jobs`` are those
+    of engine ``slurm``.
 
     Raises `BadRequest`, before anything is written, for what cannot work.
     """
     options = options or Options()
-    count = choose_workers(engine, scheduler, workers, options)
-    made, earlier = _plan(source, model, output, options, count, overwrite=overwrite)
+    count = choose_workers(engine, scheduler, workers, options, jobs)
+    made, earlier = _plan(source, model, output, options, count, overwrite=overwrite, jobs=jobs)
     if short := _short_of_disk(made):
         raise BadRequest(short)
+    if jobs is not None:
+        cluster.check(made.target, jobs)
     with _connected(scheduler) as client:  # before anything is written
         if planned is not None:
             planned(made)
         made = _normalized(made, earlier, scanned)
         with _ledger(made, earlier, overwrite=overwrite) as ledger:
             report = Report(made, ledger.tiles, ledger.done)
-            _run(report, ledger, count=count, client=client, progress=progress)
+            _run(report, ledger, count=count, client=client, jobs=jobs, progress=progress)
             if ledger.done == ledger.tiles:
                 update_attributes(made.target, {"state": "done", "nonfinite": report.nonfinite})
     return report
@@ -123,14 +128,15 @@ def plan_segment(
     engine: str = "auto",
     scheduler: str | None = None,
     workers: int | None = None,
+    jobs: Jobs | None = None,
 ) -> Plan:
     """Return the plan that `segment` would make, with all its refusals; touches nothing.
 
     A disk that is too small is a notice here: a plan may be made elsewhere than it is run.
     """
     options = options or Options()
-    count = choose_workers(engine, scheduler, workers, options)
-    made = _plan(source, model, output, options, count, overwrite=False)[0]
+    count = choose_workers(engine, scheduler, workers, options, jobs)
+    made = _plan(source, model, output, options, count, overwrite=False, jobs=jobs)[0]
     short = _short_of_disk(made)
     return replace(made, notices=(*made.notices, short)) if short else made
 
@@ -143,6 +149,7 @@ def _plan(
     count: int,
     *,
     overwrite: bool,
+    jobs: Jobs | None,
 ) -> tuple[Plan, dict[str, object] | None]:
     """Make the plan, and return what the ledger of an earlier run keeps, if there was one."""
     if not str(source):
@@ -153,8 +160,17 @@ def _plan(
         check_free(target, overwrite=True)
     earlier = None if overwrite else _earlier(target)
     kept = cast("Mapping[str, object]", (earlier or {}).get("identity") or {})
+    if jobs is not None:
+        sizes = cast("Mapping[str, object]", kept.get("sizes") or {})
+        options = cluster.fitted(options, jobs, sizes)
     made = plan(
-        source, model=model, output=target, options=options, workers=count or 1, earlier=kept
+        source,
+        model=model,
+        output=target,
+        options=options,
+        workers=count or 1,
+        earlier=kept,
+        elsewhere=jobs is not None,
     )
     _check_same(target, kept, made.identity())
     if earlier is not None:
@@ -167,14 +183,26 @@ def choose_workers(
     scheduler: str | None,
     workers: int | None,
     options: Options,
+    jobs: Jobs | None = None,
 ) -> int:
-    """Return how many worker processes there will be; 0 for this process alone."""
+    """Return how many worker processes share a machine; 0 for this process alone."""
     if engine not in ENGINES:
         raise BadRequest(f"engine (={engine}) must be one of {', '.join(ENGINES)}")
     if workers is not None and workers <= 0:
         raise BadRequest(f"workers (={workers}) must be positive")
     if engine == "serial" and (scheduler or (workers or 1) > 1):
         raise BadRequest("engine (=serial) has one worker; leave out --workers and --scheduler")
+    if (engine == "slurm") != (jobs is not None):
+        raise BadRequest(
+            f"engine (={engine}) must be slurm where jobs are asked for, and only there"
+        )
+    if engine == "slurm":
+        if scheduler or workers:
+            raise BadRequest(
+                "engine (=slurm) starts its own workers, one a job; leave out --workers and"
+                " --scheduler, and say how many with --jobs"
+            )
+        return 1
     if scheduler is not None:
         return workers or 1
     if engine == "serial":
@@ -352,12 +380,13 @@ def _run(
     *,
     count: int,
     client: Client | None,
+    jobs: Jobs | None,
     progress: Callable[[Report], None] | None,
 ) -> None:
     """Run the tiles that are left through the engine and enter them in the ledger."""
     began = time.perf_counter()
     job = SegmentJob(report.plan, fingerprint(report.plan.identity()))
-    with _outcomes(job, ledger, report, count=count, client=client) as outcomes:
+    with _outcomes(job, ledger, report, count=count, client=client, jobs=jobs) as outcomes:
         for outcome in outcomes:
             if isinstance(outcome, TileResult):
                 ledger.mark(outcome.index)
@@ -403,13 +432,26 @@ def _gpus(count: int) -> list[str]:
 
 @contextmanager
 def _outcomes(
-    job: SegmentJob, ledger: Ledger, report: Report, *, count: int, client: Client | None
+    job: SegmentJob,
+    ledger: Ledger,
+    report: Report,
+    *,
+    count: int,
+    client: Client | None,
+    jobs: Jobs | None,
 ) -> Iterator[Iterator[TileResult | TileFailure]]:
     """Start the engine and give what becomes of the tiles."""
     if ledger.done == ledger.tiles:
         yield iter(())
     elif count == 0:
         yield serial.run(job, ledger.remaining())
+    elif jobs is not None:
+        from tilepipe.engines import dask, slurm
+
+        left = ledger.tiles - ledger.done
+        with cluster.started(report.plan.target, jobs, slots=job.slots, left=left) as fleet:
+            report.dashboard = dask.dashboard_address(fleet.client)
+            yield slurm.run(job, ledger.remaining(), fleet=fleet)
     else:
         from tilepipe.engines import dask
 
