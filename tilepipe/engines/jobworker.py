@@ -32,7 +32,8 @@ def main() -> None:
     os.environ.pop(SPAN, None)  # of the job that this one was submitted from
     if (end := job_end()) is not None:
         os.environ[SPAN] = f"{time.time()}:{end}"
-    arguments += ["--dashboard-address", f"{host}:0", "--no-dashboard", "--preload", __name__]
+    arguments += ["--dashboard-address", f"{host}:0", "--no-dashboard"]
+    arguments += ["--preload", "tilepipe.engines.jobworker"]
     dask_worker.main(arguments)
 
 

@@ -7,10 +7,13 @@ worker is late. So a thread looks at the queue now and then and submits what is 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -20,6 +23,7 @@ import dask
 from dask_jobqueue.slurm import SLURMCluster, SLURMJob
 from distributed import Client, SchedulerPlugin
 from distributed.core import Status
+from distributed.security import Security
 from distributed.utils import get_ip_interface
 
 from tilepipe.engines import dask as workers
@@ -50,6 +54,8 @@ log = logging.getLogger(__name__)
 
 CORES, MEMORY = 4, 8_000_000_000
 """What a job has where nothing is said."""
+CREDENTIALS = ".tls-"
+"""How the folder of a run's credentials begins; nobody else can look into it."""
 BURST = 16
 """Jobs that are submitted at once."""
 AGAIN = 60.0
@@ -250,8 +256,8 @@ def job_script(jobs: Jobs, *, name: str, folder: str, slots: int) -> str:
 
 def check(jobs: Jobs, *, name: str) -> None:
     """Refuse what SLURM would refuse; submits nothing."""
-    _address(jobs)
     check_accepted(job_script(jobs, name=name, folder=".", slots=1))
+    _address(jobs)
 
 
 @contextmanager
@@ -264,8 +270,8 @@ def fleet(jobs: Jobs, *, name: str, folder: Path, slots: int, left: int) -> Iter
     """
     if left_over := cancel_named(name):
         log.warning("jobs that an earlier run has left are cancelled: %s", ", ".join(left_over))
-    for stale in folder.glob(".dask-jobqueue.worker.*"):  # credentials of a driver that was killed
-        stale.unlink()
+    for stale in folder.glob(f"{CREDENTIALS}*"):  # of a driver that was killed
+        shutil.rmtree(stale)
     address = _address(jobs)
     options = {
         "host": address,
@@ -277,27 +283,39 @@ def fleet(jobs: Jobs, *, name: str, folder: Path, slots: int, left: int) -> Iter
     with (
         dask.config.set(KEPT),
         _terminable(),
-        _cluster(jobs, name, folder, slots, options) as cluster,
+        _security(folder) if jobs.tls else nullcontext() as security,
+        SLURMCluster(
+            job_cls=_Submitted,  # type: ignore[arg-type]  # the class itself is meant
+            security=security,
+            scheduler_options=options,
+            silence_logs=logging.CRITICAL,
+            **_arguments(jobs, name=name, folder=str(folder), slots=slots),
+        ) as cluster,
         Client(cluster, set_as_default=False) as client,
         Fleet(cluster, client, jobs, left=left) as found,
     ):
         yield found
 
 
-def _cluster(
-    jobs: Jobs, name: str, folder: Path, slots: int, options: Mapping[str, object]
-) -> SLURMCluster:
+@contextmanager
+def _security(folder: Path) -> Iterator[Security]:
+    """Make credentials for this run, in files that jobs of the same user can read, and no other."""
     try:
-        return SLURMCluster(
-            job_cls=_Submitted,  # type: ignore[arg-type]  # the class itself is meant
-            security=jobs.tls or None,
-            shared_temp_directory=str(folder),
-            scheduler_options=dict(options),
-            silence_logs=logging.CRITICAL,
-            **_arguments(jobs, name=name, folder=str(folder), slots=slots),
-        )
+        made = Security.temporary()
     except ImportError as error:
         raise BadRequest("tls needs cryptography: pip install 'tilepipe[slurm]'") from error
+    with tempfile.TemporaryDirectory(prefix=CREDENTIALS, dir=folder) as place:  # of mode 0700
+        paths = {}
+        for kind, text in made.get_tls_config_for_role("worker").items():
+            if text is not None and "-----BEGIN" in str(text):
+                paths[kind] = os.path.join(place, kind)
+                Path(paths[kind]).write_text(str(text))
+        roles = ("client", "scheduler", "worker")
+        yield Security(
+            require_encryption=True,
+            tls_ca_file=paths["ca_file"],
+            **{f"tls_{role}_{kind}": paths[kind] for role in roles for kind in ("cert", "key")},
+        )
 
 
 def _arguments(jobs: Jobs, *, name: str, folder: str, slots: int) -> dict[str, object]:
