@@ -297,7 +297,9 @@ def on_fleet(job: FileJob, tiles: int, jobs: Jobs) -> list[TileResult]:
     """Run tiles that are files, without a network."""
     folder = Path(job.folder)
     (folder / "jobs").mkdir()
-    with slurm.fleet(jobs, name="tilepipe-test", folder=folder / "jobs", slots=job.slots, left=tiles) as f:
+    with slurm.fleet(
+        jobs, name="tilepipe-test", folder=folder / "jobs", slots=job.slots, left=tiles
+    ) as f:
         found = list(slurm.run(job, range(tiles), fleet=f))
     assert sorted(outcome.index for outcome in found) == list(range(tiles))
     assert all(isinstance(outcome, TileResult) for outcome in found)
@@ -330,7 +332,7 @@ def test_idle_jobs_are_let_go(tmp_path: Path) -> None:
     end.set()
     thread.join()
     assert max(seen) == 4, seen
-    assert seen[-1] == 1
+    assert 1 in seen[seen.index(4) :]
 
 
 def test_a_tile_longer_than_the_walltime_is_set_aside() -> None:

@@ -42,7 +42,7 @@ def job_name(target: str) -> str:
     """Return the name of the jobs of a target, the same for each run of it.
 
     >>> job_name("/data/volume-segmented.zarr")
-    'tilepipe-d8e7ce93'
+    'tilepipe-9900584b'
     """
     path = str(Path(target).absolute())
     return "tilepipe-" + hashlib.sha256(path.encode()).hexdigest()[:8]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+import zarr
 
 from tilepipe import __version__, checks
 from tilepipe.compute import RegionEvaluator
@@ -193,6 +199,32 @@ class Plan:
     def asdict(self) -> dict[str, object]:
         """Return the plan as plain values for JSON."""
         return cast("dict[str, object]", _plain({"tilepipe": __version__, **asdict(self)}))
+
+    def provenance(self) -> dict[str, object]:
+        """Return with what an output was made, as plain values for its attributes."""
+        versions = {
+            "tilepipe": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "zarr": zarr.__version__,
+            "numpy": np.__version__,
+        }
+        return {"versions": versions, "plan": self.asdict()}
+
+    def short_of_disk(self) -> str:
+        """Return what to say where the output does not fit on the disk, by estimate; else "".
+
+        Labels are expected to take a tenth of their size there, numbers nine tenths.
+        """
+        folder = next(p for p in Path(self.target).absolute().parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        need = int(self.costs.write_bytes * (0.1 if self.options.write == "labels" else 0.9))
+        if need <= free:
+            return ""
+        return (
+            f"output (={self.target}) needs about {describe_bytes(need)}; {folder} has"
+            f" {describe_bytes(free)} free: make room or name another place"
+        )
 
 
 def plan(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import shutil
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from tilepipe import __version__, cluster
+from tilepipe import cluster
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import BadRequest
 from tilepipe.ledger import Ledger, check_idle, fingerprint
@@ -27,7 +25,6 @@ from tilepipe.target import (
     read_attributes,
     update_attributes,
 )
-from tilepipe.tiling import describe_bytes
 from tilepipe.volume import open_volume
 from tilepipe.worker import SegmentJob
 
@@ -39,9 +36,6 @@ if TYPE_CHECKING:
     from tilepipe.engines.jobs import Jobs
 
 log = logging.getLogger(__name__)
-
-COMPRESSED = {"labels": 0.1}
-"""Share of its size that an answer is expected to take on disk; 0.9 where nothing is said."""
 
 
 @dataclass(slots=True)
@@ -66,6 +60,8 @@ class Report:
     narrowed: int = 0
     """Tiles that were computed in smaller parts than planned, since memory was short."""
     failures: list[TileFailure] = field(default_factory=list)
+    job_seconds: float = 0.0
+    """For how long jobs of SLURM have run, all together."""
     dashboard: str | None = None
     """Address of the Dask dashboard, where there is one."""
 
@@ -103,7 +99,7 @@ def segment(
     options = options or Options()
     count = choose_workers(engine, scheduler, workers, options, jobs)
     made, earlier = _plan(source, model, output, options, count, overwrite=overwrite, jobs=jobs)
-    if short := _short_of_disk(made):
+    if short := made.short_of_disk():
         raise BadRequest(short)
     if jobs is not None:
         cluster.check(made.target, jobs)
@@ -137,7 +133,7 @@ def plan_segment(
     options = options or Options()
     count = choose_workers(engine, scheduler, workers, options, jobs)
     made = _plan(source, model, output, options, count, overwrite=False, jobs=jobs)[0]
-    short = _short_of_disk(made)
+    short = made.short_of_disk()
     return replace(made, notices=(*made.notices, short)) if short else made
 
 
@@ -275,19 +271,6 @@ def _check_intact(made: Plan) -> None:
         )
 
 
-def _short_of_disk(made: Plan) -> str:
-    """Return what to say where the output does not fit on the disk, by estimate; else nothing."""
-    folder = next(p for p in Path(made.target).absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    need = int(made.costs.write_bytes * COMPRESSED.get(made.options.write, 0.9))
-    if need <= free:
-        return ""
-    return (
-        f"output (={made.target}) needs about {describe_bytes(need)}; {folder} has"
-        f" {describe_bytes(free)} free: make room or name another place"
-    )
-
-
 def _normalized(
     made: Plan,
     earlier: Mapping[str, object] | None,
@@ -344,7 +327,7 @@ def _create(made: Plan, *, overwrite: bool) -> None:
         shards=made.sizes.shards,
         scale=made.source.scale,
         units=made.source.units,
-        attributes={"state": "created", **provenance(made)},
+        attributes={"state": "created", **made.provenance()},
         ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
         overwrite=overwrite or begun,
     )
@@ -356,22 +339,6 @@ def _begun(target: str) -> bool:
         return read_attributes(target).get("state") == "created"
     except BadRequest:
         return False
-
-
-def provenance(made: Plan) -> dict[str, object]:
-    """Return with what an output was made, as plain values for its attributes."""
-    import numpy
-    import torch
-    import zarr
-
-    versions = {
-        "tilepipe": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zarr": zarr.__version__,
-        "numpy": numpy.__version__,
-    }
-    return {"versions": versions, "plan": made.asdict()}
 
 
 def _run(
@@ -452,6 +419,7 @@ def _outcomes(
         with cluster.started(report.plan.target, jobs, slots=job.slots, left=left) as fleet:
             report.dashboard = dask.dashboard_address(fleet.client)
             yield slurm.run(job, ledger.remaining(), fleet=fleet)
+            report.job_seconds = fleet.seconds
     else:
         from tilepipe.engines import dask
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import dask
@@ -31,7 +31,7 @@ from distributed.comm.core import connect
 from distributed.security import Security
 from distributed.utils import silence_logging_cmgr
 
-from tilepipe.engines import RETRIES, Job, TileFailure, TileResult, one_line
+from tilepipe.engines import RETRIES, Fleet, Job, Lost, TileFailure, TileResult, one_line
 from tilepipe.engines.walltime import Deadline, leave
 from tilepipe.errors import BadRequest, TileError
 
@@ -71,25 +71,6 @@ class _Failed:
 @dataclass(frozen=True, slots=True)
 class _Back:
     """A tile that nobody has tried, or that nobody is to blame for."""
-
-
-class Fleet(Protocol):
-    """Workers that come and go, kept up by somebody else than Dask."""
-
-    def waiting(self) -> str:
-        """Return what is waited for where there are no workers; raise if nothing can come."""
-
-    def lost(self, worker: str) -> Lost | None:
-        """Return why a worker is gone; None where that is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """Why a worker is gone with the tiles that it held."""
-
-    cause: str
-    blame: bool
-    """Whether a tile may be the reason, so that this counts as an attempt."""
 
 
 class _Jobs(WorkerPlugin):

@@ -26,8 +26,9 @@ from distributed.core import Status
 from distributed.security import Security
 from distributed.utils import get_ip_interface
 
+from tilepipe.engines import Lost
 from tilepipe.engines import dask as workers
-from tilepipe.engines.dask import SETTINGS, Lost
+from tilepipe.engines.dask import SETTINGS
 from tilepipe.engines.jobworker import address_towards
 from tilepipe.engines.squeue import (
     ANSWER,
@@ -104,6 +105,9 @@ class Fleet:
 
     def __init__(self, cluster: SLURMCluster, client: Client, jobs: Jobs, *, left: int) -> None:
         self.client, self.left = client, left
+        self.seconds = 0.0
+        """For how long jobs have run, all together; as seen, so within a look at each end."""
+        self._looked = time.monotonic()
         self._cluster, self._jobs = cluster, jobs
         self._numbers, self._ids = count(1), dict[str, str]()
         self._queue: Mapping[str, Queued] = {}
@@ -174,6 +178,9 @@ class Fleet:
         found = in_queue([job.job_id for job in known.values() if job.job_id])
         if found is None:
             return
+        now = time.monotonic()
+        running = sum(job.state == "RUNNING" for job in found.values())
+        self.seconds, self._looked = self.seconds + running * (now - self._looked), now
         self._queue = found
         gone = [name for name, job in known.items() if job.job_id and job.job_id not in found]
         refused = [name for name, job in known.items() if job.refused]
