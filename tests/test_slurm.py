@@ -19,12 +19,14 @@ import pytest
 from tests import slurm_cluster
 from tests.commands import ROOT
 from tests.slurm_cluster import CORES, NODES, Slurm, run, until
+from tests.support import write_volume
 from tests.test_engines import FileJob, notes
 from tests.test_resume import ARGUMENTS, OPTIONS, TILES, Case, check_whole, make_case, marked
+from tests.test_train import discs
 from tilepipe.cluster import log_folder
 from tilepipe.engines import TileResult, slurm
 from tilepipe.engines.jobs import Jobs
-from tilepipe.errors import BadRequest, TileError
+from tilepipe.errors import TileError
 from tilepipe.segment import Report, segment
 
 if TYPE_CHECKING:
@@ -293,6 +295,69 @@ def test_a_plan_shows_the_job(case: Case, tmp_path: Path) -> None:
     until(lambda: not ids())
 
 
+def submit(folder: Path, *command: str) -> tuple[int, str]:
+    """Run a job script to its end; return its exit code and its log."""
+    path = str(Path(sys.executable).parent)
+    env = {**os.environ, "BIN": path, "PYTHONPATH": str(ROOT), "CLUSTER": str(folder / "site.toml")}
+    log = folder / "job.log"
+    submitted = subprocess.run(
+        ["sbatch", "--wait", "--parsable", "--output", str(log), *command],
+        env=env, cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return submitted.returncode, submitted.stderr + (log.read_text() if log.exists() else "")
+
+
+SCRIPTS = ROOT / "workflows" / "slurm"
+
+
+def test_the_driver_may_be_a_job(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    site = (SCRIPTS / "site.toml").read_text()
+    site = site.replace('"8GB"', '"1500MB"').replace("cores = 4", "cores = 1")
+    (tmp_path / "site.toml").write_text(site)
+    script = (str(SCRIPTS / "segment.sbatch"), str(case.source), str(case.model), str(target))
+    code, said = submit(tmp_path, *script, *ARGUMENTS, "--threads", "1", "--jobs", "2")
+    assert code == 0, said
+    check_whole(target, case)
+
+
+def test_a_driver_whose_time_is_over_takes_its_jobs_along(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    (tmp_path / "site.toml").write_text('job-memory = "1500MB"\ncores = 1\n')
+    script = (str(SCRIPTS / "segment.sbatch"), str(case.source), str(case.model), str(target))
+    found = list[tuple[int, str]]()
+    more = (*script, *ARGUMENTS, "--threads", "1")
+    thread = threading.Thread(target=lambda: found.append(submit(tmp_path, *more)))
+    thread.start()
+    until(lambda: marked(target) >= 0 and len(ids("running")) == 2)
+    run("scancel", "--batch", "--signal", "TERM", "--name", "tilepipe-driver")
+    thread.join()
+    assert found[0][0] == 130, found
+    assert "interrupted" in found[0][1]
+    until(lambda: not ids())
+    code, said = submit(tmp_path, *more)
+    assert code == 0, said
+    check_whole(target, case)
+
+
+@pytest.mark.parametrize(("script", "gpus"), [("train.sbatch", 1), ("train-multi.sbatch", 2)])
+def test_training_is_a_job(tmp_path: Path, script: str, gpus: int) -> None:
+    image, labels = discs(4, 80, 90)
+    for name, array in (("image", image), ("labels", labels)):
+        write_volume(tmp_path / f"{name}.zarr", array, "zyx", (1, 40, 45))
+    said = ("--target", "mask", "--ndim", "2", "--base", "2", "--depth", "2", "--patch", "24,24")
+    told = ("--elastic", "2", "--threads", "1", "--batch", "2", "--device", "cpu")
+    small = ("--mem", "3G", "--cpus-per-task", "2", f"--gres=gpu:{gpus}")
+    sources = (str(tmp_path / "image.zarr"), str(tmp_path / "labels.zarr"))
+    train = (*small, str(SCRIPTS / script), *sources, str(tmp_path / "net.pt"), *said, *told)
+    code, log = submit(tmp_path, *train, "--steps", "4")
+    assert code == 0, log
+    assert (tmp_path / "net.pt").exists()
+    code, log = submit(tmp_path, *train, "--steps", "6")  # goes on
+    assert code == 0, log
+    assert "6 steps" in log
+
+
 def on_fleet(job: FileJob, tiles: int, jobs: Jobs) -> list[TileResult]:
     """Run tiles that are files, without a network."""
     folder = Path(job.folder)
@@ -333,8 +398,3 @@ def test_idle_jobs_are_let_go(tmp_path: Path) -> None:
     thread.join()
     assert max(seen) == 4, seen
     assert 1 in seen[seen.index(4) :]
-
-
-def test_a_tile_longer_than_the_walltime_is_set_aside() -> None:
-    with pytest.raises(BadRequest, match="walltime"):
-        Jobs(walltime="soon")

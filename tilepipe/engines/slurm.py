@@ -65,8 +65,8 @@ UNHEARD = 3
 """Jobs in a row that may end before their worker is heard of."""
 KEPT = {**SETTINGS, "distributed.deploy.lost-worker-timeout": "1000 days"}
 """Dask would cancel a job that it has heard nothing of for a while; we ask SLURM instead."""
-TAKEN = {"CANCELLED", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "REVOKED", "GONE"}
-"""Ends of a job that no tile is to blame for."""
+BLAMED = {"RUNNING", "SUSPENDED", "FAILED", "UNKNOWN"}
+"""States of a job whose worker is gone by a fault of its own; else somebody took the job away."""
 FAILED = {"FAILED", "COMPLETED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 """Ends of a job that its script is to blame for, if no worker was heard of."""
 
@@ -112,7 +112,7 @@ class Fleet:
         self._numbers, self._ids = count(1), dict[str, str]()
         self._queue: Mapping[str, Queued] = {}
         self._heard, self._unheard = _Heard(), 0
-        self._accepted, self._refusal, self._again = False, "", 0.0
+        self._accepted, self._silent, self._refusal, self._again = False, False, "", 0.0
         self._error: Exception | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="tilepipe-jobs", daemon=True)
@@ -147,7 +147,7 @@ class Fleet:
         told = [f"{reasons.count(why)} pending: {why}" for why in sorted(set(reasons))]
         begun = len(self._queue) - len(reasons)
         told += [f"{begun} started"] * bool(begun)
-        told += [self._refusal] * bool(self._refusal)
+        told += [self._refusal] * bool(self._refusal) + ["squeue fails"] * self._silent
         return ", ".join(told) or "jobs are being submitted"
 
     def lost(self, worker: str) -> Lost | None:
@@ -161,7 +161,7 @@ class Fleet:
         if state == "OUT_OF_MEMORY":
             remedy = "give more with --job-memory, or less with --memory"
             return Lost(f"each job that took it ran out of memory: {remedy}", blame=True)
-        return Lost(f"job {number} is {state}", blame=False) if state in TAKEN else None
+        return None if state in BLAMED else Lost(f"job {number} is {state}", blame=False)
 
     def _keep(self) -> None:
         while not self._end.wait(self._jobs.poll) and self._error is None:
@@ -173,9 +173,11 @@ class Fleet:
 
     def _look(self) -> None:
         """Replace the jobs that are gone, submit those that are missing, let the idle ones go."""
-        known = dict(self._cluster.workers)
+        spec = self._cluster.worker_spec  # by name; what is dropped there is on its way out
+        known = {name: job for name, job in dict(self._cluster.workers).items() if name in spec}
         self._ids |= {name: job.job_id for name, job in known.items() if job.job_id}
         found = in_queue([job.job_id for job in known.values() if job.job_id])
+        self._silent = found is None
         if found is None:
             return
         now = time.monotonic()
@@ -187,14 +189,15 @@ class Fleet:
         self._accepted |= any(job.job_id for job in known.values())
         for name in gone:
             self._judge(name)
-        self._refusal = known[refused[0]].refused if refused else self._refusal
         if refused:
+            self._refusal = known[refused[0]].refused
             self._again = time.monotonic() + AGAIN
-            if not self._accepted and len(refused) == len(known):
+            if not self._accepted:
                 self._error = BadRequest(f"SLURM refuses the job: {self._refusal}")
                 return
+            log.warning("%d jobs are refused for now: %s", len(refused), self._refusal)
         low, high = self._jobs.jobs
-        here = [name for name in self._cluster.worker_spec if name not in {*gone, *refused}]
+        here = [name for name in spec if name not in {*gone, *refused}]
         useful = min(high, self.left)
         missing = min(BURST, useful - len(here))
         if missing > 0 and time.monotonic() < self._again:
