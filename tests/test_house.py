@@ -16,12 +16,12 @@ ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog", "loader",
     "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
-    "segment", "begin", "worker", "ledger", "claim", "progress", "engines", "plan", "units",
-    "tiling", "checks", "options", "cache", "slices", "normalize", "predict", "regions", "feed",
-    "windows", "profile", "probe", "model", "checkpoint", "cost", "sweep", "compute", "transfer",
-    "kernels", "rows", "network", "operations", "rules", "program", "unet", "losses", "targets",
-    "augment", "overlay", "synthetic", "instances", "warping", "scores", "target", "volume", "ome",
-    "tiff", "geometry", "errors",
+    "segment", "begin", "cluster", "worker", "ledger", "claim", "progress", "engines", "plan",
+    "units", "tiling", "checks", "options", "cache", "slices", "normalize", "predict", "regions",
+    "feed", "windows", "profile", "probe", "model", "checkpoint", "cost", "sweep", "compute",
+    "transfer", "kernels", "rows", "network", "operations", "rules", "program", "unet", "losses",
+    "targets", "augment", "overlay", "synthetic", "instances", "warping", "scores", "target",
+    "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

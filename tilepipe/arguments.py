@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from tilepipe.engines.jobs import Jobs, parse_jobs, read_jobs
 from tilepipe.errors import BadRequest
-from tilepipe.options import CHOICES, Options, Shard
+from tilepipe.options import CHOICES, ENGINES, Options, Shard
 from tilepipe.recipe import CHOICES as RECIPES
 from tilepipe.recipe import Recipe
 
@@ -152,10 +153,21 @@ _SEGMENT = (
     click.option("--shards", type=Sizes(), help="Voxels of its shards, in multiples of chunks."),
     _choice("ome_version", "Of the target: 0.5 is Zarr v3, 0.4 is Zarr v2."),
     click.option("--inexact", is_flag=True, help="Accept seams where no tiling is exact."),
-    click.option("--engine", type=click.Choice(["auto", "serial", "dask"]), default="auto"),
+    click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True),
     click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that already runs."),
     click.option("--workers", type=int, metavar="N", help="Worker processes. [1, or one per GPU]"),
     click.option("--shard", type=Part(), help="Just this share, as task I of an array 1-N."),
+    click.option("--cluster", metavar="FILE", help="SLURM: a TOML file that says what follows."),
+    click.option("--jobs", metavar="N|MIN:MAX", help="SLURM: jobs of one worker each. [1]"),
+    click.option("--partition", metavar="NAME", help="SLURM: where they run."),
+    click.option("--account", metavar="NAME", help="SLURM: who pays."),
+    click.option("--walltime", metavar="HH:MM:SS", help="SLURM: of a job. [00:30:00]"),
+    click.option("--job-memory", type=Bytes(), help="SLURM: of a job. [8GB]"),
+    click.option("--cores", type=int, metavar="N", help="SLURM: of a job. [4]"),
+    click.option("--gpus", type=int, metavar="N", help="SLURM: of a job, 0 or 1. [0]"),
+    click.option("--interface", metavar="NAME", help="SLURM: network. [towards the nodes]"),
+    click.option("--directive", metavar="TEXT", multiple=True, help="SLURM: option of sbatch."),
+    click.option("--tls", is_flag=True, help="SLURM: encrypt what the workers say."),
 )  # fmt: skip
 
 
@@ -169,6 +181,19 @@ def segment_request(command: Command) -> Command:
 def segment_options(values: dict[str, object]) -> Options:
     """Take the options of a segmentation out of a command's values."""
     return Options(**{f.name: values.pop(f.name) for f in fields(Options)})  # type: ignore[arg-type]
+
+
+def segment_jobs(values: dict[str, object]) -> Jobs | None:
+    """Take the jobs of a segmentation out of a command's values; None where it needs none."""
+    path = values.pop("cluster")
+    asked = {name: values.pop(name) for name in ("partition", "account", "walltime", "cores")}
+    asked |= {name: values.pop(name) for name in ("gpus", "interface", "tls")}
+    asked |= {"memory": values.pop("job_memory"), "directives": values.pop("directive")}
+    jobs = values.pop("jobs")
+    asked["jobs"] = None if jobs is None else parse_jobs(jobs)
+    if values["engine"] != "slurm" and not path and not any(asked.values()):
+        return None
+    return read_jobs(str(path) if path else None, asked)
 
 
 class PerLevel(click.ParamType["list[int | Shape]"]):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from tilepipe import __version__
 from tilepipe.errors import BadRequest
 from tilepipe.ledger import (
     Ledger,
@@ -30,7 +27,6 @@ from tilepipe.target import (
     read_attributes,
     update_attributes,
 )
-from tilepipe.tiling import describe_bytes
 from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
@@ -39,9 +35,6 @@ if TYPE_CHECKING:
     from tilepipe.claim import Claim
     from tilepipe.options import Shard
     from tilepipe.plan import Plan
-
-COMPRESSED = {"labels": 0.1}
-"""Share of its size that an answer is expected to take on disk; 0.9 where nothing is said."""
 
 
 def find_earlier(target: str) -> dict[str, object] | None:
@@ -96,19 +89,6 @@ def check_intact(made: Plan) -> None:
         raise BadRequest(
             f"output (={made.target}) is damaged ({damage}); replace it with --overwrite"
         )
-
-
-def short_of_disk(made: Plan) -> str:
-    """Return what to say where the output does not fit on the disk, by estimate; else nothing."""
-    folder = next(p for p in Path(made.target).absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free
-    need = int(made.costs.write_bytes * COMPRESSED.get(made.options.write, 0.9))
-    if need <= free:
-        return ""
-    return (
-        f"output (={made.target}) needs about {describe_bytes(need)}; {folder} has"
-        f" {describe_bytes(free)} free: make room or name another place"
-    )
 
 
 def normalized(
@@ -169,7 +149,7 @@ def agree(
             continue  # another task was just creating it
         if earlier is not None:
             return normalized(made, earlier, scanned)
-        if short := short_of_disk(made):
+        if short := made.short_of_disk():
             raise BadRequest(short)
         claim = claimed_first(target, shard)
         if claim is not None:
@@ -217,7 +197,7 @@ def _create(made: Plan, *, overwrite: bool) -> None:
         shards=made.sizes.shards,
         scale=made.source.scale,
         units=made.source.units,
-        attributes={"state": "created", **provenance(made)},
+        attributes={"state": "created", **made.provenance()},
         ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
         overwrite=overwrite or begun,
     )
@@ -229,19 +209,3 @@ def _begun(target: str) -> bool:
         return read_attributes(target).get("state") == "created"
     except BadRequest:
         return False
-
-
-def provenance(made: Plan) -> dict[str, object]:
-    """Return with what an output was made, as plain values for its attributes."""
-    import numpy
-    import torch
-    import zarr
-
-    versions = {
-        "tilepipe": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zarr": zarr.__version__,
-        "numpy": numpy.__version__,
-    }
-    return {"versions": versions, "plan": made.asdict()}

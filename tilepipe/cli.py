@@ -21,6 +21,7 @@ from tilepipe.arguments import (
     Numbers,
     paired,
     recipe_of,
+    segment_jobs,
     segment_options,
     segment_request,
     train_request,
@@ -120,13 +121,14 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
     from tilepipe.describe import describe_plan, describe_report
     from tilepipe.segment import segment as run
 
-    options = segment_options(values)
+    options, jobs = segment_options(values), segment_jobs(values)
     shown = _Progress()
     report = run(
         source,
         model=model,
         output=output,
         options=options,
+        jobs=jobs,
         planned=lambda plan: click.echo(describe_plan(plan)),
         scanned=shown.scan,
         progress=shown,
@@ -147,9 +149,15 @@ def plan(source: str, model: str, output: str | None, as_json: bool, **values: o
     from tilepipe.describe import describe_plan
     from tilepipe.segment import plan_segment
 
-    options = segment_options(values)
-    made = plan_segment(source, model=model, output=output, options=options, **values)  # type: ignore[arg-type]
-    click.echo(json.dumps(made.asdict(), indent=1) if as_json else describe_plan(made))
+    options, jobs = segment_options(values), segment_jobs(values)
+    made = plan_segment(source, model=model, output=output, options=options, jobs=jobs, **values)  # type: ignore[arg-type]
+    found, text = made.asdict(), describe_plan(made)
+    if jobs is not None:
+        from tilepipe.cluster import describe, describe_jobs
+
+        found["slurm"] = describe(made, jobs)
+        text += "\n" + describe_jobs(made, jobs)
+    click.echo(json.dumps(found, indent=1) if as_json else text)
 
 
 @main.command()

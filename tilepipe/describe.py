@@ -142,6 +142,12 @@ def describe_report(report: Report) -> str:
                 voxels=report.voxels,
             ),
         ]
+        share = report.done / report.tiles * report.plan.costs.multiply_adds
+        rate = share / max(report.compute_seconds, 1e-9)
+        lines.append(f"each worker computed {rate:.3g} multiply-adds/s")
+    if report.job_seconds:
+        hours, pace = report.job_seconds / 3600, report.voxels / report.job_seconds
+        lines.append(f"jobs ran for {hours:.3g} hours in all, {pace:.4g} voxels/s of each")
     if report.nonfinite:
         lines.append(f"{report.nonfinite} values of the source are NaN or infinite: taken as 0")
     if report.narrowed:

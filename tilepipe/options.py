@@ -22,6 +22,8 @@ CHOICES = {
 }
 """What each of these options may be; the first is the default."""
 
+ENGINES = ("auto", "serial", "dask", "slurm")
+"""What may run the tiles."""
 KINDS = ("auto", "classes", "mask", "instances", "membrane")
 """What is compared in an evaluation."""
 COMPONENTS = ("plane", "volume")

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+import zarr
 
 from tilepipe import __version__, checks
 from tilepipe.compute import RegionEvaluator
@@ -193,6 +199,32 @@ class Plan:
         """Return the plan as plain values for JSON."""
         return cast("dict[str, object]", _plain({"tilepipe": __version__, **asdict(self)}))
 
+    def provenance(self) -> dict[str, object]:
+        """Return with what an output was made, as plain values for its attributes."""
+        versions = {
+            "tilepipe": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "zarr": zarr.__version__,
+            "numpy": np.__version__,
+        }
+        return {"versions": versions, "plan": self.asdict()}
+
+    def short_of_disk(self) -> str:
+        """Return what to say where the output does not fit on the disk, by estimate; else "".
+
+        Labels are expected to take a tenth of their size there, numbers nine tenths.
+        """
+        folder = next(p for p in Path(self.target).absolute().parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        need = int(self.costs.write_bytes * (0.1 if self.options.write == "labels" else 0.9))
+        if need <= free:
+            return ""
+        return (
+            f"output (={self.target}) needs about {describe_bytes(need)}; {folder} has"
+            f" {describe_bytes(free)} free: make room or name another place"
+        )
+
 
 def plan(
     source: str | Path,
@@ -202,11 +234,13 @@ def plan(
     options: Options | None = None,
     workers: int = 1,
     earlier: Mapping[str, object] | None = None,
+    elsewhere: bool = False,
 ) -> Plan:
     """Decide how a volume is segmented; touches nothing.
 
     ``earlier`` is the `Plan.identity` of a run that may go on: sizes that its machine chose and
-    that ``options`` leave open are kept. Raises `BadRequest` for what cannot work.
+    that ``options`` leave open are kept. ``elsewhere``: on other machines, whose devices are not
+    looked for here. Raises `BadRequest` for what cannot work.
     """
     options = options or Options()
     volume = open_volume(source, axes=options.axes, level=options.level)
@@ -236,7 +270,7 @@ def plan(
         box=box,
         graph=graph,
         ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
-        device=_device(options, earlier),
+        device=_device(options, earlier, elsewhere=elsewhere),
     )
     checks.check_sweep(options, tiling)
     sizes, why = _sizes(tiling, volume, options, workers, earlier)
@@ -381,9 +415,9 @@ def _work(tiling: Tiling, volume: Volume, sizes: Sizes) -> Work:
     return sweep_work(tiling, sizes.tile, sizes.sweep, slab, volume.chunks, sizes.unit)
 
 
-def _device(options: Options, earlier: Mapping[str, object] | None) -> str:
+def _device(options: Options, earlier: Mapping[str, object] | None, *, elsewhere: bool) -> str:
     """Return the kind of device; a run that goes on keeps its own unless it is told another."""
-    device = find_device(options.device).split(":")[0]
+    device = find_device(options.device, elsewhere=elsewhere).split(":")[0]
     kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
     return str(kept.get("device", device)) if options.device == "auto" else device
 

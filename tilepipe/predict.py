@@ -161,8 +161,11 @@ def keep_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-def find_device(device: str) -> str:
-    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means on this machine."""
+def find_device(device: str, *, elsewhere: bool = False) -> str:
+    """Return the device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means on this machine.
+
+    With ``elsewhere`` a device need not be one of this machine.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -171,7 +174,7 @@ def find_device(device: str) -> str:
         raise BadRequest(f"device (={device}) must be auto, cpu, cuda or cuda:N") from None
     if kind.type not in ("cpu", "cuda"):
         raise BadRequest(f"device (={device}) must be auto, cpu, cuda or cuda:N")
-    if kind.type == "cuda":
+    if kind.type == "cuda" and not elsewhere:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (kind.index or 0) >= count:
             here = f"this machine has {count}, counted from 0" if count else "torch finds none here"

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
+from tilepipe import cluster
 from tilepipe.begin import (
     agree,
     check_intact,
@@ -16,12 +17,11 @@ from tilepipe.begin import (
     find_earlier,
     normalized,
     open_ledger,
-    short_of_disk,
 )
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import BadRequest
 from tilepipe.ledger import Ledger, fingerprint
-from tilepipe.options import Options, Shard
+from tilepipe.options import ENGINES, Options, Shard
 from tilepipe.plan import Plan, default_target, plan
 from tilepipe.progress import Share
 from tilepipe.target import check_free, check_target, update_attributes
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-log = logging.getLogger(__name__)
+    from tilepipe.engines.jobs import Jobs
 
-ENGINES = ("auto", "serial", "dask")
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -71,6 +71,8 @@ class Report:
     unfinished: int = 0
     """Tiles of the whole volume that nobody had finished at the end."""
     failures: list[TileFailure] = field(default_factory=list)
+    job_seconds: float = 0.0
+    """For how long jobs of SLURM have run, all together."""
     dashboard: str | None = None
     """Address of the Dask dashboard, where there is one."""
 
@@ -95,6 +97,7 @@ def segment(
     scheduler: str | None = None,
     workers: int | None = None,
     shard: Shard | None = None,
+    jobs: Jobs | None = None,
     overwrite: bool = False,
     planned: Callable[[Plan], None] | None = None,
     scanned: Callable[[int, int], None] | None = None,
@@ -107,20 +110,23 @@ def segment(
     is read once for its normalization, ``progress`` the report after every tile. Tiles that fail
     are retried, then set aside in ``Report.failures`` while the rest goes on. With ``shard`` just
     that share of the tiles is done, at the same time as others by other processes, and what those
-    that died have left; who does the last tile ends the whole.
+    that died have left; who does the last tile ends the whole. ``jobs`` are those of engine
+    ``slurm``.
 
     Raises `BadRequest`, before anything is written, for what cannot work.
     """
     options = options or Options()
-    count = choose_workers(engine, scheduler, workers, options)
+    count = choose_workers(engine, scheduler, workers, options, jobs)
     _check_shard(shard, engine, scheduler, overwrite=overwrite)
     made, earlier = (
-        _plan(source, model, output, options, count, overwrite=overwrite)
+        _plan(source, model, output, options, count, overwrite=overwrite, jobs=jobs)
         if shard is None
         else (_agreed(source, model, output, options, count, shard, scanned), None)
     )
-    if shard is None and (short := short_of_disk(made)):
+    if shard is None and (short := made.short_of_disk()):
         raise BadRequest(short)
+    if jobs is not None:
+        cluster.check(made.target, jobs)
     with _connected(scheduler) as client:  # before anything is written
         if planned is not None:
             planned(made)
@@ -129,7 +135,7 @@ def segment(
         with open_ledger(made, earlier, shard=shard, overwrite=overwrite) as ledger:
             tiles = range(ledger.tiles) if shard is None else shard.share(ledger.tiles)
             report = Report(made, len(tiles), ledger.finished(tiles), shard=shard)
-            _run(report, ledger, tiles, count=count, client=client, progress=progress)
+            _run(report, ledger, tiles, count=count, client=client, jobs=jobs, progress=progress)
             if shard is not None:
                 _adopt(report, ledger, shard, count=count, progress=progress)
             report.unfinished = ledger.tiles - ledger.done
@@ -148,16 +154,17 @@ def plan_segment(
     scheduler: str | None = None,
     workers: int | None = None,
     shard: Shard | None = None,
+    jobs: Jobs | None = None,
 ) -> Plan:
     """Return the plan that `segment` would make, with all its refusals; touches nothing.
 
     A disk that is too small is a notice here: a plan may be made elsewhere than it is run.
     """
     options = options or Options()
-    count = choose_workers(engine, scheduler, workers, options)
+    count = choose_workers(engine, scheduler, workers, options, jobs)
     _check_shard(shard, engine, scheduler, overwrite=False)
-    made = _plan(source, model, output, options, count, overwrite=False)[0]
-    short = short_of_disk(made)
+    made = _plan(source, model, output, options, count, overwrite=False, jobs=jobs)[0]
+    short = made.short_of_disk()
     return replace(made, notices=(*made.notices, short)) if short else made
 
 
@@ -169,6 +176,7 @@ def _plan(
     count: int,
     *,
     overwrite: bool,
+    jobs: Jobs | None,
 ) -> tuple[Plan, dict[str, object] | None]:
     """Make the plan, and return what the ledger of an earlier run keeps, if there was one."""
     if not str(source):
@@ -179,8 +187,17 @@ def _plan(
         check_free(target, overwrite=True)
     earlier = None if overwrite else find_earlier(target)
     kept = cast("Mapping[str, object]", (earlier or {}).get("identity") or {})
+    if jobs is not None:
+        sizes = cast("Mapping[str, object]", kept.get("sizes") or {})
+        options = cluster.fitted(options, jobs, sizes)
     made = plan(
-        source, model=model, output=target, options=options, workers=count or 1, earlier=kept
+        source,
+        model=model,
+        output=target,
+        options=options,
+        workers=count or 1,
+        earlier=kept,
+        elsewhere=jobs is not None,
     )
     check_same(target, kept, made.identity())
     if earlier is not None:
@@ -193,14 +210,26 @@ def choose_workers(
     scheduler: str | None,
     workers: int | None,
     options: Options,
+    jobs: Jobs | None = None,
 ) -> int:
-    """Return how many worker processes there will be; 0 for this process alone."""
+    """Return how many worker processes share a machine; 0 for this process alone."""
     if engine not in ENGINES:
         raise BadRequest(f"engine (={engine}) must be one of {', '.join(ENGINES)}")
     if workers is not None and workers <= 0:
         raise BadRequest(f"workers (={workers}) must be positive")
     if engine == "serial" and (scheduler or (workers or 1) > 1):
         raise BadRequest("engine (=serial) has one worker; leave out --workers and --scheduler")
+    if (engine == "slurm") != (jobs is not None):
+        raise BadRequest(
+            f"engine (={engine}) must be slurm where jobs are asked for, and only there"
+        )
+    if engine == "slurm":
+        if scheduler or workers:
+            raise BadRequest(
+                "engine (=slurm) starts its own workers, one a job; leave out --workers and"
+                " --scheduler, and say how many with --jobs"
+            )
+        return 1
     if scheduler is not None:
         return workers or 1
     if engine == "serial":
@@ -251,7 +280,7 @@ def _agreed(
     check_target(target, source)
 
     def make() -> tuple[Plan, dict[str, object] | None]:
-        return _plan(source, model, output, options, count, overwrite=False)
+        return _plan(source, model, output, options, count, overwrite=False, jobs=None)
 
     return agree(target, make, shard=shard, scanned=scanned)
 
@@ -278,7 +307,7 @@ def _adopt(
                 report.adopted.append(number)
                 report.tiles += len(share)
                 report.before += ledger.finished(share)
-                _run(report, ledger, share, count=count, client=None, progress=progress)
+                _run(report, ledger, share, count=count, client=None, jobs=None, progress=progress)
         finally:
             for claim in taken.values():
                 claim.close()
@@ -291,6 +320,7 @@ def _run(
     *,
     count: int,
     client: Client | None,
+    jobs: Jobs | None,
     progress: Callable[[Report], None] | None,
 ) -> None:
     """Run the tiles that are left through the engine and enter them in the ledger."""
@@ -299,7 +329,7 @@ def _run(
     left = ledger.remaining(tiles)
     if next(ledger.remaining(tiles), None) is None:
         return
-    with _outcomes(job, left, report, count=count, client=client) as outcomes:
+    with _outcomes(job, left, report, count=count, client=client, jobs=jobs) as outcomes:
         for outcome in outcomes:
             report.retries += outcome.attempts - 1
             if isinstance(outcome, TileResult):
@@ -358,11 +388,25 @@ def _gpus(count: int) -> list[str]:
 
 @contextmanager
 def _outcomes(
-    job: SegmentJob, tiles: Iterator[int], report: Report, *, count: int, client: Client | None
+    job: SegmentJob,
+    tiles: Iterator[int],
+    report: Report,
+    *,
+    count: int,
+    client: Client | None,
+    jobs: Jobs | None,
 ) -> Iterator[Iterator[TileResult | TileFailure]]:
     """Start the engine and give what becomes of the tiles."""
     if count == 0:
         yield serial.run(job, tiles)
+    elif jobs is not None:
+        from tilepipe.engines import dask, slurm
+
+        left = report.left
+        with cluster.started(report.plan.target, jobs, slots=job.slots, left=left) as fleet:
+            report.dashboard = dask.dashboard_address(fleet.client)
+            yield slurm.run(job, tiles, fleet=fleet)
+            report.job_seconds = fleet.seconds
     else:
         from tilepipe.engines import dask
 

@@ -134,9 +134,12 @@ class Worker:
         Where memory is short, on this tile and all that follow the network gets half as much.
         """
         while True:
-            times = self._narrowed
+            times, began = self._narrowed, time.perf_counter()
             try:
-                return self._process(index, times)
+                result = self._process(index, times)
+                seconds = time.perf_counter() - began
+                log.info("tile %d, voxels %s: %.2f s", index, self._plan.grid[index].write, seconds)
+                return result
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -61,6 +61,25 @@ class Job(Protocol):
         """Return what processes a tile by its index, from several threads at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Why a worker is gone with the tiles that it held."""
+
+    cause: str
+    blame: bool
+    """Whether a tile may be the reason, so that this counts as an attempt."""
+
+
+class Fleet(Protocol):
+    """Workers that come and go, kept up by somebody else than Dask."""
+
+    def waiting(self) -> str:
+        """Return what is waited for where there are no workers; raise if nothing can come."""
+
+    def lost(self, worker: str) -> Lost | None:
+        """Return why a worker is gone; None where that is not known."""
+
+
 def one_line(error: BaseException) -> str:
     """Return an error with its causes as one line.
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -32,7 +32,8 @@ from distributed.comm.core import connect
 from distributed.security import Security
 from distributed.utils import silence_logging_cmgr
 
-from tilepipe.engines import RETRIES, Job, TileFailure, TileResult, one_line
+from tilepipe.engines import RETRIES, Fleet, Job, Lost, TileFailure, TileResult, one_line
+from tilepipe.engines.walltime import Deadline, leave
 from tilepipe.errors import BadRequest, TileError
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ class _Failed:
     """Whether its worker died; of the tiles that it held nobody knows which is to blame."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Back:
+    """A tile that nobody has tried, or that nobody is to blame for."""
+
+
 class _Jobs(WorkerPlugin):
     """Gives each worker process the job, once, under its key."""
 
@@ -78,7 +84,7 @@ class _Jobs(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         """Keep the job; it is opened by the first tile."""
-        _here.setdefault(self.job.key, _Here(self.job))
+        _here.setdefault(self.job.key, _Here(self.job, worker))
 
     def teardown(self, worker: Worker) -> None:
         """Let the model and the open files go."""
@@ -88,13 +94,13 @@ class _Jobs(WorkerPlugin):
 class _Here:
     """A job in this process: opened once, never more tiles at once than it has slots."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._lock = threading.Lock()
+    def __init__(self, job: Job, worker: Worker) -> None:
+        self._job, self._worker, self._deadline = job, worker, Deadline()
+        self._lock, self._first = threading.Lock(), threading.Lock()
         self._slots = threading.BoundedSemaphore(job.slots)
         self._process: Callable[[int], TileResult] | None = None
 
-    def __call__(self, index: int) -> TileResult | _Failed:
+    def __call__(self, index: int, expected: float) -> TileResult | _Failed | _Back:
         try:
             with self._lock:
                 if self._process is None:
@@ -103,19 +109,34 @@ class _Here:
             log.info("the job cannot be opened", exc_info=True)
             return _Failed(one_line(error), opening=True)
         try:
-            with self._slots:
-                return self._process(index)
+            with self._slots, self._alone_at_first():
+                if not self._deadline.suffices(expected):
+                    self._worker.loop.add_callback(leave, self._worker)
+                    return _Back()
+                began = time.monotonic()
+                result = self._process(index)
+                self._deadline.took(time.monotonic() - began)
+                return result
         except Exception as error:  # the tile is retried or set aside, the rest goes on
             log.info("tile %d failed", index, exc_info=True)
             return _Failed(one_line(error), opening=False)
+
+    @contextmanager
+    def _alone_at_first(self) -> Iterator[None]:
+        """Let others wait for the tile that tells whether the time suffices for them."""
+        with self._first if self._deadline.unknown else nullcontext():
+            yield
 
 
 _here: dict[str, _Here] = {}
 
 
-def process_tile(key: str, index: int) -> TileResult | _Failed:
-    """Process one tile in a worker: the task that the scheduler sees."""
-    return _here[key](index)
+def process_tile(key: str, index: int, expected: float) -> TileResult | _Failed | _Back:
+    """Process one tile in a worker: the task that the scheduler sees.
+
+    ``expected`` are the seconds that tiles took elsewhere, 0 if that is not known.
+    """
+    return _here[key](index, expected)
 
 
 class _Tiles:
@@ -150,9 +171,15 @@ class _Tiles:
         alone = hits[self._suspects[0]] > 1 or any(hits[index] > 2 for index in self._on_trial)
         return 1 if alone else max(1, workers)
 
-    def end(self, index: int, outcome: TileResult | _Failed) -> TileResult | TileFailure | None:
+    def end(
+        self, index: int, outcome: TileResult | _Failed | _Back
+    ) -> TileResult | TileFailure | None:
         """Return what became of a tile, None where it is to be tried again."""
         self._on_trial.discard(index)
+        if isinstance(outcome, _Back):
+            self._attempts[index] -= 1
+            self._failed.append(index)
+            return None
         if isinstance(outcome, TileResult):
             return replace(outcome, attempts=self._attempts.pop(index))
         if self._attempts[index] > self._retries:
@@ -162,18 +189,23 @@ class _Tiles:
 
 
 def run(
-    job: Job, tiles: Iterable[int], *, client: Client, retries: int = RETRIES
+    job: Job,
+    tiles: Iterable[int],
+    *,
+    client: Client,
+    retries: int = RETRIES,
+    fleet: Fleet | None = None,
 ) -> Iterator[TileResult | TileFailure]:
     """Process tiles on the workers of a cluster, as they come and go.
 
     The scheduler never holds more than two tiles for each thread of its workers. A tile that was
-    lost with its worker counts as one attempt. Raises `BadRequest` where workers cannot take the
-    job, `TileError` where they cannot open it or the scheduler goes.
+    lost with its worker counts as one attempt, unless the fleet knows better. Raises `BadRequest`
+    where workers cannot take the job, `TileError` where they cannot open it or the scheduler goes.
     """
     plugin, name = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}"
-    todo, window = _Tiles(tiles, retries), _Window(client)
-    indices: dict[Future[TileResult | _Failed], int] = {}
-    finished, pause = as_completed(loop=client.loop), POLL[0]
+    todo, window = _Tiles(tiles, retries), _Window(client, fleet)
+    indices: dict[Future[TileResult | _Failed | _Back], int] = {}
+    finished, pause, expected = as_completed(loop=client.loop), POLL[0], 0.0
     try:
         _send(client, plugin)
         while True:
@@ -182,7 +214,8 @@ def run(
                 taken.append(index)
             if taken:  # in one message: each costs the scheduler as much as a tile
                 keys = [(name, index, uuid4().hex[:8]) for index in taken]
-                futures = client.map(partial(process_tile, job.key), taken, key=keys, pure=False)
+                process = partial(process_tile, job.key, expected=expected)
+                futures = client.map(process, taken, key=keys, pure=False)
                 indices.update(zip(futures, taken, strict=True))
                 finished.update(futures)
             if not indices:
@@ -192,13 +225,15 @@ def run(
                 pause = min(1.5 * pause, POLL[1])
                 continue
             pause = POLL[0]
-            for future, outcome in _outcomes(client, finished.next_batch(block=False)):
+            for future, outcome in _outcomes(client, finished.next_batch(block=False), fleet):
                 index = indices.pop(future)
                 future.release()
                 if isinstance(outcome, _Failed) and client.status != "running":
                     raise TileError(GONE)
                 if isinstance(outcome, _Failed) and outcome.opening:
                     raise TileError(f"a worker cannot begin: {outcome.cause}")
+                if isinstance(outcome, TileResult):
+                    expected = max(expected, job.slots * _seconds(outcome))
                 ended = todo.end(index, outcome)
                 if ended is not None:
                     yield ended
@@ -219,35 +254,46 @@ def _send(client: Client, plugin: _Jobs) -> None:
         ) from error
 
 
+def _seconds(result: TileResult) -> float:
+    return result.read_seconds + result.compute_seconds + result.write_seconds
+
+
 def _outcomes(
-    client: Client, ended: list[Future[TileResult | _Failed]]
-) -> list[tuple[Future[TileResult | _Failed], TileResult | _Failed]]:
+    client: Client, ended: list[Future[TileResult | _Failed | _Back]], fleet: Fleet | None
+) -> list[tuple[Future[TileResult | _Failed | _Back], TileResult | _Failed | _Back]]:
     """Return what became of tiles; results are fetched together, which saves most of the time."""
     found = [future for future in ended if future.status == "finished"]
-    fetched: dict[Future[TileResult | _Failed], TileResult | _Failed] = {}
+    fetched: dict[Future[TileResult | _Failed | _Back], TileResult | _Failed | _Back] = {}
     try:
         fetched = dict(zip(found, client.gather(found), strict=True))
     except Exception:  # of one of them; each is asked
         log.info("results cannot be fetched together", exc_info=True)
     return [
-        (future, fetched[future] if future in fetched else _outcome(future)) for future in ended
+        (future, fetched[future] if future in fetched else _outcome(future, fleet))
+        for future in ended
     ]
 
 
-def _outcome(future: Future[TileResult | _Failed]) -> TileResult | _Failed:
+def _outcome(
+    future: Future[TileResult | _Failed | _Back], fleet: Fleet | None
+) -> TileResult | _Failed | _Back:
     """Return what became of a tile, be it that its worker died."""
     try:
         outcome = future.result()
-    except KilledWorker:
+    except KilledWorker as error:
         cause = "each worker process that took it died, perhaps for want of memory"
-        return _Failed(f"{cause}: give less with --memory", opening=False, lost=True)
+        lost = Lost(f"{cause}: give less with --memory", blame=True)
+        if fleet is not None:
+            lost = fleet.lost(str(error.last_worker.name)) or lost
+        log.info("a tile is lost with its worker: %s", lost.cause)
+        return _Failed(lost.cause, opening=False, lost=True) if lost.blame else _Back()
     except Exception as error:  # CancelledError, what cannot be unpickled
         return _Failed(one_line(error), opening=False)
-    assert isinstance(outcome, TileResult | _Failed)
+    assert isinstance(outcome, TileResult | _Failed | _Back)
     return outcome
 
 
-def _stop(client: Client, futures: list[Future[TileResult | _Failed]], plugin: str) -> None:
+def _stop(client: Client, futures: list[Future[TileResult | _Failed | _Back]], plugin: str) -> None:
     """Take back what has not begun and let the workers forget the job."""
     if client.status != "running":
         return
@@ -261,10 +307,10 @@ def _stop(client: Client, futures: list[Future[TileResult | _Failed]], plugin: s
 class _Window:
     """How many tiles the scheduler may hold; asked again every second."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, client: Client, fleet: Fleet | None) -> None:
+        self._client, self._fleet = client, fleet
         self.workers, self._threads = 0, 0
-        self._asked, self._seen, self._warned = -1.0, time.monotonic(), False
+        self._asked, self._seen, self._told = -1.0, time.monotonic(), ""
 
     def size(self) -> int:
         """Return two tiles for each thread of the workers there are, four at least.
@@ -280,12 +326,20 @@ class _Window:
             self.workers, self._threads = len(threads), sum(threads.values())
             self._asked = now
             if threads:
-                self._seen, self._warned = now, False
-            elif now - self._seen > TIMEOUT and not self._warned:
-                log.warning("waiting for workers: the scheduler has none")
-                self._warned = True
-            _restart_lost(self._client)
+                self._seen, self._told = now, ""
+            elif self._fleet is not None:
+                self._tell(self._fleet.waiting())
+            elif now - self._seen > TIMEOUT:
+                self._tell("the scheduler has none")
+            if self._fleet is None:
+                _restart_lost(self._client)
         return max(4, 2 * self._threads)
+
+    def _tell(self, why: str) -> None:
+        """Say what workers are waited for, each time that it is something else."""
+        if why != self._told:
+            log.warning("waiting for workers (%s)", why)
+            self._told = why
 
 
 def _restart_lost(client: Client) -> None:

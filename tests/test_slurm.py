@@ -1,0 +1,400 @@
+"""Laws on a real SLURM: whatever it does to jobs, all tiles are done, with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests import slurm_cluster
+from tests.commands import ROOT
+from tests.slurm_cluster import CORES, NODES, Slurm, run, until
+from tests.support import write_volume
+from tests.test_engines import FileJob, notes
+from tests.test_resume import ARGUMENTS, OPTIONS, TILES, Case, check_whole, make_case, marked
+from tests.test_train import discs
+from tilepipe.cluster import log_folder
+from tilepipe.engines import TileResult, slurm
+from tilepipe.engines.jobs import Jobs
+from tilepipe.errors import TileError
+from tilepipe.segment import Report, segment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.long,
+    pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing()),
+]
+JOBS = Jobs(partition="debug", cores=1, memory=1_500_000_000, poll=0.5, walltime="00:10:00")
+CPU = replace(OPTIONS, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Slurm]:
+    before = dict(os.environ)
+    os.environ["DASK_JOBQUEUE__SLURM__DEATH_TIMEOUT"] = "10"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with slurm_cluster.cluster() as found:
+        yield found
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _clean(site: Slurm) -> Iterator[None]:
+    """Leave nothing in the queue for the next test."""
+    yield
+    run("scancel", "--user", "root")
+    until(lambda: not ids() and slurm_cluster.ready() == len(NODES))
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("case"), base=4)
+
+
+def ids(state: str = "all") -> list[str]:
+    """Return the jobs in a state."""
+    states = () if state == "all" else ("--states", state)
+    return run("squeue", "--noheader", *states, "--format", "%i").split()
+
+
+def on_slurm(
+    case: Case, target: Path, jobs: Jobs = JOBS, progress: Callable[[Report], None] | None = None
+) -> Report:
+    return segment(
+        case.source,
+        model=case.model,
+        output=target,
+        options=CPU,
+        engine="slurm",
+        jobs=jobs,
+        progress=progress,
+    )
+
+
+def at(tiles: int, act: Callable[[], object]) -> Callable[[Report], None]:
+    """Do something once, when so many tiles are done."""
+
+    def progress(report: Report) -> None:
+        if report.done == tiles:
+            act()
+
+    return progress
+
+
+def workers() -> list[psutil.Process]:
+    """Return the processes of jobs that compute."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            inside = "SLURM_JOB_ID" in process.environ()
+            if inside and "multiprocessing.spawn" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def logs(target: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(log_folder(str(target)).glob("*.out")))
+
+
+def test_jobs_of_one_gpu_each_give_the_same_bytes(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    listening = set[str]()
+    seen = at(4, lambda: listening.update(listeners()))
+    report = on_slurm(case, target, replace(JOBS, jobs=(2, 2), gpus=1, tls=True), seen)
+    check_whole(target, case)
+    assert (report.done, report.failures) == (TILES, [])
+    told = logs(target)
+    assert set(re.findall(r"worker job-\d of job \d+ on .*, GPU (.*), \d+ s left", told)) == {
+        "0",
+        "1",
+    }
+    assert len(re.findall(r"tile \d+, voxels .*: .* s", told)) >= TILES
+    assert "tls://127.0.0.1" in told
+    assert "PRIVATE" not in told
+    assert listening
+    assert listening <= {"127.0.0.1"}
+    assert not list(log_folder(str(target)).glob(".*"))
+    until(lambda: not ids())
+
+
+def listeners() -> set[str]:
+    """Return on what addresses this process and the workers listen."""
+    found = set()
+    for process in [psutil.Process(), *workers(), *[w.parent() for w in workers()]]:
+        assert process is not None
+        for connection in process.net_connections():
+            if connection.status == psutil.CONN_LISTEN:
+                found.add(connection.laddr.ip)
+    return found
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_jobs_that_are_cancelled_are_replaced(case: Case, tmp_path: Path, number: int) -> None:
+    target, before = tmp_path / "target.zarr", list[str]()
+
+    def cancel() -> None:
+        before.extend(ids())
+        run("scancel", *before)
+        until(lambda: not set(before) & set(ids()))
+
+    report = on_slurm(case, target, replace(JOBS, jobs=(number, number)), at(4, cancel))
+    check_whole(target, case)
+    assert len(before) == number
+    assert report.failures == []
+
+
+def test_a_worker_that_is_killed_comes_again(case: Case, tmp_path: Path) -> None:
+    target, killed = tmp_path / "target.zarr", list[int]()
+
+    def kill() -> None:
+        for worker in workers():
+            killed.append(worker.pid)
+            worker.kill()
+
+    on_slurm(case, target, JOBS, at(4, kill))
+    check_whole(target, case)
+    assert len(killed) == 1
+    assert len(list(log_folder(str(target)).glob("*.out"))) == 1
+
+
+def test_a_node_that_is_lost_is_done_without(case: Case, tmp_path: Path, site: Slurm) -> None:
+    target, lost = tmp_path / "target.zarr", list[str]()
+
+    def lose() -> None:
+        lost.extend(run("squeue", "--noheader", "--format", "%N").split())
+        site.lose_node(lost[0])
+
+    try:
+        on_slurm(case, target, JOBS, at(4, lose))
+    finally:
+        site.start_node(lost[0])
+    check_whole(target, case)
+
+
+def test_the_driver_may_die(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    command = slurm_command(case, target)
+    driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until(lambda: marked(target) >= 4)
+    driver.kill()
+    driver.wait()
+    assert 4 <= marked(target) < TILES
+    assert ids("running")
+    until(lambda: not ids())  # orphans end by themselves
+    assert "CANCELLED" not in logs(target)
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert ended.returncode == 0
+    check_whole(target, case)
+
+
+def slurm_command(case: Case, target: Path, *more: str) -> list[str]:
+    tilepipe = str(Path(sys.executable).with_name("tilepipe"))
+    where = ("--model", str(case.model), "-o", str(target), *ARGUMENTS, "--threads", "1")
+    asked = ("--engine", "slurm", "--cores", "1", "--job-memory", "1500MB", *more)
+    return [tilepipe, "segment", str(case.source), *where, *asked]
+
+
+def test_an_interrupted_driver_takes_its_jobs_along(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    driver = subprocess.Popen(
+        slurm_command(case, target), env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    until(lambda: marked(target) >= 1)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(30) == 130
+    until(lambda: not ids("running,pending"))
+    on_slurm(case, target)
+    check_whole(target, case)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--partition", "nowhere"), "Invalid partition name specified"),
+        (("--directive", "--gres=gpu:9"), "Requested node configuration is not available"),
+        (("--interface", "nope0"), "interface (=nope0) must be one of this machine"),
+    ],
+)
+def test_what_slurm_refuses_is_a_line_in_its_own_words(
+    case: Case, tmp_path: Path, more: tuple[str, ...], words: str
+) -> None:
+    target = tmp_path / "target.zarr"
+    command = slurm_command(case, target, *more)
+    ended = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert words in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not target.exists()
+
+
+def test_what_is_waited_for_is_said(
+    case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "target.zarr"
+    whole = ("--nodes", "2", "--ntasks-per-node", str(CORES), "--time", "5")
+    run("sbatch", *whole, "--output", "/dev/null", "--wrap", "sleep 300")
+    until(lambda: len(ids("running")) == 1)
+    blocker = ids()
+
+    def free() -> None:
+        until(lambda: "waiting for workers (1 pending: Resources)" in caplog.text)
+        run("scancel", *blocker)
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    on_slurm(case, target)
+    thread.join()
+    check_whole(target, case)
+
+
+def test_jobs_that_end_at_once_are_given_up(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    with pytest.raises(TileError, match=r"before their workers are heard of .*no-such-python"):
+        on_slurm(case, target, replace(JOBS, python="/no-such-python"))
+    on_slurm(case, target)
+    check_whole(target, case)
+
+
+def test_a_plan_shows_the_job(case: Case, tmp_path: Path) -> None:
+    file = tmp_path / "slurm.toml"
+    file.write_text('walltime = "00:07:00"\nprologue = ["echo hello"]\nrate = 1e9\ngpus = 1\n')
+    target = tmp_path / "target.zarr"
+    command = slurm_command(case, target, "--cluster", str(file), "--device", "cpu", "--json")
+    command[1] = "plan"
+    shown = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    found = json.loads(shown.stdout)
+    script = found["slurm"]["script"]
+    for line in ("#SBATCH -t 00:07:00", "#SBATCH --gres=gpu:1", "echo hello"):
+        assert line in script.splitlines()
+    assert found["slurm"]["worker_hours"] == found["costs"]["multiply_adds"] / 1e9 / 3600
+    assert not target.exists()
+    until(lambda: not ids())
+
+
+def submit(folder: Path, *command: str) -> tuple[int, str]:
+    """Run a job script to its end; return its exit code and its log."""
+    path = str(Path(sys.executable).parent)
+    env = {**os.environ, "BIN": path, "PYTHONPATH": str(ROOT), "CLUSTER": str(folder / "site.toml")}
+    log = folder / "job.log"
+    submitted = subprocess.run(
+        ["sbatch", "--wait", "--parsable", "--output", str(log), *command],
+        env=env, cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return submitted.returncode, submitted.stderr + (log.read_text() if log.exists() else "")
+
+
+SCRIPTS = ROOT / "workflows" / "slurm"
+
+
+def test_the_driver_may_be_a_job(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    site = (SCRIPTS / "site.toml").read_text()
+    site = site.replace('"8GB"', '"1500MB"').replace("cores = 4", "cores = 1")
+    (tmp_path / "site.toml").write_text(site)
+    script = (str(SCRIPTS / "segment.sbatch"), str(case.source), str(case.model), str(target))
+    code, said = submit(tmp_path, *script, *ARGUMENTS, "--threads", "1", "--jobs", "2")
+    assert code == 0, said
+    check_whole(target, case)
+
+
+def test_a_driver_whose_time_is_over_takes_its_jobs_along(case: Case, tmp_path: Path) -> None:
+    target = tmp_path / "target.zarr"
+    (tmp_path / "site.toml").write_text('job-memory = "1500MB"\ncores = 1\n')
+    script = (str(SCRIPTS / "segment.sbatch"), str(case.source), str(case.model), str(target))
+    found = list[tuple[int, str]]()
+    more = (*script, *ARGUMENTS, "--threads", "1")
+    thread = threading.Thread(target=lambda: found.append(submit(tmp_path, *more)))
+    thread.start()
+    until(lambda: marked(target) >= 0 and len(ids("running")) == 2)
+    run("scancel", "--batch", "--signal", "TERM", "--name", "tilepipe-driver")
+    thread.join()
+    assert found[0][0] == 130, found
+    assert "interrupted" in found[0][1]
+    until(lambda: not ids())
+    code, said = submit(tmp_path, *more)
+    assert code == 0, said
+    check_whole(target, case)
+
+
+@pytest.mark.parametrize(("script", "gpus"), [("train.sbatch", 1), ("train-multi.sbatch", 2)])
+def test_training_is_a_job(tmp_path: Path, script: str, gpus: int) -> None:
+    image, labels = discs(4, 80, 90)
+    for name, array in (("image", image), ("labels", labels)):
+        write_volume(tmp_path / f"{name}.zarr", array, "zyx", (1, 40, 45))
+    said = ("--target", "mask", "--ndim", "2", "--base", "2", "--depth", "2", "--patch", "24,24")
+    told = ("--elastic", "2", "--threads", "1", "--batch", "2", "--device", "cpu")
+    small = ("--mem", "3G", "--cpus-per-task", "2", f"--gres=gpu:{gpus}")
+    sources = (str(tmp_path / "image.zarr"), str(tmp_path / "labels.zarr"))
+    train = (*small, str(SCRIPTS / script), *sources, str(tmp_path / "net.pt"), *said, *told)
+    code, log = submit(tmp_path, *train, "--steps", "4")
+    assert code == 0, log
+    assert (tmp_path / "net.pt").exists()
+    code, log = submit(tmp_path, *train, "--steps", "6")  # goes on
+    assert code == 0, log
+    assert "6 steps" in log
+
+
+def on_fleet(job: FileJob, tiles: int, jobs: Jobs) -> list[TileResult]:
+    """Run tiles that are files, without a network."""
+    folder = Path(job.folder)
+    (folder / "jobs").mkdir()
+    with slurm.fleet(
+        jobs, name="tilepipe-test", folder=folder / "jobs", slots=job.slots, left=tiles
+    ) as f:
+        found = list(slurm.run(job, range(tiles), fleet=f))
+    assert sorted(outcome.index for outcome in found) == list(range(tiles))
+    assert all(isinstance(outcome, TileResult) for outcome in found)
+    return [outcome for outcome in found if isinstance(outcome, TileResult)]
+
+
+def test_no_tile_is_lost_to_a_walltime(tmp_path: Path) -> None:
+    """Work of more than a walltime on one job at a time."""
+    tiles = 50
+    job = FileJob(str(tmp_path), seconds=3.0)
+    on_fleet(job, tiles, replace(JOBS, walltime="00:01:00"))
+    assert sorted(map(int, notes(tmp_path, "done"))) == list(range(tiles))  # each once
+    told = [path.read_text() for path in (tmp_path / "jobs").glob("*.out")]
+    assert len(told) >= 2
+    assert not any("TIME LIMIT" in text for text in told)
+
+
+def test_idle_jobs_are_let_go(tmp_path: Path) -> None:
+    job = FileJob(str(tmp_path), seconds=8.0, slots=1)
+    seen = list[int]()
+    end = threading.Event()
+
+    def watch() -> None:
+        while not end.wait(0.2):
+            seen.append(len(ids("running,pending")))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    on_fleet(job, 5, replace(JOBS, jobs=(1, 4)))
+    end.set()
+    thread.join()
+    assert max(seen) == 4, seen
+    assert 1 in seen[seen.index(4) :]
