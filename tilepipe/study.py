@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -25,7 +26,6 @@ from tilepipe.validate import validate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from torch import nn
 
@@ -71,7 +71,7 @@ class Study:
             provenance={
                 "made_by": f"tilepipe {__version__} train",
                 "versions": {name: version(name) for name in ("torch", "numpy", "scipy", "zarr")},
-                "sources": list(self.sources),
+                "sources": [Path(source).name for source in self.sources],
                 "recipe": self.recipe.asdict(),
                 **measured,
             },

@@ -9,10 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -33,6 +31,7 @@ from distributed.security import Security
 from distributed.utils import silence_logging_cmgr
 
 from tilepipe.engines import RETRIES, Fleet, Job, Lost, TileFailure, TileResult, one_line
+from tilepipe.engines.attempts import Back, Failed, Tiles
 from tilepipe.engines.walltime import Deadline, leave
 from tilepipe.errors import BadRequest, TileError
 
@@ -57,22 +56,6 @@ SETTINGS = {
     "distributed.admin.low-level-log-length": 1000,  # or memory grows until 100,000 tiles
     "distributed.worker.multiprocessing-method": "spawn",  # never fork after Zarr was used
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """What went wrong in a worker, in words, since not every exception can travel."""
-
-    cause: str
-    opening: bool
-    """Whether the job could not be opened there, so that no tile can be done."""
-    lost: bool = False
-    """Whether its worker died; of the tiles that it held nobody knows which is to blame."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Back:
-    """A tile that nobody has tried, or that nobody is to blame for."""
 
 
 class _Jobs(WorkerPlugin):
@@ -100,26 +83,26 @@ class _Here:
         self._slots = threading.BoundedSemaphore(job.slots)
         self._process: Callable[[int], TileResult] | None = None
 
-    def __call__(self, index: int, expected: float) -> TileResult | _Failed | _Back:
+    def __call__(self, index: int, expected: float) -> TileResult | Failed | Back:
         try:
             with self._lock:
                 if self._process is None:
                     self._process = self._job.open()
         except Exception as error:  # whatever it is, the driver reports it
             log.info("the job cannot be opened", exc_info=True)
-            return _Failed(one_line(error), opening=True)
+            return Failed(one_line(error), opening=True)
         try:
             with self._slots, self._alone_at_first():
                 if not self._deadline.suffices(expected):
                     self._worker.loop.add_callback(leave, self._worker)
-                    return _Back()
+                    return Back()
                 began = time.monotonic()
                 result = self._process(index)
                 self._deadline.took(time.monotonic() - began)
                 return result
         except Exception as error:  # the tile is retried or set aside, the rest goes on
             log.info("tile %d failed", index, exc_info=True)
-            return _Failed(one_line(error), opening=False)
+            return Failed(one_line(error), opening=False)
 
     @contextmanager
     def _alone_at_first(self) -> Iterator[None]:
@@ -131,61 +114,12 @@ class _Here:
 _here: dict[str, _Here] = {}
 
 
-def process_tile(key: str, index: int, expected: float) -> TileResult | _Failed | _Back:
+def process_tile(key: str, index: int, expected: float) -> TileResult | Failed | Back:
     """Process one tile in a worker: the task that the scheduler sees.
 
     ``expected`` are the seconds that tiles took elsewhere, 0 if that is not known.
     """
     return _here[key](index, expected)
-
-
-class _Tiles:
-    """The tiles not in flight: fresh ones, those that failed, and those whose worker died.
-
-    A tile that kills its worker takes down what runs beside it. So of those whose worker died no
-    more are in flight than there are workers, and one that was hit twice is so alone.
-    """
-
-    def __init__(self, tiles: Iterable[int], retries: int) -> None:
-        self._fresh, self._retries = iter(tiles), retries
-        self._failed, self._suspects = deque[int](), deque[int]()
-        self._on_trial: set[int] = set()
-        self._attempts: dict[int, int] = {}
-
-    def take(self, workers: int) -> int | None:
-        """Return the tile to begin next, None where there is none now."""
-        index: int | None
-        if self._suspects and len(self._on_trial) < self._most_on_trial(workers):
-            index = self._suspects.popleft()
-            self._on_trial.add(index)
-        elif self._failed:
-            index = self._failed.popleft()
-        else:
-            index = next(self._fresh, None)
-        if index is not None:
-            self._attempts[index] = self._attempts.get(index, 0) + 1
-        return index
-
-    def _most_on_trial(self, workers: int) -> int:
-        hits = self._attempts  # of those on trial, one more: that in which they are now
-        alone = hits[self._suspects[0]] > 1 or any(hits[index] > 2 for index in self._on_trial)
-        return 1 if alone else max(1, workers)
-
-    def end(
-        self, index: int, outcome: TileResult | _Failed | _Back
-    ) -> TileResult | TileFailure | None:
-        """Return what became of a tile, None where it is to be tried again."""
-        self._on_trial.discard(index)
-        if isinstance(outcome, _Back):
-            self._attempts[index] -= 1
-            self._failed.append(index)
-            return None
-        if isinstance(outcome, TileResult):
-            return replace(outcome, attempts=self._attempts.pop(index))
-        if self._attempts[index] > self._retries:
-            return TileFailure(index, outcome.cause, self._attempts.pop(index))
-        (self._suspects if outcome.lost else self._failed).append(index)
-        return None
 
 
 def run(
@@ -203,8 +137,8 @@ def run(
     where workers cannot take the job, `TileError` where they cannot open it or the scheduler goes.
     """
     plugin, name = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}"
-    todo, window = _Tiles(tiles, retries), _Window(client, fleet)
-    indices: dict[Future[TileResult | _Failed | _Back], int] = {}
+    todo, window = Tiles(tiles, retries), _Window(client, fleet)
+    indices: dict[Future[TileResult | Failed | Back], int] = {}
     finished, pause, expected = as_completed(loop=client.loop), POLL[0], 0.0
     try:
         _send(client, plugin)
@@ -228,9 +162,9 @@ def run(
             for future, outcome in _outcomes(client, finished.next_batch(block=False), fleet):
                 index = indices.pop(future)
                 future.release()
-                if isinstance(outcome, _Failed) and client.status != "running":
+                if isinstance(outcome, Failed) and client.status != "running":
                     raise TileError(GONE)
-                if isinstance(outcome, _Failed) and outcome.opening:
+                if isinstance(outcome, Failed) and outcome.opening:
                     raise TileError(f"a worker cannot begin: {outcome.cause}")
                 if isinstance(outcome, TileResult):
                     expected = max(expected, job.slots * _seconds(outcome))
@@ -259,11 +193,11 @@ def _seconds(result: TileResult) -> float:
 
 
 def _outcomes(
-    client: Client, ended: list[Future[TileResult | _Failed | _Back]], fleet: Fleet | None
-) -> list[tuple[Future[TileResult | _Failed | _Back], TileResult | _Failed | _Back]]:
+    client: Client, ended: list[Future[TileResult | Failed | Back]], fleet: Fleet | None
+) -> list[tuple[Future[TileResult | Failed | Back], TileResult | Failed | Back]]:
     """Return what became of tiles; results are fetched together, which saves most of the time."""
     found = [future for future in ended if future.status == "finished"]
-    fetched: dict[Future[TileResult | _Failed | _Back], TileResult | _Failed | _Back] = {}
+    fetched: dict[Future[TileResult | Failed | Back], TileResult | Failed | Back] = {}
     try:
         fetched = dict(zip(found, client.gather(found), strict=True))
     except Exception:  # of one of them; each is asked
@@ -275,8 +209,8 @@ def _outcomes(
 
 
 def _outcome(
-    future: Future[TileResult | _Failed | _Back], fleet: Fleet | None
-) -> TileResult | _Failed | _Back:
+    future: Future[TileResult | Failed | Back], fleet: Fleet | None
+) -> TileResult | Failed | Back:
     """Return what became of a tile, be it that its worker died."""
     try:
         outcome = future.result()
@@ -286,14 +220,14 @@ def _outcome(
         if fleet is not None:
             lost = fleet.lost(str(error.last_worker.name)) or lost
         log.info("a tile is lost with its worker: %s", lost.cause)
-        return _Failed(lost.cause, opening=False, lost=True) if lost.blame else _Back()
+        return Failed(lost.cause, opening=False, lost=True) if lost.blame else Back()
     except Exception as error:  # CancelledError, what cannot be unpickled
-        return _Failed(one_line(error), opening=False)
-    assert isinstance(outcome, TileResult | _Failed | _Back)
+        return Failed(one_line(error), opening=False)
+    assert isinstance(outcome, TileResult | Failed | Back)
     return outcome
 
 
-def _stop(client: Client, futures: list[Future[TileResult | _Failed | _Back]], plugin: str) -> None:
+def _stop(client: Client, futures: list[Future[TileResult | Failed | Back]], plugin: str) -> None:
     """Take back what has not begun and let the workers forget the job."""
     if client.status != "running":
         return
