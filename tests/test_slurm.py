@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests import slurm_cluster
-from tests.commands import ROOT
+from tests.commands import HEEDING, ROOT
 from tests.slurm_cluster import CORES, NODES, Slurm, run, until
 from tests.support import write_volume
 from tests.test_engines import FileJob, notes
@@ -210,13 +210,17 @@ def slurm_command(case: Case, target: Path, *more: str) -> list[str]:
     return [tilepipe, "segment", str(case.source), *where, *asked]
 
 
-def test_an_interrupted_driver_takes_its_jobs_along(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_driver_takes_its_jobs_along(
+    case: Case, tmp_path: Path, number: signal.Signals
+) -> None:
     target = tmp_path / "target.zarr"
     driver = subprocess.Popen(
-        slurm_command(case, target), env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", HEEDING, *slurm_command(case, target)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     until(lambda: marked(target) >= 1)
-    driver.send_signal(signal.SIGTERM)
+    driver.send_signal(number)
     assert driver.wait(30) == 130
     until(lambda: not ids("running,pending"))
     on_slurm(case, target)

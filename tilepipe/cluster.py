@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from tilepipe.options import Options
     from tilepipe.plan import Plan
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MEMORY = 0.9
 """Share of a job's memory that the worker may use; the rest is for the process that watches it."""
 LOGS = "jobs"
@@ -30,12 +33,17 @@ LOGS = "jobs"
 
 def engine() -> ModuleType:
     """Return the engine; raises `BadRequest` where it is not installed."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         from tilepipe.engines import slurm
     except ImportError as error:
         raise BadRequest(
             f"engine (=slurm) needs dask-jobqueue ({error}): pip install 'tilepipe[slurm]'"
         ) from error
+    finally:  # importing dask-jobqueue makes Ctrl-C a silent success
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return slurm
 
 
