@@ -215,10 +215,8 @@ def test_an_interrupted_driver_takes_its_jobs_along(
     case: Case, tmp_path: Path, number: signal.Signals
 ) -> None:
     target = tmp_path / "target.zarr"
-    driver = subprocess.Popen(
-        [sys.executable, "-c", HEEDING, *slurm_command(case, target)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    command = [sys.executable, "-c", HEEDING, *slurm_command(case, target)]
+    driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     until(lambda: marked(target) >= 1)
     driver.send_signal(number)
     assert driver.wait(30) == 130
