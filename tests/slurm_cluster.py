@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NODES, CORES, MEMORY, GPUS = ("n1", "n2"), 4, 8000, 2
 """Names of the nodes; of each, cores, MiB and GPUs."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-WAIT = 60.0
+WAIT = 120.0
 CONF = """\
 ClusterName=tilepipe
 SlurmctldHost={host}(127.0.0.1)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests import slurm_cluster
-from tests.commands import ROOT
+from tests.commands import HEEDING, ROOT
 from tests.slurm_cluster import CORES, NODES, Slurm, run, until
 from tests.support import write_volume
 from tests.test_engines import FileJob, notes
@@ -44,7 +44,7 @@ CPU = replace(OPTIONS, device="cpu")
 @pytest.fixture(scope="module")
 def site() -> Iterator[Slurm]:
     before = dict(os.environ)
-    os.environ["DASK_JOBQUEUE__SLURM__DEATH_TIMEOUT"] = "10"
+    os.environ["DASK_JOBQUEUE__SLURM__DEATH_TIMEOUT"] = "40"
     os.environ["OMP_NUM_THREADS"] = "1"
     with slurm_cluster.cluster() as found:
         yield found
@@ -210,13 +210,15 @@ def slurm_command(case: Case, target: Path, *more: str) -> list[str]:
     return [tilepipe, "segment", str(case.source), *where, *asked]
 
 
-def test_an_interrupted_driver_takes_its_jobs_along(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_driver_takes_its_jobs_along(
+    case: Case, tmp_path: Path, number: signal.Signals
+) -> None:
     target = tmp_path / "target.zarr"
-    driver = subprocess.Popen(
-        slurm_command(case, target), env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    command = [sys.executable, "-c", HEEDING, *slurm_command(case, target)]
+    driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
     until(lambda: marked(target) >= 1)
-    driver.send_signal(signal.SIGTERM)
+    driver.send_signal(number)
     assert driver.wait(30) == 130
     until(lambda: not ids("running,pending"))
     on_slurm(case, target)
@@ -271,7 +273,7 @@ def test_what_is_waited_for_is_said(
 
 def test_jobs_that_end_at_once_are_given_up(case: Case, tmp_path: Path) -> None:
     target = tmp_path / "target.zarr"
-    with pytest.raises(TileError, match=r"before their workers are heard of .*no-such-python"):
+    with pytest.raises(TileError, match=r"before a tile is done .*no-such-python"):
         on_slurm(case, target, replace(JOBS, python="/no-such-python"))
     on_slurm(case, target)
     check_whole(target, case)

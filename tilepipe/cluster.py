@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from tilepipe.options import Options
     from tilepipe.plan import Plan
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MEMORY = 0.9
 """Share of a job's memory that the worker may use; the rest is for the process that watches it."""
 LOGS = "jobs"
@@ -29,12 +33,17 @@ LOGS = "jobs"
 
 def engine() -> ModuleType:
     """Return the engine; raises `BadRequest` where it is not installed."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         from tilepipe.engines import slurm
     except ImportError as error:
         raise BadRequest(
             f"engine (=slurm) needs dask-jobqueue ({error}): pip install 'tilepipe[slurm]'"
         ) from error
+    finally:  # importing dask-jobqueue makes Ctrl-C a silent success
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return slurm
 
 
@@ -44,13 +53,13 @@ def job_name(target: str) -> str:
     >>> job_name("/data/volume-segmented.zarr")
     'tilepipe-9900584b'
     """
-    path = str(Path(target).absolute())
+    path = os.path.abspath(target)
     return "tilepipe-" + hashlib.sha256(path.encode()).hexdigest()[:8]
 
 
 def log_folder(target: str) -> Path:
     """Return where the jobs of a target write their logs."""
-    return Path(target).absolute() / LEDGER / LOGS
+    return Path(os.path.abspath(target)) / LEDGER / LOGS
 
 
 def fitted(options: Options, jobs: Jobs, kept: Mapping[str, object]) -> Options:
@@ -104,8 +113,10 @@ def describe_jobs(plan: Plan, jobs: Jobs) -> str:
     low, high = jobs.jobs
     number = f"{low} to {high}" if low != high else f"{high}"
     script = "\n".join(f"  {line}".rstrip() for line in str(said["script"]).splitlines())
+    tiles = plan.costs.tiles
+    few = f"; only {tiles} have a tile to work on: give a smaller --tile" * (tiles < high)
     return (
-        f"jobs          {number}, kept up while there are tiles\n"
+        f"jobs          {number}, kept up while there are tiles{few}\n"
         f"expected      {expected(plan.costs.multiply_adds, jobs)}\n"
         f"job script\n{script}"
     )

@@ -73,8 +73,11 @@ class Lost:
 class Fleet(Protocol):
     """Workers that come and go, kept up by somebody else than Dask."""
 
+    def check(self) -> None:
+        """Raise if it cannot be gone on with."""
+
     def waiting(self) -> str:
-        """Return what is waited for where there are no workers; raise if nothing can come."""
+        """Return what is waited for where there are no workers."""
 
     def lost(self, worker: str) -> Lost | None:
         """Return why a worker is gone; None where that is not known."""

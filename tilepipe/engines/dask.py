@@ -259,6 +259,8 @@ class _Window:
                 raise TileError(GONE) from error
             self.workers, self._threads = len(threads), sum(threads.values())
             self._asked = now
+            if self._fleet is not None:
+                self._fleet.check()
             if threads:
                 self._seen, self._told = now, ""
             elif self._fleet is not None:

@@ -61,14 +61,14 @@ BURST = 16
 """Jobs that are submitted at once."""
 AGAIN = 60.0
 """Seconds after which a job is submitted again that SLURM refused, others having been accepted."""
-UNHEARD = 3
-"""Jobs in a row that may end before their worker is heard of."""
+FRUITLESS = 3
+"""Jobs that may fail before a tile is done; of many jobs at once, twice as many as there are."""
 KEPT = {**SETTINGS, "distributed.deploy.lost-worker-timeout": "1000 days"}
 """Dask would cancel a job that it has heard nothing of for a while; we ask SLURM instead."""
 BLAMED = {"RUNNING", "SUSPENDED", "FAILED", "UNKNOWN"}
 """States of a job whose worker is gone by a fault of its own; else somebody took the job away."""
-FAILED = {"FAILED", "COMPLETED", "OUT_OF_MEMORY", "BOOT_FAIL"}
-"""Ends of a job that its script is to blame for, if no worker was heard of."""
+FAILED = {"FAILED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+"""Ends of a job by a fault of its own; also COMPLETED, if its worker was never heard of."""
 
 
 class _Submitted(SLURMJob):
@@ -103,15 +103,17 @@ class _Heard(SchedulerPlugin):
 class Fleet:
     """The jobs of a run, and the Dask cluster that their workers join."""
 
-    def __init__(self, cluster: SLURMCluster, client: Client, jobs: Jobs, *, left: int) -> None:
+    def __init__(
+        self, cluster: SLURMCluster, client: Client, jobs: Jobs, *, folder: Path, left: int
+    ) -> None:
         self.client, self.left = client, left
         self.seconds = 0.0
         """For how long jobs have run, all together; as seen, so within a look at each end."""
         self._looked = time.monotonic()
-        self._cluster, self._jobs = cluster, jobs
+        self._cluster, self._jobs, self._folder = cluster, jobs, folder
         self._numbers, self._ids = count(1), dict[str, str]()
         self._queue: Mapping[str, Queued] = {}
-        self._heard, self._unheard = _Heard(), 0
+        self._heard, self._fruitless, self._left_before = _Heard(), 0, left
         self._accepted, self._silent, self._refusal, self._again = False, False, "", 0.0
         self._error: Exception | None = None
         self._end = threading.Event()
@@ -139,10 +141,13 @@ class Fleet:
         if self._thread.is_alive():
             self._thread.join()
 
-    def waiting(self) -> str:
-        """Return what is waited for where there are no workers; raise if nothing can come."""
+    def check(self) -> None:
+        """Raise if it cannot be gone on with."""
         if self._error is not None:
             raise self._error
+
+    def waiting(self) -> str:
+        """Return what is waited for where there are no workers."""
         reasons = [job.reason for job in self._queue.values() if job.state == "PENDING"]
         told = [f"{reasons.count(why)} pending: {why}" for why in sorted(set(reasons))]
         begun = len(self._queue) - len(reasons)
@@ -211,20 +216,20 @@ class Fleet:
             self._cluster.sync(self._adjust, [*gone, *refused, *idle], max(0, missing))
 
     def _judge(self, name: str) -> None:
-        """Give up where jobs end again and again before their worker is heard of."""
-        if name in self._heard.names:
-            self._unheard = 0
-            return
+        """Give up where jobs fail again and again and no tile is done meanwhile."""
         state = fate(self._ids[name])
-        self._unheard += state in FAILED
-        if self._unheard >= UNHEARD:
-            folder = self._cluster._job_kwargs["log_directory"]
-            path = next(Path(folder).glob(f"*-{self._ids[name]}.out"), None)
+        if self.left != self._left_before:
+            self._left_before, self._fruitless = self.left, 0
+        failed = state in FAILED or (state == "COMPLETED" and name not in self._heard.names)
+        self._fruitless += failed
+        if failed and self._fruitless >= max(FRUITLESS, 2 * self._jobs.jobs[1]):
+            folder, number = self._folder, self._ids[name]
+            path = next(folder.glob(f"*-{number}.out"), None)
             lines = path.read_text(errors="replace").strip().splitlines() if path else []
-            said = f"{path}: {lines[-1]}" if lines else f"see its log in {folder}"
-            number = self._ids[name]
+            told = [line for line in lines if "rror" in line] or lines or ["nothing"]
             self._error = TileError(
-                f"jobs end before their workers are heard of (job {number}: {state}); {said}"
+                f"jobs end before a tile is done (job {number}: {state}); its log,"
+                f" {path or folder}, says: {told[-1].strip()}"
             )
 
     def _idle(
@@ -302,7 +307,7 @@ def fleet(jobs: Jobs, *, name: str, folder: Path, slots: int, left: int) -> Iter
             **_arguments(jobs, name=name, folder=str(folder), slots=slots),
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
-        Fleet(cluster, client, jobs, left=left) as found,
+        Fleet(cluster, client, jobs, folder=folder, left=left) as found,
     ):
         yield found
 
