@@ -63,7 +63,7 @@ def test_the_scheduler_holds_a_bounded_window() -> None:
         assert most <= 3 * 4  # the window of two threads, and what is being let go
         assert isinstance(client.cluster, SpecCluster)
         scheduler = client.cluster.scheduler
-        assert scheduler.transition_log.maxlen == 1000
+        assert scheduler.transition_log.maxlen == 100
         assert len(scheduler.tasks) <= 4
         assert len(client.futures) == 0
 

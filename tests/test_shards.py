@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from tests.commands import ROOT, until
 from tests.support import noise, write_unet, write_volume
 from tilepipe import claim
 from tilepipe.claim import Claim, Owner, living
+from tilepipe.cli import main
 from tilepipe.errors import BadRequest, TileError
 from tilepipe.inspect import inspect
 from tilepipe.ledger import Ledger
@@ -174,6 +176,24 @@ def test_tasks_one_after_the_other_and_the_last_ends_it(made: Path, tmp_path: Pa
     check_whole(made, target)
     names = sorted(path.name for path in (target / LEDGER).iterdir())
     assert names == ["done-1", "done-2", "done-3", "log-1", "log-2", "log-3", "plan.json"]
+
+
+def test_a_task_without_tiles_does_none(made: Path, tmp_path: Path) -> None:
+    report = run(made, tmp_path / "o", shard=Shard(1, 2 * TILES))
+    assert (report.tiles, report.done, report.unfinished) == (0, 0, TILES)
+    report = run(made, tmp_path / "o", shard=Shard(2, 2 * TILES))
+    assert (report.tiles, report.done, report.unfinished) == (1, 1, TILES - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"), [("0/3", "must be I/N with I from 1 to N"), ("2", "as in 3/8")]
+)
+def test_what_is_no_shard_is_refused_in_a_line(made: Path, text: str, rule: str) -> None:
+    where = [str(made / "v.zarr"), "--model", str(made / "net.pt"), "--shard", text]
+    ended = CliRunner().invoke(main, ["segment", *where])
+    assert ended.exit_code == 2
+    assert rule in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 def test_a_later_call_without_a_shard_ends_it(made: Path, tmp_path: Path) -> None:

@@ -94,7 +94,10 @@ class Part(click.ParamType["Shard"]):
         match = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
         if match is None:
             self.fail(f"{value!r} must be a task and their number, as in 3/8", param, ctx)
-        return Shard(int(match[1]), int(match[2]))
+        try:
+            return Shard(int(match[1]), int(match[2]))
+        except BadRequest as error:
+            self.fail(str(error), param, ctx)
 
 
 class Arguments(click.ParamType[dict[str, object]]):

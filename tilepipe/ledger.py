@@ -141,7 +141,8 @@ class Ledger:
 
     def remaining(self, among: range | None = None) -> Iterator[int]:
         """Yield the tiles, ``among`` these, that were not finished when each is reached."""
-        return (index for index in among or range(self.tiles) if not self._finished[index])
+        tiles = range(self.tiles) if among is None else among
+        return (index for index in tiles if not self._finished[index])
 
     def finished(self, among: range) -> int:
         """Return how many of these tiles are finished."""

@@ -53,7 +53,8 @@ SETTINGS = {
     # Tiles are tried again by us: a bad one would kill this many workers more at each attempt.
     "distributed.scheduler.allowed-failures": 0,
     "distributed.admin.tick.limit": "1h",
-    "distributed.admin.low-level-log-length": 1000,  # or memory grows until 100,000 tiles
+    # Of messages, of which each stream to a worker keeps so many: memory is flat sooner.
+    "distributed.admin.low-level-log-length": 100,
     "distributed.worker.multiprocessing-method": "spawn",  # never fork after Zarr was used
 }
 
