@@ -297,16 +297,16 @@ def test_classes_that_are_held_out_alone_are_refused(tmp_path: Path) -> None:
 class Soft(Own):
     """A network that ends in what the loss does."""
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return super().forward(image).sigmoid()
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"values": super().forward(image)["values"].sigmoid()}
 
 
 class Two(Own):
     """A network of two outputs."""
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        answer = super().forward(image)
-        return answer, answer  # type: ignore[return-value]
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        answer = super().forward(image)["values"]
+        return {"one": answer, "other": answer}
 
 
 @pytest.mark.parametrize(

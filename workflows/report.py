@@ -56,6 +56,21 @@ def numbers(value: object, name: str = "") -> list[tuple[str, object]]:
     return [(name, value)] if isinstance(value, int | float | str) else []
 
 
+def thresholds(files: list[Path]) -> str:
+    """Return the scores at each threshold, which the names of the files end with."""
+    rows = ["| threshold | pixel error | V-Rand | V-Info |", "|---|---|---|---|"]
+    for path in sorted(files):
+        found = json.loads(path.read_text())
+        thinned = found["thinned"]
+        shown = (
+            found["pixels"]["pixel_error"], thinned["v_rand"]["score"], thinned["v_info"]["score"]
+        )  # fmt: skip
+        rows.append(
+            f"| {path.stem.rpartition('-')[2]} | " + " | ".join(f"{x:.4f}" for x in shown) + " |"
+        )
+    return "\n".join([*rows, "", "V-Rand and V-Info after thinning; the challenge takes the best."])
+
+
 def validations(log: Path) -> list[tuple[str, object]]:
     """Return the steps of a training's validations, with their errors."""
     with log.open(newline="") as file:
@@ -70,8 +85,9 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("title")
-    for name in ("image", "labels", "prediction", "scores", "model", "output"):
+    for name in ("image", "labels", "prediction", "model", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--scores", type=Path, nargs="+", required=True, help="as evaluate --json")
     parser.add_argument("--region", required=True, help="what was held out")
     parser.add_argument("--show", type=int, default=1, help="class that is painted")
     parser.add_argument("--truth", type=int, nargs="+", default=[1], help="labels that it is")
@@ -86,7 +102,9 @@ def main() -> None:
         "Green: found. Red: found, but not in the labels. Blue: in the labels, but not found.",
         *pictures(options),
         "## Scores of the held-out region",
-        table(numbers(json.loads(options.scores.read_text()))),
+        table(numbers(json.loads(options.scores[0].read_text())))
+        if len(options.scores) == 1
+        else thresholds(options.scores),
         "## The training",
         table([(name, value) for name, value in sorted(recipe.items()) if value is not None]),
     ]
