@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import dask
+from dask.utils import key_split
 from distributed import (
     Client,
     KilledWorker,
@@ -286,6 +287,7 @@ class _Window:
                 log.warning("waiting for workers: the scheduler has none")
                 self._warned = True
             _restart_lost(self._client)
+            key_split.cache_clear()  # Dask's, of up to 100,000 keys of tiles that are done
         return max(4, 2 * self._threads)
 
 
