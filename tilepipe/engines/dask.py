@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import dask
+from dask.utils import key_split
 from distributed import (
     Client,
     KilledWorker,
@@ -270,6 +271,7 @@ class _Window:
                 self._tell("the scheduler has none")
             if self._fleet is None:
                 _restart_lost(self._client)
+            key_split.cache_clear()  # Dask's, of up to 100,000 keys of tiles that are done
         return max(4, 2 * self._threads)
 
     def _tell(self, why: str) -> None:
