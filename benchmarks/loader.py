@@ -24,12 +24,14 @@ from tilepipe.study import prepare
 from tilepipe.synthetic import write_synthetic
 from tilepipe.team import joined
 
+ISOTROPIC = {"base": 16, "depth": 3, "patch": (44, 44, 44), "rotate": "quarter"}
 CASES = {
-    "2d": ((2048, 2048), {"base": 32, "patch": (228, 228)}),
-    "2d small": ((2048, 2048), {"base": 8, "patch": (164, 164)}),
-    "3d": ((160, 256, 256), {"base": 16, "depth": 3, "patch": (44, 44, 44), "rotate": "quarter"}),
+    "2d": ((2048, 2048), {"base": 32, "patch": (228, 228), "weight_map": True}),
+    "2d small": ((2048, 2048), {"base": 8, "patch": (164, 164), "weight_map": True}),
+    "3d": ((160, 256, 256), ISOTROPIC),
+    "3d weight map": ((160, 256, 256), {**ISOTROPIC, "weight_map": True}),
 }
-COMMON = {"target": "foreground", "steps": 1, "weight_map": True, "elastic": 10.0, "batch": 4}
+COMMON = {"target": "foreground", "steps": 1, "batch": 4}
 
 
 def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[float, float, float]:

@@ -125,7 +125,7 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
 def test_a_training_that_goes_on_equals_an_unbroken_one(
     tmp_path: Path, pair: tuple[str, str], options: dict[str, object]
 ) -> None:
-    recipe = Recipe(**{**SMALL, "steps": 22, "validate_every": 8, "batch": 2, **options})  # type: ignore[arg-type]
+    recipe = Recipe(**{**SMALL, "steps": 14, "validate_every": 8, "batch": 2, **options})  # type: ignore[arg-type]
     train([pair], output=tmp_path / "whole.pt", recipe=recipe)
 
     def interrupt(report: Progress) -> None:
