@@ -22,8 +22,8 @@ IGNORE = 255
 """The class of voxels that nobody labelled; no loss sees them."""
 MARGIN = 1
 """Voxels on each side of a crop that ``class_map`` needs, or its border is not the whole's."""
-REACH = 6
-"""Where d1 + d2 is more than so many sigma, the weight of a border is 0; it would be w0 e^-18."""
+REACH = 4
+"""Where d1 + d2 is more than so many sigma, the weight of a border is 0; it would be w0 e^-8."""
 TARGETS = ("classes", "mask", "foreground", "membrane", "border", "values")
 """What may be learned; all but ``values``, which are grey values, are made by ``class_map``."""
 NAMES = {
@@ -111,7 +111,7 @@ def weights_margin(sigma: float, *, spacing: float = 1.0) -> int:
     """Return the voxels on each side of a crop that ``border_weights`` needs, along one axis.
 
     >>> weights_margin(5.0), weights_margin(5.0, spacing=4.0)
-    (30, 8)
+    (20, 5)
     """
     return math.ceil(REACH * sigma / spacing)
 
