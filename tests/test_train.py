@@ -434,6 +434,28 @@ def test_the_command_refuses_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_several_volumes_and_one_held_out_whole(tmp_path: Path, pair: tuple[str, str]) -> None:
+    pairs, studies = [pair], []
+    for number, shape in enumerate([(2, 60, 50), (1, 64, 64)]):
+        places = [tmp_path / f"{name}-{number}.zarr" for name in ("image", "labels")]
+        for place, array in zip(places, discs(*shape, seed=number + 1), strict=True):
+            write_volume(place, array, "zyx", (1, 30, 25))
+        pairs.append((str(places[0]), str(places[1])))
+    recipe = Recipe(**SMALL, steps=1)  # type: ignore[arg-type]
+    last = train(
+        pairs[:2], output=tmp_path / "u.pt", recipe=recipe, apart=pairs[2:],
+        prepared=studies.append,
+    )  # fmt: skip
+    assert last.score is not None
+    assert studies[0].held_out_voxels == 64 * 64
+    assert sum(studies[0].counts) == 4 * 80 * 90 + 2 * 60 * 50
+    census = studies[0].patches.census
+    drawn = [census.draw(n, np.random.default_rng((0, n)))[0] for n in range(600)]
+    assert set(drawn) == {0, 1}
+    share = 2 * 60 * 50 / sum(studies[0].counts)
+    assert abs(drawn.count(1) / 600 - share) < 0.08  # 5 standard deviations
+
+
 def test_regions_that_overlap_count_once(pair: tuple[str, str]) -> None:
     regions = ("0:2,:,:", "1:3,10:60,:", "0:3,20:30,5:9")
     recipe = Recipe(**{**SMALL, "train_region": regions, "val_region": ("2:4,50:,:",)}, steps=1)  # type: ignore[arg-type]
