@@ -31,7 +31,7 @@ def contend(name: str, case: Case, folder: Path, threads: int) -> dict[str, obje
     """Run one contender in this process and return what it took."""
     import torch
 
-    from tilepipe.predict import keep_memory
+    from tilepipe.allocator import keep_memory
 
     for module in ("tilepipe.segment", "torch.export", "torch._dynamo"):
         importlib.import_module(module)  # outside the timer, what the first export imports, too

@@ -74,6 +74,10 @@ def test_inspect_tells_a_model_a_volume_and_an_output(
         (["segment", "{source}", "--model", "{model}", "--write", "poems"], "--write"),
         (["segment", "", "--model", "{model}"], "source"),
         (["segment", "{source}", "--model", "{model}", "--device", "cuda:99"], "device"),
+        (
+            ["segment", "{source}", "--model", "{model}", "--engine=local-cuda", "--device=cpu"],
+            "leave out --device (=cpu)",
+        ),
         (["segment", "{source}", "--model", "{model}", "--memory", "lots"], "512MB or 4GB"),
         (["segment", "{source}", "--model", "{model}", "--network-args", "[1]"], "JSON object"),
         (["segment", "{source}", "--model", "{model}", "--workers", "0"], "must be positive"),

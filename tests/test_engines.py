@@ -342,6 +342,15 @@ def test_a_local_cluster_is_reachable_from_this_machine_alone(cluster: Client) -
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
 
 
+def test_each_worker_sees_one_gpu_from_before_torch_is_imported() -> None:
+    def seen() -> tuple[str | None, bool]:
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), "torch" in sys.modules
+
+    with dask.local_client(1, threads=1, gpus=["3", "5"], dashboard=False) as client:
+        client.wait_for_workers(2)
+        assert sorted(client.run(seen).values()) == [("3", False), ("5", False)]
+
+
 SERVER = """
 import time
 from tilepipe.engines.dask import local_client

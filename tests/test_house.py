@@ -19,9 +19,9 @@ ORDER = [
     "segment", "begin", "cluster", "worker", "ledger", "claim", "progress", "engines", "plan",
     "units", "tiling", "checks", "options", "cache", "slices", "normalize", "predict", "regions",
     "feed", "windows", "profile", "probe", "model", "checkpoint", "cost", "sweep", "compute",
-    "transfer", "kernels", "rows", "network", "operations", "rules", "program", "unet", "losses",
-    "targets", "augment", "overlay", "synthetic", "instances", "warping", "scores", "target",
-    "volume", "ome", "tiff", "geometry", "errors",
+    "transfer", "allocator", "kernels", "rows", "network", "operations", "rules", "program", "unet",
+    "losses", "targets", "augment", "overlay", "synthetic", "instances", "warping", "scores",
+    "target", "volume", "ome", "tiff", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

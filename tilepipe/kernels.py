@@ -107,3 +107,14 @@ def empty(like: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
     order = [*rest[:1], *dims, *rest[1:]]
     memory = like.new_empty([shape[d] for d in order])
     return memory.permute([order.index(d) for d in range(len(shape))])
+
+
+def join(parts: Sequence[Tensor], dims: Sequence[int], axis: int) -> Tensor:
+    """Concatenate along one of ``dims``, which is outermost in memory, the channels innermost."""
+    dim, shape, place = dims[axis], list(parts[0].shape), 0
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    found = empty(parts[0], shape, [dim, *(d for d in dims if d != dim)])
+    for part in parts:
+        found.narrow(dim, place, part.shape[dim]).copy_(part)
+        place += part.shape[dim]
+    return found

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tilepipe.allocator import keep_memory
 from tilepipe.checkpoint import save_whole
 from tilepipe.errors import BadRequest
 from tilepipe.losses import LOSSES
 from tilepipe.model import tensors_of
-from tilepipe.predict import keep_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -22,7 +22,7 @@ CHOICES = {
 }
 """What each of these options may be; the first is the default."""
 
-ENGINES = ("auto", "serial", "dask", "slurm")
+ENGINES = ("auto", "serial", "dask", "local-cuda", "slurm")
 """What may run the tiles."""
 KINDS = ("auto", "classes", "mask", "instances", "membrane")
 """What is compared in an evaluation."""

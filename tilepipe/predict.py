@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -140,25 +138,6 @@ class Predictor:
 def label_type(classes: int) -> torch.dtype:
     """Return the smallest unsigned type that holds the labels of so many classes."""
     return torch.uint8 if classes <= 256 else torch.uint16
-
-
-def keep_memory() -> None:
-    """Let glibc keep the memory that a layer frees for the next one.
-
-    By default every large tensor is mapped anew and its pages are faulted in again, which costs
-    a CPU more than a third of its time. To be called before the thread that computes is begun:
-    it must take its memory from where all others do. Elsewhere than on glibc nothing is changed.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
-    mallopt(arena_max, 1)
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
 
 
 def find_device(device: str, *, elsewhere: bool = False) -> str:

@@ -223,6 +223,8 @@ def choose_workers(
         raise BadRequest(
             f"engine (={engine}) must be slurm where jobs are asked for, and only there"
         )
+    if engine == "local-cuda":
+        return _gpu_workers(scheduler, workers, options)
     if engine == "slurm":
         if scheduler or workers:
             raise BadRequest(
@@ -235,6 +237,26 @@ def choose_workers(
     if engine == "serial":
         return 0
     return workers or _useful_workers(options) or (1 if engine == "dask" else 0)
+
+
+def _gpu_workers(scheduler: str | None, workers: int | None, options: Options) -> int:
+    """Return one worker for each GPU of this machine, or as many as were asked for."""
+    import torch
+
+    if scheduler is not None:
+        raise BadRequest("engine (=local-cuda) starts its own workers; leave out --scheduler")
+    if options.device not in ("auto", "cuda"):
+        raise BadRequest(
+            f"engine (=local-cuda) takes every GPU; leave out --device (={options.device})"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise BadRequest(
+            "engine (=local-cuda) needs a CUDA device; torch finds none here: use --engine dask"
+        )
+    if (workers or 1) > count:
+        raise BadRequest(f"workers (={workers}) must be at most one for each of {count} GPUs")
+    return workers or count
 
 
 def _useful_workers(options: Options) -> int:

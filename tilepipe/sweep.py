@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tilepipe.compute import is_special
 from tilepipe.geometry import Region
-from tilepipe.kernels import crop, empty
+from tilepipe.kernels import crop, empty, join
 from tilepipe.rows import clip, extents, pad_mode, pads_of, reads, reads_along, rows_along
 from tilepipe.rules import SAME
 
@@ -220,13 +220,13 @@ class Held:
 
     def fetch(self, region: Region) -> object:
         """Return a region that is held, as one tensor or several."""
-        found, dim = [part for _, part in self.parts(region)], self._dims[self._axis]
+        found = [part for _, part in self.parts(region)]
         if len(found) == 1:
             return found[0]
         if isinstance(found[0], tuple):
             several = cast("list[tuple[Tensor, ...]]", found)
-            return tuple(torch.cat(each, dim) for each in zip(*several, strict=True))
-        return torch.cat(cast("list[Tensor]", found), dim)
+            return tuple(join(each, self._dims, self._axis) for each in zip(*several, strict=True))
+        return join(cast("list[Tensor]", found), self._dims, self._axis)
 
     def let_go(self, keep: int) -> None:
         """Free the rows before ``keep``."""

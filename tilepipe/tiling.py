@@ -42,9 +42,11 @@ SLABS = {2: (32, 64, 128, 256, 512, 1024), 3: (8, 16, 32, 64, 128)}
 """Rows of a slab that are tried, by the network's axes."""
 STEP_WORK = 10_000_000
 """Multiply-adds that take as long as beginning one operation on a slab. Measured: 0.1 ms."""
+TOUCH_WORK = 30
+"""Multiply-adds that take as long as a byte of a CPU's memory that is used for the first time."""
 FASTER = {"cpu": 1, "cuda": 100}
 """How much faster a device multiplies, while decoding and beginning take as long. Not measured."""
-GAIN = 1.01
+GAIN = 1.005
 """A choice that takes more memory must save at least this much time."""
 LOSS = 1.01
 """Time that shorter tiles may take: they are what is lost where one fails, and what is shown."""
@@ -148,6 +150,7 @@ def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
     memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + decoding + 2 * weights
     other = BYTE_WORK * decoded * tiling.voxel_bytes + CALL_WORK * number
     time = total + FASTER[tiling.device] * other
+    time += TOUCH_WORK * peak if tiling.device == "cpu" else 0
     return Work(total, number, memory, decoded, time)
 
 
@@ -172,10 +175,11 @@ def sweep_work(
         decoded, touched = decoded * sum(along), touched * max(1, max(along) // chunk)
         widest *= max(high - low for low, high, _, _ in every)
     cost = cuts.swept(spans, axis, slab)
-    number = math.prod(map(len, spans)) * -(-min(tile[axis], tiling.shape[axis]) // slab)
+    slabs = -(-min(tile[axis], tiling.shape[axis]) // slab)
+    number = math.prod(map(len, spans)) * slabs
     channels = tiling.model.channels
-    rows = thick * 3 + slab  # one block in use, one read ahead, one between; and those of a slab
-    source = rows * widest * 4 * channels + thick * widest * tiling.voxel_bytes
+    held = thick * 3 + slab  # one block in use, one read ahead, one between; and those of a slab
+    source = held * widest * 4 * channels + thick * widest * tiling.voxel_bytes
     decoding = min(READS, touched * max(1, thick // chunks[axis])) * math.prod(chunks)
     across = math.prod(n for a, n in enumerate(tile) if a != axis)
     answer = 2 * (min(unit[axis], tile[axis]) + slab) * across * tiling.answer_bytes
@@ -183,9 +187,11 @@ def sweep_work(
     here = 2 * slab * across * 4 * tiling.profile.classes  # one slab's answer, and that before
     peak = int(SPREAD * cost.peak * tiling.ratio) + here
     memory = PROCESS + KERNELS + peak + source + decoding * tiling.voxel_bytes + answer
-    slabs = STEP_WORK * len(cuts.graph.nodes) * number
+    begun = STEP_WORK * len(cuts.graph.nodes) * number
+    reread = cuts.reread(spans, axis) * len(spans[axis]) * slabs // 3
     reading = BYTE_WORK * decoded * tiling.voxel_bytes
-    time = cost.multiply_adds + FASTER[tiling.device] * (slabs + reading)
+    time = cost.multiply_adds + reread + FASTER[tiling.device] * (begun + reading)
+    time += TOUCH_WORK * peak if tiling.device == "cpu" else 0
     return Work(cost.multiply_adds, number, memory + 2 * weights, decoded, time)
 
 

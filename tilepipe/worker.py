@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zarr
 
+from tilepipe.allocator import compute_thread, keep_memory
 from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
 from tilepipe.feed import Feed, Store, blocks
 from tilepipe.geometry import Region, halved
 from tilepipe.model import load_model
 from tilepipe.plan import whole_graph
-from tilepipe.predict import Predictor, keep_memory
+from tilepipe.predict import Predictor
 from tilepipe.regions import Regions, regions_of
 from tilepipe.target import open_target
 from tilepipe.tiling import READS, SLOTS, block_rows
@@ -92,7 +93,7 @@ class Worker:
         self._narrowed = 0
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-write")
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
+        self._compute = compute_thread()
         self._idle_since = time.perf_counter()
         self._predictor = self._compute.submit(self._load).result()
 
