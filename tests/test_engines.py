@@ -301,11 +301,12 @@ def test_a_tile_that_kills_its_worker_in_mid_batch_is_set_aside_alone(
 
 
 def test_a_batch_gives_back_what_takes_longer_than_thought(cluster: Client, tmp_path: Path) -> None:
-    job = FileJob(str(tmp_path), since=200, seconds=0.3)
+    cluster.wait_for_workers(WORKERS)  # one may have been killed by a test before
+    job, tiles = FileJob(str(tmp_path), since=200, seconds=0.3), 200 + 2 * MOST
     began = time.monotonic()
-    found = by_index(dask.run(job, range(224), client=cluster))
-    assert time.monotonic() - began < 0.75 * MOST * 0.3  # four at once; a whole batch in one
-    assert sorted(found) == [*range(224)]
+    found = by_index(dask.run(job, range(tiles), client=cluster))
+    assert time.monotonic() - began < MOST * 0.3  # what a whole batch takes; half of it is needed
+    assert sorted(found) == [*range(tiles)]
     assert {*Counter(notes(tmp_path, "done")).values()} == {1}
     assert {outcome.attempts for outcome in found.values()} == {1}
 
