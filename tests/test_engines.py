@@ -22,7 +22,10 @@ from dask import config
 from distributed import SpecCluster
 
 from tilepipe.engines import RETRIES, TileFailure, TileResult, dask, serial
+from tilepipe.engines.batches import MOST
+from tilepipe.engines.walltime import SPAN, SPARE
 from tilepipe.errors import BadRequest, TileError
+from tilepipe.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +58,8 @@ class FileJob:
     """Tiles that kill their process at every attempt."""
     seconds: float = 0.0
     """How long each tile takes."""
+    since: int = 0
+    """The first tile that takes so long; those before take no time."""
     broken: bool = False
     """Whether it cannot be opened."""
 
@@ -101,7 +106,7 @@ class _Opened:
             """Of a class that cannot travel to another process."""
 
         job = self.job
-        time.sleep(job.seconds)
+        time.sleep(job.seconds * (index >= job.since))
         if index in job.always:
             raise Homeless(f"tile {index}\nis bad")
         if index in job.once and self.first(index):
@@ -188,7 +193,10 @@ def test_what_fails_is_tried_again_and_then_set_aside(
     assert {*map(int, notes(tmp_path, "done"))} == {*range(30)} - failed
 
 
-def test_tiles_are_taken_as_they_are_needed(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seconds", "batch"), [(0.0, MOST), (0.11, 1)])
+def test_tiles_are_taken_as_they_are_needed(
+    run: Run, tmp_path: Path, seconds: float, batch: int
+) -> None:
     taken: list[int] = []
 
     def tiles() -> Iterator[int]:
@@ -196,9 +204,10 @@ def test_tiles_are_taken_as_they_are_needed(run: Run, tmp_path: Path) -> None:
             taken.append(index)
             yield index
 
-    answered = 0
-    for _ in run(FileJob(str(tmp_path), always=(5, 6, 7), once=(20, 21)), tiles()):
-        assert len(taken) - answered <= WINDOW
+    answered, window = 0, WINDOW * (1 if run is serial.run else batch)
+    job = FileJob(str(tmp_path), always=(5, 6, 7), once=(20, 21), seconds=seconds)
+    for _ in run(job, tiles()):
+        assert len(taken) - answered <= window
         answered += 1
         if answered % 20 == 0:
             time.sleep(0.1)  # a slow consumer
@@ -268,7 +277,56 @@ def test_a_tile_that_always_kills_its_worker_is_set_aside_alone(
     failures = [outcome for outcome in found.values() if isinstance(outcome, TileFailure)]
     assert [(failure.index, failure.attempts) for failure in failures] == [(6, RETRIES + 1)]
     assert "died" in failures[0].cause
-    assert notes(tmp_path, "deaths") == ["6"] * (RETRIES + 1)
+    assert 0 <= len(notes(tmp_path, "deaths")) - (RETRIES + 1) <= 1  # once in a batch, perhaps
+
+
+def test_a_tile_that_kills_its_worker_in_mid_batch_is_set_aside_alone(
+    cluster: Client, tmp_path: Path
+) -> None:
+    job, tiles = FileJob(str(tmp_path), deadly=(200,), seconds=0.002), 300
+    with Ledger.create(tmp_path / "target", {}, tiles=tiles) as ledger:
+        found = by_index(dask.run(job, ledger.remaining(), client=cluster))
+        for outcome in found.values():
+            if isinstance(outcome, TileResult):
+                ledger.mark(outcome.index, outcome)
+        assert [*ledger.remaining()] == [200]
+    failed = found.pop(200)
+    assert isinstance(failed, TileFailure)
+    assert failed.attempts == RETRIES + 1
+    assert 0 <= len(notes(tmp_path, "deaths")) - (RETRIES + 1) <= 1
+    again = Counter(map(int, notes(tmp_path, "done")))
+    assert {*again} == {*range(tiles)} - {200}
+    assert max(outcome.attempts for outcome in found.values()) <= RETRIES  # hit beside it
+    assert sum(outcome.attempts > 1 for outcome in found.values()) < MOST
+
+
+def test_a_batch_gives_back_what_takes_longer_than_thought(cluster: Client, tmp_path: Path) -> None:
+    cluster.wait_for_workers(WORKERS)  # one may have been killed by a test before
+    job, tiles = FileJob(str(tmp_path), since=200, seconds=0.3), 200 + 2 * MOST
+    began = time.monotonic()
+    found = by_index(dask.run(job, range(tiles), client=cluster))
+    assert time.monotonic() - began < MOST * 0.3  # what a whole batch takes; half of it is needed
+    assert sorted(found) == [*range(tiles)]
+    assert {*Counter(notes(tmp_path, "done")).values()} == {1}
+    assert {outcome.attempts for outcome in found.values()} == {1}
+
+
+def test_a_batch_is_cut_short_where_the_walltime_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles, now = 500, time.time()
+    monkeypatch.setenv(SPAN, f"{now}:{now + SPARE + 4}")
+    with (
+        config.set({"distributed.deploy.lost-worker-timeout": "100ms"}),
+        dask.local_client(1, threads=2, dashboard=False) as client,
+    ):
+        monkeypatch.delenv(SPAN)  # the worker that comes next has time
+        job = FileJob(str(tmp_path), seconds=0.02)
+        found = by_index(dask.run(job, range(tiles), client=client))
+    assert sorted(found) == [*range(tiles)]
+    assert {outcome.attempts for outcome in found.values()} == {1}
+    assert {*Counter(notes(tmp_path, "done")).values()} == {1}
+    assert len(notes(tmp_path, "opened")) == 2
 
 
 def test_a_worker_that_its_nanny_gave_up_is_started_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from tilepipe.engines import TileFailure, TileResult
@@ -21,6 +22,8 @@ class Failed:
     """Whether the job could not be opened there, so that no tile can be done."""
     lost: bool = False
     """Whether its worker died; of the tiles that it held nobody knows which is to blame."""
+    alone: bool = True
+    """Whether it was the only tile of its task: if not, this is no attempt of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Tiles:
     """The tiles not in flight: fresh ones, those that failed, and those whose worker died.
 
     A tile that kills its worker takes down what runs beside it. So of those whose worker died no
-    more are in flight than there are workers, and one that was hit twice is so alone.
+    more are in flight than there are workers, each in a task of its own, and one that was hit twice
+    is so alone.
     """
 
     def __init__(self, tiles: Iterable[int], retries: int) -> None:
@@ -41,19 +45,20 @@ class Tiles:
         self._on_trial: set[int] = set()
         self._attempts: dict[int, int] = {}
 
-    def take(self, workers: int) -> int | None:
-        """Return the tile to begin next, None where there is none now."""
-        index: int | None
+    def take(self, workers: int, most: int = 1) -> tuple[int, ...]:
+        """Return the tiles of the next task, so many at most; none where there are none now.
+
+        One whose worker died goes alone.
+        """
         if self._suspects and len(self._on_trial) < self._most_on_trial(workers):
-            index = self._suspects.popleft()
-            self._on_trial.add(index)
-        elif self._failed:
-            index = self._failed.popleft()
+            taken = [self._suspects.popleft()]
+            self._on_trial.update(taken)
         else:
-            index = next(self._fresh, None)
-        if index is not None:
+            taken = [self._failed.popleft() for _ in range(min(most, len(self._failed)))]
+            taken += islice(self._fresh, most - len(taken))
+        for index in taken:
             self._attempts[index] = self._attempts.get(index, 0) + 1
-        return index
+        return tuple(taken)
 
     def _most_on_trial(self, workers: int) -> int:
         hits = self._attempts  # of those on trial, one more: that in which they are now
@@ -65,13 +70,15 @@ class Tiles:
     ) -> TileResult | TileFailure | None:
         """Return what became of a tile, None where it is to be tried again."""
         self._on_trial.discard(index)
+        if isinstance(outcome, TileResult):
+            return replace(outcome, attempts=self._attempts.pop(index))
         if isinstance(outcome, Back):
             self._attempts[index] -= 1
             self._failed.append(index)
             return None
-        if isinstance(outcome, TileResult):
-            return replace(outcome, attempts=self._attempts.pop(index))
-        if self._attempts[index] > self._retries:
+        if not outcome.alone:
+            self._attempts[index] -= 1
+        elif self._attempts[index] > self._retries:
             return TileFailure(index, outcome.cause, self._attempts.pop(index))
         (self._suspects if outcome.lost else self._failed).append(index)
         return None

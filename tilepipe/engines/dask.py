@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -28,18 +29,24 @@ from distributed import (
     as_completed,
 )
 from distributed.comm.core import connect
+from distributed.scheduler import DEFAULT_EXTENSIONS
 from distributed.security import Security
+from distributed.spans import SpansSchedulerExtension
 from distributed.utils import silence_logging_cmgr
 
 from tilepipe.engines import RETRIES, Fleet, Job, Lost, TileFailure, TileResult, one_line
 from tilepipe.engines.attempts import Back, Failed, Tiles
+from tilepipe.engines.batches import Batch, Ended, Pace, of_each
 from tilepipe.engines.walltime import Deadline, leave
 from tilepipe.errors import BadRequest, TileError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
+    from dask.typing import Key
     from distributed import Future, Worker
+    from distributed.scheduler import TaskState, WorkerState
+    from distributed.spans import SpanMetadata
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +65,26 @@ SETTINGS = {
     "distributed.admin.low-level-log-length": 100,
     "distributed.worker.multiprocessing-method": "spawn",  # never fork after Zarr was used
 }
+
+
+class _NoSpans(SpansSchedulerExtension):
+    """The scheduler's account of what was submitted, which grows with every message, kept empty.
+
+    It cannot be left out, since workers report to it.
+    """
+
+    def observe_tasks(
+        self, tss: Iterable[TaskState], code: object, span_metadata: SpanMetadata
+    ) -> dict[Key, dict[str, object]]:
+        """Note no new tasks, and annotate none."""
+        return {}
+
+    def heartbeat(self, ws: WorkerState, data: dict[tuple[Hashable, ...], float]) -> None:
+        """Note nothing of what a worker did."""
+
+
+EXTENSIONS = {**DEFAULT_EXTENSIONS, "spans": _NoSpans}
+"""Of a scheduler of our own: its memory does not grow with the tiles that are done."""
 
 
 class _Jobs(WorkerPlugin):
@@ -83,13 +110,23 @@ class _Here:
         self._job, self._worker, self._deadline = job, worker, Deadline()
         self._lock, self._first = threading.Lock(), threading.Lock()
         self._slots = threading.BoundedSemaphore(job.slots)
-        self._process: Callable[[int], TileResult] | None = None
+        self._opened: Callable[[int], TileResult] | None = None
 
-    def __call__(self, index: int, expected: float) -> TileResult | Failed | Back:
+    def __call__(self, batch: Batch) -> Ended:
+        """Process one tile after the other, until time is over or the job is let go."""
+        began, outcomes = time.monotonic(), list[TileResult | Failed | Back]()
+        for index in batch.tiles:
+            outcomes.append(self._process(index, batch.expected))
+            over = time.monotonic() - began > batch.span or _here.get(self._job.key) is not self
+            if over or isinstance(outcomes[-1], Back):
+                break
+        return Ended(tuple(outcomes), time.monotonic() - began)
+
+    def _process(self, index: int, expected: float) -> TileResult | Failed | Back:
         try:
             with self._lock:
-                if self._process is None:
-                    self._process = self._job.open()
+                if self._opened is None:
+                    self._opened = self._job.open()
         except Exception as error:  # whatever it is, the driver reports it
             log.info("the job cannot be opened", exc_info=True)
             return Failed(one_line(error), opening=True)
@@ -99,7 +136,7 @@ class _Here:
                     self._worker.loop.add_callback(leave, self._worker)
                     return Back()
                 began = time.monotonic()
-                result = self._process(index)
+                result = self._opened(index)
                 self._deadline.took(time.monotonic() - began)
                 return result
         except Exception as error:  # the tile is retried or set aside, the rest goes on
@@ -116,12 +153,9 @@ class _Here:
 _here: dict[str, _Here] = {}
 
 
-def process_tile(key: str, index: int, expected: float) -> TileResult | Failed | Back:
-    """Process one tile in a worker: the task that the scheduler sees.
-
-    ``expected`` are the seconds that tiles took elsewhere, 0 if that is not known.
-    """
-    return _here[key](index, expected)
+def process_batch(key: str, batch: Batch) -> Ended:
+    """Process tiles in a worker: the task that the scheduler sees."""
+    return _here[key](batch)
 
 
 def run(
@@ -134,47 +168,49 @@ def run(
 ) -> Iterator[TileResult | TileFailure]:
     """Process tiles on the workers of a cluster, as they come and go.
 
-    The scheduler never holds more than two tiles for each thread of its workers. A tile that was
-    lost with its worker counts as one attempt, unless the fleet knows better. Raises `BadRequest`
-    where workers cannot take the job, `TileError` where they cannot open it or the scheduler goes.
+    The scheduler never holds more than two batches for each thread of its workers; tiles that take
+    long are batches of one. A tile that was lost with its worker, alone in its batch, counts as one
+    attempt, unless the fleet knows better. Raises `BadRequest` where workers cannot take the job,
+    `TileError` where they cannot open it or the scheduler goes.
     """
-    plugin, name = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}"
-    todo, window = Tiles(tiles, retries), _Window(client, fleet)
-    indices: dict[Future[TileResult | Failed | Back], int] = {}
-    finished, pause, expected = as_completed(loop=client.loop), POLL[0], 0.0
+    plugin, name, number = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}", count()
+    todo, window, pace = Tiles(tiles, retries), _Window(client, fleet), Pace(job.slots)
+    batches: dict[Future[Ended], Batch] = {}
+    finished, pause = as_completed(loop=client.loop), POLL[0]
     try:
         _send(client, plugin)
         while True:
-            room, taken = window.size() - len(indices), list[int]()
-            while len(taken) < room and (index := todo.take(window.workers)) is not None:
-                taken.append(index)
-            if taken:  # in one message: each costs the scheduler as much as a tile
-                keys = [(name, index, uuid4().hex[:8]) for index in taken]
-                process = partial(process_tile, job.key, expected=expected)
+            room, taken = window.size() - len(batches), list[Batch]()
+            span, most = pace.span(window.threads), pace.most(window.threads)
+            while len(taken) < room and (batch := todo.take(window.workers, most)):
+                taken.append(Batch(batch, span, pace.expected))
+            if taken:  # in one message: each costs the scheduler as much as a task
+                keys = [(name, next(number)) for _ in taken]
+                process = partial(process_batch, job.key)
                 futures = client.map(process, taken, key=keys, pure=False)
-                indices.update(zip(futures, taken, strict=True))
+                batches.update(zip(futures, taken, strict=True))
                 finished.update(futures)
-            if not indices:
+            if not batches:
                 return
             if not finished.has_ready():
                 time.sleep(pause)
                 pause = min(1.5 * pause, POLL[1])
                 continue
             pause = POLL[0]
-            for future, outcome in _outcomes(client, finished.next_batch(block=False), fleet):
-                index = indices.pop(future)
+            for future, ended in _outcomes(client, finished.next_batch(block=False), fleet):
+                batch = batches.pop(future).tiles
                 future.release()
-                if isinstance(outcome, Failed) and client.status != "running":
+                if isinstance(ended, Failed) and client.status != "running":
                     raise TileError(GONE)
-                if isinstance(outcome, Failed) and outcome.opening:
-                    raise TileError(f"a worker cannot begin: {outcome.cause}")
-                if isinstance(outcome, TileResult):
-                    expected = max(expected, job.slots * _seconds(outcome))
-                ended = todo.end(index, outcome)
-                if ended is not None:
-                    yield ended
+                if isinstance(ended, Ended):
+                    pace.note(ended)
+                for index, outcome in of_each(batch, ended):
+                    if isinstance(outcome, Failed) and outcome.opening:
+                        raise TileError(f"a worker cannot begin: {outcome.cause}")
+                    if (settled := todo.end(index, outcome)) is not None:
+                        yield settled
     finally:
-        _stop(client, list(indices), plugin.name)
+        _stop(client, list(batches), plugin.name)
 
 
 def _send(client: Client, plugin: _Jobs) -> None:
@@ -190,16 +226,12 @@ def _send(client: Client, plugin: _Jobs) -> None:
         ) from error
 
 
-def _seconds(result: TileResult) -> float:
-    return result.read_seconds + result.compute_seconds + result.write_seconds
-
-
 def _outcomes(
-    client: Client, ended: list[Future[TileResult | Failed | Back]], fleet: Fleet | None
-) -> list[tuple[Future[TileResult | Failed | Back], TileResult | Failed | Back]]:
-    """Return what became of tiles; results are fetched together, which saves most of the time."""
+    client: Client, ended: list[Future[Ended]], fleet: Fleet | None
+) -> list[tuple[Future[Ended], Ended | Failed | Back]]:
+    """Return what became of batches; results are fetched together, which saves most of the time."""
     found = [future for future in ended if future.status == "finished"]
-    fetched: dict[Future[TileResult | Failed | Back], TileResult | Failed | Back] = {}
+    fetched: dict[Future[Ended], Ended] = {}
     try:
         fetched = dict(zip(found, client.gather(found), strict=True))
     except Exception:  # of one of them; each is asked
@@ -210,26 +242,22 @@ def _outcomes(
     ]
 
 
-def _outcome(
-    future: Future[TileResult | Failed | Back], fleet: Fleet | None
-) -> TileResult | Failed | Back:
-    """Return what became of a tile, be it that its worker died."""
+def _outcome(future: Future[Ended], fleet: Fleet | None) -> Ended | Failed | Back:
+    """Return what became of a batch, be it that its worker died."""
     try:
-        outcome = future.result()
+        return future.result()
     except KilledWorker as error:
         cause = "each worker process that took it died, perhaps for want of memory"
         lost = Lost(f"{cause}: give less with --memory", blame=True)
         if fleet is not None:
             lost = fleet.lost(str(error.last_worker.name)) or lost
-        log.info("a tile is lost with its worker: %s", lost.cause)
+        log.info("tiles are lost with their worker: %s", lost.cause)
         return Failed(lost.cause, opening=False, lost=True) if lost.blame else Back()
     except Exception as error:  # CancelledError, what cannot be unpickled
         return Failed(one_line(error), opening=False)
-    assert isinstance(outcome, TileResult | Failed | Back)
-    return outcome
 
 
-def _stop(client: Client, futures: list[Future[TileResult | Failed | Back]], plugin: str) -> None:
+def _stop(client: Client, futures: list[Future[Ended]], plugin: str) -> None:
     """Take back what has not begun and let the workers forget the job."""
     if client.status != "running":
         return
@@ -241,15 +269,15 @@ def _stop(client: Client, futures: list[Future[TileResult | Failed | Back]], plu
 
 
 class _Window:
-    """How many tiles the scheduler may hold; asked again every second."""
+    """How many batches the scheduler may hold; asked again every second."""
 
     def __init__(self, client: Client, fleet: Fleet | None) -> None:
         self._client, self._fleet = client, fleet
-        self.workers, self._threads = 0, 0
+        self.workers, self.threads = 0, 0
         self._asked, self._seen, self._told = -1.0, time.monotonic(), ""
 
     def size(self) -> int:
-        """Return two tiles for each thread of the workers there are, four at least.
+        """Return two batches for each thread of the workers there are, four at least.
 
         Says so where there have been no workers for a while; tiles wait for them.
         """
@@ -259,7 +287,7 @@ class _Window:
                 threads = self._client.nthreads()
             except OSError as error:
                 raise TileError(GONE) from error
-            self.workers, self._threads = len(threads), sum(threads.values())
+            self.workers, self.threads = len(threads), sum(threads.values())
             self._asked = now
             if self._fleet is not None:
                 self._fleet.check()
@@ -272,7 +300,7 @@ class _Window:
             if self._fleet is None:
                 _restart_lost(self._client)
             key_split.cache_clear()  # Dask's, of up to 100,000 keys of tiles that are done
-        return max(4, 2 * self._threads)
+        return max(4, 2 * self.threads)
 
     def _tell(self, why: str) -> None:
         """Say what workers are waited for, each time that it is something else."""
@@ -302,7 +330,13 @@ def local_client(
     """
     shown = dashboard and find_spec("bokeh") is not None
     local = "127.0.0.1:0"
-    scheduler = {"host": "127.0.0.1", "port": 0, "dashboard": shown, "dashboard_address": local}
+    scheduler = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "dashboard": shown,
+        "dashboard_address": local,
+        "extensions": EXTENSIONS,
+    }
     specs = {}
     for place in range(len(gpus) or workers):
         env = {"CUDA_VISIBLE_DEVICES": gpus[place]} if gpus else {}

@@ -28,7 +28,7 @@ from distributed.utils import get_ip_interface
 
 from tilepipe.engines import Lost
 from tilepipe.engines import dask as workers
-from tilepipe.engines.dask import SETTINGS
+from tilepipe.engines.dask import EXTENSIONS, SETTINGS
 from tilepipe.engines.jobworker import address_towards
 from tilepipe.engines.squeue import (
     ANSWER,
@@ -293,6 +293,7 @@ def fleet(jobs: Jobs, *, name: str, folder: Path, slots: int, left: int) -> Iter
         "port": 0,
         "dashboard": find_spec("bokeh") is not None,
         "dashboard_address": f"{address}:0",
+        "extensions": EXTENSIONS,
         **dask.config.get("jobqueue.slurm.scheduler-options", {}),
     }
     with (
