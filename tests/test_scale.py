@@ -73,9 +73,8 @@ def test_memory_of_driver_and_scheduler_is_flat() -> None:
     this = psutil.Process()
     with dask.local_client(2, threads=3, dashboard=False) as client:
         run_idle(client, 50_000)  # fills the scheduler's own logs
-        before, began = this.memory_info().rss, time.perf_counter()
+        before = this.memory_info().rss
         run_idle(client, 100_000)
-        assert 100_000 / (time.perf_counter() - began) > 500
         assert this.memory_info().rss - before < 5_000_000
 
 
