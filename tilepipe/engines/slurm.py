@@ -349,6 +349,8 @@ def _arguments(jobs: Jobs, *, name: str, folder: str, slots: int) -> dict[str, o
     directives = [*lines("job-extra-directives"), *jobs.directives]
     if jobs.gpus and not any("--gpu" in line or "--gres" in line for line in directives):
         directives.append(f"--gres=gpu:{jobs.gpus}")
+    if not any("requeue" in line for line in directives):  # we replace them, and at once
+        directives.append("--no-requeue")
     return {
         "queue": jobs.partition,
         "account": jobs.account,
