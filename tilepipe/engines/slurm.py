@@ -359,6 +359,7 @@ def _arguments(jobs: Jobs, *, name: str, folder: str, slots: int) -> dict[str, o
         "processes": 1,
         "job_cpu": cores(jobs),
         "memory": str(memory(jobs)),
+        "job_mem": None if jobs.memory is None and said("job-mem") else mebibytes(memory(jobs)),
         "interface": jobs.interface,
         "python": jobs.python,
         "job_name": name,
@@ -381,6 +382,15 @@ def memory(jobs: Jobs) -> int:
     """Return the bytes of a job."""
     said = dask.config.get("jobqueue.slurm.memory")
     return jobs.memory or (dask.utils.parse_bytes(said) if said else MEMORY)
+
+
+def mebibytes(memory: int) -> str:
+    """Return an amount of memory as SLURM is told it; Dask would ask for whole gibibytes.
+
+    >>> mebibytes(8_000_000_000)
+    '7630M'
+    """
+    return f"{-(-memory // 2**20)}M"
 
 
 def _address(jobs: Jobs) -> str:
