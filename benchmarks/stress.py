@@ -5,8 +5,9 @@ by ``scancel`` and with all its processes by ``kill -9``. The SLURM at hand is u
 the tests is started. What the serial engine makes of the volume is made first, in two shares side
 by side, and kept in ``--folder``: interrupted, the same command goes on with it.
 
-Tiles *computed* are those whose end stands in the workers' logs; those *lost* had been handed to a
-worker whose job was killed, begun or not.
+Tiles *computed* are those whose end stands in the workers' logs. A worker computes one at a time, so
+that each job that is killed with its worker up may cut one short; those *lost* had been handed to a
+worker whose job was killed, most of them not begun or only read.
 """
 
 from __future__ import annotations
@@ -163,11 +164,17 @@ def stress(folder: Path, *, every: float, seconds: float) -> None:
     passed = time.monotonic() - began
     end.set()
     thread.join()
-    logs = [path.read_text() for path in log_folder(str(target)).glob("*.out")]
-    lines = [line for text in logs for line in re.findall(r"tile (\d+), voxels .*: .* s", text)]
+    logs = {
+        path.stem.rpartition("-")[2]: path.read_text()
+        for path in log_folder(str(target)).glob("*.out")
+    }
+    lines = [
+        line for text in logs.values() for line in re.findall(r"tile (\d+), voxels .*: .* s", text)
+    ]
     marked = (target / ".tilepipe" / "done").stat().st_size // 13
     equal = same(folder / "serial.zarr", target)
     killed = list(filter(None, killer.killed))
+    begun = sum("worker job-" in logs.get(job, "") for job in killed)
     for name, value in {
         "seconds": f"{passed:.0f}",
         "tiles needed": report.tiles,
@@ -175,6 +182,8 @@ def stress(folder: Path, *, every: float, seconds: float) -> None:
         "of them different": len(set(lines)),
         "tiles entered in the ledger": marked,
         "computed over needed": f"{len(lines) / report.tiles:.4f}",
+        "cut short while computed, at most": begun,
+        "computed over needed, with those": f"{(len(lines) + begun) / report.tiles:.4f}",
         "tiles lost with a worker, begun or not": losses.count,
         "tries after the first that were blamed on tiles": report.retries,
         "tiles set aside": len(report.failures),
