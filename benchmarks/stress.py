@@ -5,8 +5,8 @@ by ``scancel`` and with all its processes by ``kill -9``. The SLURM at hand is u
 the tests is started. What the serial engine makes of the volume is made first, in two shares side
 by side, and kept in ``--folder``: interrupted, the same command goes on with it.
 
-Tiles *computed* are those whose end stands in the workers' logs. A worker computes one at a time, so
-that each job that is killed with its worker up may cut one short; those *lost* had been handed to a
+Tiles *computed* are those whose end stands in the workers' logs. A worker computes one at a time,
+so each job that is killed with its worker up may cut one short; those *lost* had been handed to a
 worker whose job was killed, most of them not begun or only read.
 """
 
