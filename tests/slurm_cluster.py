@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+
+from tests.commands import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,9 +54,15 @@ KillWait=5
 MinJobAge=300
 SlurmdParameters=config_overrides
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cores} \
 RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=debug Nodes=n[1-2] Default=YES DefMemPerCPU=1000 MaxTime=INFINITE OverTimeLimit=0
+PartitionName=DEFAULT Nodes=n[1-2] DefMemPerCPU=1000 MaxTime=INFINITE OverTimeLimit=0
+PartitionName=debug Default=YES PriorityTier=2 PreemptMode=OFF
+PartitionName=requeued PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=cancelled PriorityTier=1 PreemptMode=CANCEL
+PartitionName=urgent PriorityTier=3 PreemptMode=OFF
 """
 
 
@@ -87,11 +96,27 @@ class Slurm:
     def start_node(self, name: str) -> None:
         self.start(name, "slurmd", "-D", "-N", name)
 
-    def lose_node(self, name: str) -> None:
-        """Kill a node's daemon with all that runs there, as when its power fails."""
+    def kill_daemon(self, name: str) -> None:
+        """Kill a node's daemon alone: what it has started lives on."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
+
+    @contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Take a node that does not answer for lost after seconds, not half a minute."""
+        before = self.conf.read_text()
+        patience = "SlurmdTimeout=10\n"
+        assert patience in before
+        self.conf.write_text(before.replace(patience, "SlurmdTimeout=5\nMessageTimeout=3\n"))
+        run("scontrol", "reconfigure")
+        yield
+        self.conf.write_text(before)
+        run("scontrol", "reconfigure")
+
+    def lose_node(self, name: str) -> None:
+        """Kill a node's daemon with all that runs there, as when its power fails."""
+        self.kill_daemon(name)
         for process in psutil.process_iter():
             try:
                 if process.environ().get("SLURMD_NODENAME") == name:
@@ -128,6 +153,48 @@ def ready() -> int:
     """Return how many nodes could take a job."""
     said = run("sinfo", "--noheader", "--states", "idle,mixed,allocated", "--format", "%D")
     return sum(map(int, said.split()))
+
+
+def ids(state: str = "all") -> list[str]:
+    """Return the jobs in a state."""
+    states = () if state == "all" else ("--states", state)
+    return run("squeue", "--noheader", *states, "--format", "%i").split()
+
+
+def workers() -> list[psutil.Process]:
+    """Return the processes of jobs that compute."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            inside = "SLURM_JOB_ID" in process.environ()
+            if inside and "multiprocessing.spawn" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def listeners() -> set[str]:
+    """Return on what addresses this process and the workers listen."""
+    found = set()
+    for process in [psutil.Process(), *workers(), *[w.parent() for w in workers()]]:
+        assert process is not None
+        for connection in process.net_connections():
+            if connection.status == psutil.CONN_LISTEN:
+                found.add(connection.laddr.ip)
+    return found
+
+
+def submit(folder: Path, *command: str) -> tuple[int, str]:
+    """Run a job script to its end; return its exit code and its log."""
+    path = str(Path(sys.executable).parent)
+    env = {**os.environ, "BIN": path, "PYTHONPATH": str(ROOT), "CLUSTER": str(folder / "site.toml")}
+    log = folder / "job.log"
+    submitted = subprocess.run(
+        ["sbatch", "--wait", "--parsable", "--output", str(log), *command],
+        env=env, cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return submitted.returncode, submitted.stderr + (log.read_text() if log.exists() else "")
 
 
 @contextmanager

@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from tests import slurm_cluster
 from tests.commands import HEEDING, ROOT
-from tests.slurm_cluster import CORES, NODES, Slurm, run, until
+from tests.slurm_cluster import NODES, Slurm, ids, listeners, run, submit, until, workers
 from tests.support import write_volume
 from tests.test_engines import FileJob, notes
 from tests.test_resume import ARGUMENTS, OPTIONS, TILES, Case, check_whole, make_case, marked
@@ -26,6 +25,7 @@ from tests.test_train import discs
 from tilepipe.cluster import log_folder
 from tilepipe.engines import TileResult, slurm
 from tilepipe.engines.jobs import Jobs
+from tilepipe.engines.squeue import fate
 from tilepipe.errors import TileError
 from tilepipe.segment import Report, segment
 
@@ -65,12 +65,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("case"), base=4)
 
 
-def ids(state: str = "all") -> list[str]:
-    """Return the jobs in a state."""
-    states = () if state == "all" else ("--states", state)
-    return run("squeue", "--noheader", *states, "--format", "%i").split()
-
-
 def on_slurm(
     case: Case, target: Path, jobs: Jobs = JOBS, progress: Callable[[Report], None] | None = None
 ) -> Report:
@@ -95,17 +89,9 @@ def at(tiles: int, act: Callable[[], object]) -> Callable[[Report], None]:
     return progress
 
 
-def workers() -> list[psutil.Process]:
-    """Return the processes of jobs that compute."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            inside = "SLURM_JOB_ID" in process.environ()
-            if inside and "multiprocessing.spawn" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+def submitted(target: Path) -> int:
+    """Return how many jobs have run."""
+    return len(list(log_folder(str(target)).glob("*.out")))
 
 
 def logs(target: Path) -> str:
@@ -133,17 +119,6 @@ def test_jobs_of_one_gpu_each_give_the_same_bytes(case: Case, tmp_path: Path) ->
     until(lambda: not ids())
 
 
-def listeners() -> set[str]:
-    """Return on what addresses this process and the workers listen."""
-    found = set()
-    for process in [psutil.Process(), *workers(), *[w.parent() for w in workers()]]:
-        assert process is not None
-        for connection in process.net_connections():
-            if connection.status == psutil.CONN_LISTEN:
-                found.add(connection.laddr.ip)
-    return found
-
-
 @pytest.mark.parametrize("number", [1, 2])
 def test_jobs_that_are_cancelled_are_replaced(case: Case, tmp_path: Path, number: int) -> None:
     target, before = tmp_path / "target.zarr", list[str]()
@@ -159,6 +134,38 @@ def test_jobs_that_are_cancelled_are_replaced(case: Case, tmp_path: Path, number
     assert report.failures == []
 
 
+@pytest.mark.parametrize(
+    ("partition", "directives"),
+    [("cancelled", ()), ("requeued", ()), ("requeued", ("--requeue",))],
+)
+def test_jobs_that_are_preempted_are_replaced(
+    case: Case, tmp_path: Path, partition: str, directives: tuple[str, ...]
+) -> None:
+    target, before, seen = tmp_path / "target.zarr", list[str](), list[int]()
+
+    def preempt() -> None:
+        before.extend(ids())
+        whole = ("--nodes", "2", "--exclusive", "--time", "5", "--output", "/dev/null")
+        run("sbatch", "--partition", "urgent", *whole, "--wrap", "sleep 2")
+        until(lambda: not set(before) & set(ids("running")))
+        if "--requeue" in directives:
+            until(lambda: set(before) <= set(ids("pending")))
+            for job in before:  # not in two minutes, as SLURM would have it
+                run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def progress(report: Report) -> None:
+        at(4, preempt)(report)
+        seen.append(len(run("squeue", "--noheader", "--partition", partition).splitlines()))
+
+    jobs = replace(JOBS, jobs=(2, 2), partition=partition, directives=directives)
+    report = on_slurm(case, target, jobs, progress)
+    check_whole(target, case)
+    assert len(before) == 2
+    assert max(seen) <= 2
+    assert report.failures == []
+    assert directives or submitted(target) == 4
+
+
 def test_a_worker_that_is_killed_comes_again(case: Case, tmp_path: Path) -> None:
     target, killed = tmp_path / "target.zarr", list[int]()
 
@@ -170,7 +177,7 @@ def test_a_worker_that_is_killed_comes_again(case: Case, tmp_path: Path) -> None
     on_slurm(case, target, JOBS, at(4, kill))
     check_whole(target, case)
     assert len(killed) == 1
-    assert len(list(log_folder(str(target)).glob("*.out"))) == 1
+    assert submitted(target) == 1
 
 
 def test_a_node_that_is_lost_is_done_without(case: Case, tmp_path: Path, site: Slurm) -> None:
@@ -185,6 +192,29 @@ def test_a_node_that_is_lost_is_done_without(case: Case, tmp_path: Path, site: S
     finally:
         site.start_node(lost[0])
     check_whole(target, case)
+
+
+def test_a_node_whose_daemon_is_killed_is_done_without(
+    case: Case, tmp_path: Path, site: Slurm
+) -> None:
+    """Its job's processes live on; SLURM calls the job lost in the end, and another is made."""
+    target, lost = tmp_path / "target.zarr", list[str]()
+
+    def kill() -> None:
+        lost.extend(run("squeue", "--noheader", "--format", "%i %N").split())
+        site.kill_daemon(lost[1])
+        assert len(workers()) == 1
+        until(lambda: "worker job-2" in logs(target))
+
+    with site.impatient():
+        try:
+            on_slurm(case, target, JOBS, at(4, kill))
+        finally:
+            site.start_node(lost[1])
+            until(lambda: slurm_cluster.ready() == len(NODES))
+    check_whole(target, case)
+    assert fate(lost[0]) == "NODE_FAIL"
+    until(lambda: not workers())
 
 
 def test_the_driver_may_die(case: Case, tmp_path: Path) -> None:
@@ -255,8 +285,8 @@ def test_what_is_waited_for_is_said(
     case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = tmp_path / "target.zarr"
-    whole = ("--nodes", "2", "--ntasks-per-node", str(CORES), "--time", "5")
-    run("sbatch", *whole, "--output", "/dev/null", "--wrap", "sleep 300")
+    whole = ("--nodes", "2", "--exclusive", "--time", "5", "--output", "/dev/null")
+    run("sbatch", *whole, "--wrap", "sleep 300")
     until(lambda: len(ids("running")) == 1)
     blocker = ids()
 
@@ -290,35 +320,31 @@ def test_a_plan_shows_the_job(case: Case, tmp_path: Path) -> None:
     )
     found = json.loads(shown.stdout)
     script = found["slurm"]["script"]
-    for line in ("#SBATCH -t 00:07:00", "#SBATCH --gres=gpu:1", "echo hello"):
-        assert line in script.splitlines()
+    for line in ("#SBATCH -t 00:07:00", "--gres=gpu:1", "\necho hello\n", "--no-requeue"):
+        assert line in script
     assert found["slurm"]["worker_hours"] == found["costs"]["multiply_adds"] / 1e9 / 3600
     assert not target.exists()
     until(lambda: not ids())
 
 
-def submit(folder: Path, *command: str) -> tuple[int, str]:
-    """Run a job script to its end; return its exit code and its log."""
-    path = str(Path(sys.executable).parent)
-    env = {**os.environ, "BIN": path, "PYTHONPATH": str(ROOT), "CLUSTER": str(folder / "site.toml")}
-    log = folder / "job.log"
-    submitted = subprocess.run(
-        ["sbatch", "--wait", "--parsable", "--output", str(log), *command],
-        env=env, cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return submitted.returncode, submitted.stderr + (log.read_text() if log.exists() else "")
-
-
 SCRIPTS = ROOT / "workflows" / "slurm"
 
 
-def test_the_driver_may_be_a_job(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "asked", "more"),
+    [
+        ("segment.sbatch", (), ("--threads", "1", "--jobs", "2")),
+        ("array.sbatch", ("--array=1-3", "--cpus-per-task=1", "--mem=1500M"), ()),
+    ],
+)
+def test_recipes(
+    case: Case, tmp_path: Path, script: str, asked: tuple[str, ...], more: tuple[str, ...]
+) -> None:
     target = tmp_path / "target.zarr"
-    site = (SCRIPTS / "site.toml").read_text()
-    site = site.replace('"8GB"', '"1500MB"').replace("cores = 4", "cores = 1")
-    (tmp_path / "site.toml").write_text(site)
-    script = (str(SCRIPTS / "segment.sbatch"), str(case.source), str(case.model), str(target))
-    code, said = submit(tmp_path, *script, *ARGUMENTS, "--threads", "1", "--jobs", "2")
+    site = (SCRIPTS / "site.toml").read_text().replace('"8GB"', '"1500MB"')
+    (tmp_path / "site.toml").write_text(site.replace("cores = 4", "cores = 1"))
+    where = (str(SCRIPTS / script), str(case.source), str(case.model), str(target))
+    code, said = submit(tmp_path, *asked, *where, *ARGUMENTS, *more)
     assert code == 0, said
     check_whole(target, case)
 
@@ -339,6 +365,28 @@ def test_a_driver_whose_time_is_over_takes_its_jobs_along(case: Case, tmp_path: 
     until(lambda: not ids())
     code, said = submit(tmp_path, *more)
     assert code == 0, said
+    check_whole(target, case)
+
+
+def test_a_driver_that_is_put_back_into_the_queue_goes_on(case: Case, tmp_path: Path) -> None:
+    target, done = tmp_path / "target.zarr", list[int]()
+    (tmp_path / "site.toml").write_text('job-memory = "1500MB"\ncores = 1\n')
+    script = (str(SCRIPTS / "segment.sbatch"), str(case.source), str(case.model), str(target))
+
+    def put_back() -> None:
+        until(lambda: marked(target) >= 4)
+        driver = run("squeue", "--noheader", "--name", "tilepipe-driver", "--format", "%i")
+        run("scontrol", "requeue", driver)
+        until(lambda: driver in ids("pending"))
+        done.append(marked(target))
+        run("scontrol", "update", f"JobId={driver}", "StartTime=now")
+
+    thread = threading.Thread(target=put_back)
+    thread.start()
+    code, said = submit(tmp_path, *script, *ARGUMENTS, "--threads", "1")
+    thread.join()
+    assert code == 0, said
+    assert 4 <= done[0] < TILES
     check_whole(target, case)
 
 

@@ -350,6 +350,8 @@ def _arguments(jobs: Jobs, *, name: str, folder: str, slots: int) -> dict[str, o
     directives = [*lines("job-extra-directives"), *jobs.directives]
     if jobs.gpus and not any("--gpu" in line or "--gres" in line for line in directives):
         directives.append(f"--gres=gpu:{jobs.gpus}")
+    if not any("requeue" in line for line in directives):  # we replace them, and at once
+        directives.append("--no-requeue")
     return {
         "queue": jobs.partition,
         "account": jobs.account,
@@ -358,6 +360,7 @@ def _arguments(jobs: Jobs, *, name: str, folder: str, slots: int) -> dict[str, o
         "processes": 1,
         "job_cpu": cores(jobs),
         "memory": str(memory(jobs)),
+        "job_mem": None if jobs.memory is None and said("job-mem") else mebibytes(memory(jobs)),
         "interface": jobs.interface,
         "python": jobs.python,
         "job_name": name,
@@ -380,6 +383,15 @@ def memory(jobs: Jobs) -> int:
     """Return the bytes of a job."""
     said = dask.config.get("jobqueue.slurm.memory")
     return jobs.memory or (dask.utils.parse_bytes(said) if said else MEMORY)
+
+
+def mebibytes(memory: int) -> str:
+    """Return an amount of memory as SLURM is told it; Dask would ask for whole gibibytes.
+
+    >>> mebibytes(8_000_000_000)
+    '7630M'
+    """
+    return f"{-(-memory // 2**20)}M"
 
 
 def _address(jobs: Jobs) -> str:
