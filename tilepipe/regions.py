@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import PIECE_BYTES, PIECE_ROWS, Course, Step, is_transposed, steps
+from tilepipe.sweep import Course, Step, is_transposed, piece_rows, steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -256,7 +256,7 @@ class _SweptMemory:
         if kept > count or node in self._course.pieced:
             kept = 0
         first, width = (chain or (item,))[0], self._widths[node]
-        at_once = min(count, max(PIECE_ROWS, PIECE_BYTES // max(width, 1))) if chain else count
+        at_once = piece_rows(count, width) if chain else count
         sources = [self._seen(access.source) for access in first.reading.accesses]
         convolution = chain[1] if chain and first.operation.name == "cat" else first
         # What is read as one, and what is made before it is put in its place.

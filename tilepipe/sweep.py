@@ -33,6 +33,16 @@ PIECE_ROWS = 8
 """Rows of it at least: a convolution of fewer reads too many rows of its source twice."""
 
 
+def piece_rows(rows: int, row: int) -> int:
+    """Return how many rows of ``row`` bytes each are computed at once: pieces are alike.
+
+    >>> piece_rows(1000, 1 << 18), piece_rows(100, 1 << 30)
+    (167, 8)
+    """
+    most = max(PIECE_ROWS, PIECE_BYTES // max(row, 1))
+    return -(-rows // -(-rows // most))
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one slab computes along the axis, and what is still read after it."""
@@ -330,7 +340,7 @@ class Sweep:
         end, held = chain[-1], self._held[chain[-1].node]
         dim, first = self._graph.dims[end.node][self._axis], rows[0] - kept
         row = self._region(end.node, (0, 1)).size * end.operation.shape()[1] * 4
-        thick = max(PIECE_ROWS, PIECE_BYTES // max(row, 1))
+        thick = piece_rows(rows[1] - rows[0], row)
         buffer: Tensor | None = None
         for low in range(rows[0], rows[1], thick):
             region = self._region(end.node, (low, min(low + thick, rows[1])))

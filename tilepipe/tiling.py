@@ -32,6 +32,8 @@ KERNELS = 150_000_000
 """Bytes that the library of kernels keeps for itself."""
 SPREAD = 1.25
 """Memory taken over bytes alive: what the allocator cannot use again. Measured, 1.0 to 1.2."""
+SWEPT = {2: 1.75, 3: 1.25}
+"""The same of a sweep, by the network's axes, with rows read and written meanwhile. Measured."""
 SLOTS = 3
 """Tiles in flight in a worker: one is read, one computed, one written."""
 BYTE_WORK = 50
@@ -182,10 +184,10 @@ def sweep_work(
     source = held * widest * 4 * channels + thick * widest * tiling.voxel_bytes
     decoding = min(READS, touched * max(1, thick // chunks[axis])) * math.prod(chunks)
     across = math.prod(n for a, n in enumerate(tile) if a != axis)
-    answer = 2 * (min(unit[axis], tile[axis]) + slab) * across * tiling.answer_bytes
+    answer = 3 * (min(unit[axis], tile[axis]) + slab) * across * tiling.answer_bytes
     weights = sum(p.nbytes for p in tiling.model.module.parameters())
     here = 2 * slab * across * 4 * tiling.profile.classes  # one slab's answer, and that before
-    peak = int(SPREAD * cost.peak * tiling.ratio) + here
+    peak = int(SWEPT[tiling.profile.axes] * cost.peak * tiling.ratio) + here
     memory = PROCESS + KERNELS + peak + source + decoding * tiling.voxel_bytes + answer
     begun = STEP_WORK * len(cuts.graph.nodes) * number
     reread = cuts.reread(spans, axis) * len(spans[axis]) * slabs // 3
