@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from tilepipe.cost import Cost
+from tilepipe.course import Course, is_transposed
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import Course, Step, is_transposed, piece_rows, steps
+from tilepipe.sweep import Step, piece_rows, steps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -63,6 +63,8 @@ SETTINGS = {
     "distributed.admin.tick.limit": "1h",
     # Of messages, of which each stream to a worker keeps so many: memory is flat sooner.
     "distributed.admin.low-level-log-length": 100,
+    # Of Python's stack, a hundred times a second in each process: a twentieth of quick tiles' time.
+    "distributed.worker.profile.enabled": False,
     "distributed.worker.multiprocessing-method": "spawn",  # never fork after Zarr was used
 }
 
