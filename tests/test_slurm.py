@@ -149,8 +149,8 @@ def test_jobs_that_are_preempted_are_replaced(
         run("sbatch", "--partition", "urgent", *whole, "--wrap", "sleep 2")
         until(lambda: not set(before) & set(ids("running")))
         if "--requeue" in directives:
-            until(lambda: set(before) <= set(ids("pending")))
-            for job in before:  # not in two minutes, as SLURM would have it
+            until(lambda: not set(before) & (set(ids()) - set(ids("pending"))))
+            for job in set(before) & set(ids("pending")):  # not in two minutes
                 run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def progress(report: Report) -> None:
