@@ -162,8 +162,8 @@ def _create(
 ) -> None:
     """Write the group, its mark first, and then the array.
 
-    Labels are compressed by zstd; floats by blosc with bit shuffle and lz4, nine times faster
-    than its zstd and four per cent larger on probabilities. Chunks carry a checksum, so that rot
+    Labels are compressed by zstd; floats by blosc with bit shuffle and lz4, three times faster
+    than its zstd and six per cent larger on probabilities. Chunks carry a checksum, so that rot
     is found and not read as voxels (except floats in Zarr v2, which has none for them).
     """
     modern = "ome" in attributes

@@ -82,6 +82,9 @@ class Worker:
         options = plan.options
         if plan.sizes.device == "cpu":
             keep_memory()
+            self._compute = compute_thread()
+        else:
+            self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
         _bound_reads()
         self._plan = plan
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
@@ -93,7 +96,6 @@ class Worker:
         self._narrowed = 0
         self._reads = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-read")
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-write")
-        self._compute = compute_thread()
         self._idle_since = time.perf_counter()
         self._predictor = self._compute.submit(self._load).result()
 
