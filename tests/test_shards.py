@@ -26,12 +26,15 @@ from tilepipe.errors import BadRequest, TileError
 from tilepipe.inspect import inspect
 from tilepipe.ledger import Ledger
 from tilepipe.options import Options, Shard
+from tilepipe.place import find
 from tilepipe.segment import plan_segment, segment
 from tilepipe.target import LEDGER, read_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tilepipe.place import Place
 
 EDGE, TILES, TASKS = 64, 36, 3
 SIZES = ("--tile", "64,64", "--chunks", "64,64", "--threads", "1", "--engine", "serial")
@@ -291,7 +294,7 @@ def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def elsewhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
+def elsewhere(path: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
     """Hold a claim as a process of another machine does: nobody here can see whether it lives."""
     with monkeypatch.context() as patch:
         patch.setattr(claim, "_machine", lambda: "another")
@@ -304,14 +307,14 @@ def elsewhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
 
 
 def test_an_owner_elsewhere_lives_while_it_beats(
-    quick_claims: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quick_claims: None, monkeypatch: pytest.MonkeyPatch, folder: Place
 ) -> None:
-    path = tmp_path / "lock"
+    path = folder / "lock"
     with elsewhere(path, monkeypatch):
         found = Claim.take(path)
         assert isinstance(found, Owner)
         assert found.shard == "1/2"
-        assert [*living([path, tmp_path / "none"])] == [path]
+        assert [*living([path, folder / "none"])] == [path]
     assert not path.exists()
     taken = Claim.take(path)
     assert isinstance(taken, Claim)
@@ -319,9 +322,9 @@ def test_an_owner_elsewhere_lives_while_it_beats(
 
 
 def test_an_owner_elsewhere_that_is_silent_loses_its_claim(
-    quick_claims: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quick_claims: None, monkeypatch: pytest.MonkeyPatch, folder: Place
 ) -> None:
-    path = tmp_path / "lock"
+    path = folder / "lock"
     with elsewhere(path, monkeypatch) as silent:
         silent._end.set()  # as if its machine had gone
         taken = Claim.take(path)
@@ -331,9 +334,9 @@ def test_an_owner_elsewhere_that_is_silent_loses_its_claim(
 
 
 def test_who_was_taken_over_notices(
-    quick_claims: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    quick_claims: None, monkeypatch: pytest.MonkeyPatch, folder: Place
 ) -> None:
-    folder = tmp_path / "o" / LEDGER
+    folder = folder / "o" / LEDGER
     folder.mkdir(parents=True)
     with elsewhere(folder / "lock", monkeypatch) as suspended:
         suspended.check()
@@ -348,8 +351,8 @@ def test_who_was_taken_over_notices(
         taken.close()
 
 
-def test_of_many_at_once_one_gets_it(quick_claims: None, tmp_path: Path) -> None:
-    path = tmp_path / "lock"
+def test_of_many_at_once_one_gets_it(quick_claims: None, folder: Place) -> None:
+    path = folder / "lock"
     for dead in (False, True):
         if dead:
             with subprocess.Popen([sys.executable, "-c", DYING, str(path)]) as process:
@@ -370,14 +373,14 @@ def test_of_many_at_once_one_gets_it(quick_claims: None, tmp_path: Path) -> None
         held = [one for one in found if isinstance(one, Claim)]
         assert len(held) == 1
         held[0].close()
-        assert [*tmp_path.iterdir()] == []
+        assert find(folder, "") == []
 
 
 DYING = """
 import os, sys
-from pathlib import Path
 from tilepipe.claim import Claim
-Claim.take(Path(sys.argv[1]))
+from tilepipe.place import locate
+Claim.take(locate(sys.argv[1], "claim"))
 os._exit(1)
 """
 

@@ -240,7 +240,9 @@ def test_target_must_keep_off_the_source(tmp_path: Path) -> None:
         (tmp_path / "no" / "o", "create it first"),
         (tmp_path / "bad\0", "no path"),
         (tmp_path / ("x" * 300), "no path"),
-        ("gs://bucket/o", "local path"),
+        ("ftp://host/o", "must begin with one of"),
+        ("s3://name:password@host/o", "without user, password"),
+        ("https://host/o", "HTTP is for reading"),
     ):
         with pytest.raises(BadRequest, match=message) as caught:
             check_target(place, source)

@@ -365,9 +365,11 @@ def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:
     group(tmp_path / "none", {})
     for name, message in {
         "missing": "does not exist",
-        "missing\0": "cannot be opened",
-        "x" * 300: "cannot be opened",
-        "s3://bucket/a.zarr": "local path",
+        "missing\0": "is no path",
+        "x" * 300: "is no path",
+        "s3://bucket/a.tif": "copy or convert it",
+        "s3://bucket//a.zarr": "must be s3://BUCKET/PATH",
+        "s3://bucket/../a.zarr": "must be s3://BUCKET/PATH",
         "empty": "empty folder",
         "empty.tif": "empty file",
         "a.png": "must be a Zarr store, a TIFF",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from tilepipe.errors import BadRequest
@@ -13,13 +12,14 @@ from tilepipe.ledger import (
     await_first,
     claimed,
     claimed_first,
+    folder_of,
     is_begun,
     is_claimed,
     lay_plan,
 )
 from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.place import locate
 from tilepipe.target import (
-    LEDGER,
     check_free,
     create_target,
     is_empty,
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 def find_earlier(target: str) -> dict[str, object] | None:
     """Return the plan of a run that wrote to this target before, None where there was none."""
-    if not Path(target).exists():
+    place = locate(target, "output")
+    if not place.exists():
         return None
     ledger = Ledger.open(target, write=False)
     if ledger is not None:
@@ -51,7 +52,7 @@ def find_earlier(target: str) -> dict[str, object] | None:
         )
     begun = _begun(target)
     check_free(target, overwrite=True)  # says what else lies there
-    if not begun and not is_empty(Path(target)):
+    if not begun and not is_empty(place):
         raise BadRequest(
             f"output (={target}) exists without the ledger of its run; name another, or replace"
             " it with --overwrite"
@@ -124,7 +125,7 @@ def open_ledger(
         return opened
     claim = claimed(made.target)
     content = _begin(made, claim, overwrite=overwrite)
-    return Ledger(Path(made.target) / LEDGER, content, tiles=len(made.grid), claim=claim)
+    return Ledger(folder_of(made.target), content, tiles=len(made.grid), claim=claim)
 
 
 def agree(
@@ -179,15 +180,15 @@ def _begin(
     except BaseException:
         claim.close()
         with suppress(OSError):  # it holds more
-            (Path(made.target) / LEDGER).rmdir()
-            Path(made.target).rmdir()
+            folder_of(made.target).rmdir()
+            folder_of(made.target).parent.rmdir()
         raise
     return content
 
 
 def _create(made: Plan, *, overwrite: bool) -> None:
     many = made.options.write != "labels"
-    begun = Path(made.target).is_dir() and _begun(made.target)
+    begun = _begun(made.target)
     create_target(
         made.target,
         axes="c" * many + made.source.axes,

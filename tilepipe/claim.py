@@ -1,7 +1,7 @@
-"""Who writes what on a file system that many machines share, without locks.
+"""Who writes what in a place that many machines share, without locks.
 
-A claim is a small file that its owner creates, which is atomic also on NFS, and rewrites every
-`BEAT` seconds. An owner on this machine lives while its process does; one elsewhere while its
+A claim is a small file or object that its owner creates exclusively, and rewrites every `BEAT`
+seconds. An owner on this machine lives while its process does; one elsewhere while its
 file changes, so no clocks are compared. Law: of those who take a claim at once one gets it. What
 claims guard stays right without them, too: two writers of a tile write the same bytes.
 """
@@ -23,10 +23,12 @@ from uuid import uuid4
 import psutil
 
 from tilepipe.errors import TileError
+from tilepipe.place import hold, remove_if
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
+
+    from tilepipe.place import Hold, Place
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +63,15 @@ class Owner:
 class Claim:
     """A claim that is held until it is closed."""
 
-    def __init__(self, path: Path, owner: Owner, handle: int) -> None:
-        self._path, self._owner, self._handle = path, owner, handle
+    def __init__(self, path: Place, owner: Owner, held: Hold) -> None:
+        self._path, self._owner, self._held = path, owner, held
         self._lost = False
         self._end = threading.Event()
-        self._write()
         self._thread = threading.Thread(target=self._live, name="tilepipe-claim", daemon=True)
         self._thread.start()
 
     @classmethod
-    def take(cls, path: Path, *, shard: str = "", dead: Owner | None = None) -> Claim | Owner:
+    def take(cls, path: Place, *, shard: str = "", dead: Owner | None = None) -> Claim | Owner:
         """Take a claim; where it is held by one who lives, return who that is.
 
         An owner on another machine is watched until it gives a sign of life, for `LEASE` at most;
@@ -78,11 +79,9 @@ class Claim:
         """
         mine = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, shard)
         while True:
-            try:
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-                return cls(path, mine, handle)
-            except FileExistsError:
-                pass
+            held = hold(path, _content(mine))
+            if held is not None:
+                return cls(path, mine, held)
             before = _read(path)
             if before is None:
                 continue
@@ -103,11 +102,6 @@ class Claim:
                 " heard of; what was finished is kept"
             )
 
-    def _write(self) -> None:
-        content = json.dumps(asdict(self._owner)).encode().ljust(WIDTH)
-        os.pwrite(self._handle, content, 0)
-        os.fsync(self._handle)
-
     def _live(self) -> None:
         while not self._end.wait(BEAT):
             try:
@@ -116,7 +110,7 @@ class Claim:
                     self._lost = True
                     return
                 self._owner = replace(self._owner, beat=self._owner.beat + 1)
-                self._write()
+                self._lost = not self._held.rewrite(_content(self._owner))
             except OSError as error:  # of a server that does not answer now
                 log.info("%s cannot be rewritten: %s", self._path, error)
 
@@ -126,14 +120,14 @@ class Claim:
             return
         self._end.set()
         self._thread.join()
-        os.close(self._handle)
+        self._held.close()
         with suppress(OSError):
             found = _read(self._path)
             if found is not None and found.token == self._owner.token:
                 self._path.unlink()
 
 
-def living(paths: Iterable[Path], *, clear: bool = False) -> dict[Path, Owner]:
+def living(paths: Iterable[Place], *, clear: bool = False) -> dict[Place, Owner]:
     """Return the claims whose owners live, of these files; all are watched at once.
 
     With ``clear`` the claims of the dead are removed.
@@ -160,45 +154,40 @@ def living(paths: Iterable[Path], *, clear: bool = False) -> dict[Path, Owner]:
     return alive
 
 
-def take_dead(paths: Iterable[Path], *, shard: str) -> dict[Path, Claim]:
+def take_dead(paths: Iterable[Place], *, shard: str) -> dict[Place, Claim]:
     """Take the claims of the dead, of these files, unless another is quicker."""
     held = {path: owner for path in paths if (owner := _read(path)) is not None}
     alive = living(held)
     taken = {
         path: Claim.take(path, shard=shard, dead=owner)
         for path, owner in held.items()
-        if path not in alive and path.exists()
+        if path not in alive and path.is_file()
     }
     return {path: claim for path, claim in taken.items() if isinstance(claim, Claim)}
 
 
-def _read(path: Path) -> Owner | None:
+def _content(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner)).encode().ljust(WIDTH)
+
+
+def _read(path: Place) -> Owner | None:
     """Return what a claim says; None where there is none."""
     try:
-        content = path.read_bytes()
+        return _owner(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def _owner(content: bytes) -> Owner:
     try:
         return Owner(**json.loads(content))
     except (ValueError, TypeError):  # its owner has not written it yet
         return Owner("unknown", "", 0, 0.0, "", "")
 
 
-def _remove_dead(path: Path, dead: Owner) -> None:
+def _remove_dead(path: Place, dead: Owner) -> None:
     """Remove a claim of the dead; of those who want to, just one does."""
-    mark = path.with_name(f"{path.name}.{dead.token or 'unknown'}")
-    end = time.monotonic() + LEASE
-    while _read(path) == dead:
-        try:
-            os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-        except FileExistsError:  # another is about to remove it, or died just then
-            time.sleep(0.01)
-            if time.monotonic() > end:
-                mark.unlink(missing_ok=True)
-            continue
-        if _read(path) == dead:
-            path.unlink(missing_ok=True)
-        mark.unlink(missing_ok=True)
+    remove_if(path, lambda content: _owner(content) == dead)
 
 
 @cache

@@ -53,12 +53,17 @@ def job_name(target: str) -> str:
     >>> job_name("/data/volume-segmented.zarr")
     'tilepipe-9900584b'
     """
-    path = os.path.abspath(target)
+    path = target if "://" in target else os.path.abspath(target)
     return "tilepipe-" + hashlib.sha256(path.encode()).hexdigest()[:8]
 
 
 def log_folder(target: str) -> Path:
-    """Return where the jobs of a target write their logs."""
+    """Return where the jobs of a target write their logs: beside its ledger, if it is a folder.
+
+    Of a target in an object store, in the folder where the run was begun.
+    """
+    if "://" in target:
+        return Path.cwd() / f"{job_name(target)}-{LOGS}"
     return Path(os.path.abspath(target)) / LEDGER / LOGS
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, cast
 
 from tilepipe.describe import describe_live, describe_model, describe_volume
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import Ledger
+from tilepipe.ledger import Ledger, folder_of
+from tilepipe.place import locate
 from tilepipe.progress import read_progress
-from tilepipe.target import LEDGER, read_attributes
+from tilepipe.target import read_attributes
 from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ def inspect(
     axes: str | None = None,
 ) -> tuple[dict[str, object], str]:
     """Return a model, a volume or an output as plain values and as text."""
-    path = Path(path)
-    if not path.exists():
+    place = locate(path, "file")
+    if isinstance(place, Path) and not place.exists():
         raise BadRequest(f"file (={path}) must be a model, a volume or an output; there is none")
-    if path.suffix in MODELS:
+    if place.suffix in MODELS and isinstance(place, Path):
         from tilepipe.model import load_model
         from tilepipe.profile import find_profile
 
@@ -52,11 +53,11 @@ def inspect(
         "dtype": str(volume.dtype), "chunks": volume.chunks, "shards": volume.shards,
         "scale": volume.scale, "units": volume.units, "nbytes": volume.nbytes,
     }  # fmt: skip
-    made, text = _output(path)
+    made, text = _output(str(path))
     return {**values, **made}, "\n".join(filter(None, [describe_volume(volume), text]))
 
 
-def _output(path: Path) -> tuple[dict[str, object], str]:
+def _output(path: str) -> tuple[dict[str, object], str]:
     """Describe how far an output of ours is, and with what it was made."""
     try:
         attributes = read_attributes(path)
@@ -75,7 +76,7 @@ def _output(path: Path) -> tuple[dict[str, object], str]:
             lines += [f"failed         tile {failure.index}, {failure.cause}" for failure in failed]
             values |= {"tiles": ledger.tiles, "done": ledger.done}
             values["failures"] = [asdict(failure) for failure in failed]
-            progress = read_progress(path / LEDGER)
+            progress = read_progress(folder_of(path))
             shape = cast("list[int]", plan["source"]["shape"])
             lines.append(
                 describe_live(

@@ -6,7 +6,9 @@ of its own, and who reads merges them. There are no locks (see `tilepipe.claim`)
 
 Files, in ``TARGET/.tilepipe``: ``plan.json`` (whole or absent); of each writer ``done`` (appended,
 one line of fixed width for each tile), ``log`` (see `tilepipe.progress`), ``failed.json`` where
-tiles failed, ``lock`` while it runs. Shard 3 of an array has ``done-3``, ``log-3`` and so on.
+tiles failed, ``lock`` while it runs. Shard 3 of an array has ``done-3``, ``log-3`` and so on. In an
+object store, where nothing can be appended to, ``done`` and ``log`` are rows of objects
+(`tilepipe.bucket.Parts`), and a kill may also cost the tiles of the last `FLUSH` seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from tilepipe.claim import Claim, Owner, living, take_dead
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
 from tilepipe.options import Shard
+from tilepipe.place import append, find, locate, replace
 from tilepipe.progress import Log, read_progress
 from tilepipe.target import LEDGER
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tilepipe.engines import TileResult
+    from tilepipe.place import Appending, Place
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +46,6 @@ DIGITS = 12
 """Of a tile's index in ``done``; with the line's end the width of a record is one more."""
 BATCH = 1 << 16
 """Records of ``done`` that are read at once."""
-SYNC_SECONDS = 1.0
-"""How often what was appended is forced to disk."""
 LOOK = 0.2
 """Seconds between two looks at whether another task has created the target."""
 
@@ -62,21 +64,23 @@ class Ledger:
     """The finished tiles of one target; with a claim on it, no other process can write so."""
 
     def __init__(
-        self, folder: Path, plan: dict[str, object], *, tiles: int, claim: Claim | None
+        self, folder: Place, plan: dict[str, object], *, tiles: int, claim: Claim | None
     ) -> None:
         self._folder, self._claim = folder, claim
         self.plan = plan
         self.tiles = tiles
         self._name = "" if claim is None else claim.name.removeprefix("lock")
-        self._file = self._log = None
-        self._synced = time.monotonic()
+        self._file: Appending | None = None
+        self._log: Log | None = None
         self._finished = np.zeros(tiles, dtype=np.bool_)
         self.done = 0
         """Tiles known to be finished, by whomever; `refresh` looks again."""
         try:
             if claim is not None:
-                _mend(folder / f"done{self._name}")
-                self._file = (folder / f"done{self._name}").open("ab")
+                path = folder / f"done{self._name}"
+                if isinstance(path, Path):
+                    _mend(path)
+                self._file = append(path)
                 self._log = Log(folder / f"log{self._name}")
             self.refresh()
         except BaseException:
@@ -103,7 +107,7 @@ class Ledger:
         except BaseException:
             claim.close()
             raise
-        return cls(Path(target) / LEDGER, content, tiles=tiles, claim=claim)
+        return cls(folder_of(target), content, tiles=tiles, claim=claim)
 
     @classmethod
     def open(
@@ -114,7 +118,7 @@ class Ledger:
         Of an array's tasks each opens it for its ``shard``, and all may write at once. Raises
         `BadRequest` where it cannot be read, or where another process writes it.
         """
-        folder = Path(target) / LEDGER
+        folder = folder_of(target)
         try:
             plan = json.loads((folder / "plan.json").read_text())
             tiles = plan["tiles"]
@@ -132,7 +136,7 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read again what all writers have finished."""
-        for path in sorted(self._folder.glob("done*")):
+        for path in find(self._folder, "done"):
             _read_done(path, self._finished)
         self.done = int(np.count_nonzero(self._finished))
 
@@ -159,13 +163,9 @@ class Ledger:
         if result is not None:
             self._log.add(result)
         self._file.write(b"%0*d\n" % (DIGITS, index))
-        self._file.flush()
         if not self._finished[index]:
             self._finished[index] = True
             self.done += 1
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
 
     def set_aside(self, failures: Sequence[TileFailure]) -> None:
         """Keep the tiles that failed in this run; none removes those of earlier runs.
@@ -173,11 +173,11 @@ class Ledger:
         A shard speaks for itself, any other run for all.
         """
         if not self._name:
-            for path in self._folder.glob("failed-*.json"):
+            for path in find(self._folder, "failed-"):
                 path.unlink(missing_ok=True)
         path = self._folder / f"failed{self._name}.json"
         if failures:
-            _replace(path, [asdict(failure) for failure in failures])
+            replace(path, json.dumps([asdict(failure) for failure in failures]).encode())
         else:
             path.unlink(missing_ok=True)
 
@@ -185,7 +185,9 @@ class Ledger:
     def failures(self) -> list[TileFailure]:
         """The tiles that the last run set aside, less those finished since, in order."""
         found: dict[int, TileFailure] = {}
-        for path in sorted(self._folder.glob("failed*.json")):
+        for path in find(self._folder, "failed"):
+            if path.suffix != ".json":
+                continue
             with suppress(FileNotFoundError):
                 kept = json.loads(path.read_text())
                 found |= {failure["index"]: TileFailure(**failure) for failure in kept}
@@ -193,6 +195,8 @@ class Ledger:
 
     def nonfinite(self) -> int:
         """Return how many values of the source were not finite, by the logs of all runs."""
+        if self._log is not None:
+            self._log.sync()
         return sum(read_progress(self._folder).nonfinite.values())
 
     def adopt(self, shard: Shard) -> dict[int, Claim]:
@@ -200,7 +204,7 @@ class Ledger:
 
         A task that has not begun is not dead: its turn may come.
         """
-        left = {
+        left: dict[Place, int] = {
             self._folder / f"lock-{number}": number
             for number in range(1, shard.count + 1)
             if next(self.remaining(Shard(number, shard.count).share(self.tiles)), None) is not None
@@ -210,7 +214,6 @@ class Ledger:
     def close(self) -> None:
         """Force what was entered to disk and let others write."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
         if self._log is not None:
@@ -232,14 +235,19 @@ class Ledger:
         self.close()
 
 
+def folder_of(target: str | Path) -> Place:
+    """Return where the ledger of a target lies, or would."""
+    return locate(target, "output") / LEDGER
+
+
 def lay_plan(target: str | Path, plan: Mapping[str, object], *, tiles: int) -> dict[str, object]:
     """Begin the ledger of a target that is claimed, and return its plan."""
-    folder = Path(target) / LEDGER
+    folder = folder_of(target)
     content = {**plan, "tiles": tiles}
     for path in folder.iterdir():
         if not path.name.startswith(("lock", "plan.json")):
             path.unlink()  # before the plan: no tile of another may ever seem to be of this one
-    _replace(folder / "plan.json", content)
+    replace(folder / "plan.json", json.dumps(content).encode())
     return content
 
 
@@ -249,7 +257,7 @@ def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
     The tasks of an array have a claim each; a run without a shard needs the whole. Raises
     `BadRequest` where one lives that is in the way.
     """
-    folder = Path(target) / LEDGER
+    folder = folder_of(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         name = "lock" if shard is None else f"lock-{shard.number}"
@@ -259,7 +267,7 @@ def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
     if isinstance(claim, Owner):
         raise _held(target, claim)
     others = (
-        [path for path in folder.glob("lock-*") if "." not in path.name]
+        [path for path in find(folder, "lock-") if "." not in path.name]
         if shard is None
         else [folder / "lock"]
     )
@@ -271,7 +279,7 @@ def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
 
 def claimed_first(target: str | Path, shard: Shard) -> Claim | None:
     """Claim a target for a task of an array that creates it; None where another has begun to."""
-    folder = Path(target) / LEDGER
+    folder = folder_of(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         claim = Claim.take(folder / "lock", shard=str(shard))
@@ -290,7 +298,7 @@ def await_first(target: str | Path) -> None:
 
     Raises `BadRequest` where it is a run of no array that writes it.
     """
-    path = Path(target) / LEDGER / "lock"
+    path = folder_of(target) / "lock"
     while owner := living([path], clear=True).get(path):
         if not owner.shard:
             raise _held(target, owner)
@@ -300,12 +308,12 @@ def await_first(target: str | Path) -> None:
 
 def is_claimed(target: str | Path) -> bool:
     """Whether there is a claim on the whole target, be it of the dead."""
-    return (Path(target) / LEDGER / "lock").exists()
+    return (folder_of(target) / "lock").is_file()
 
 
 def is_begun(target: str | Path) -> bool:
     """Whether there is a ledger."""
-    return (Path(target) / LEDGER / "plan.json").exists()
+    return (folder_of(target) / "plan.json").is_file()
 
 
 def _held(target: str | Path, owner: Owner) -> BadRequest:
@@ -315,7 +323,7 @@ def _held(target: str | Path, owner: Owner) -> BadRequest:
     )
 
 
-def _read_done(path: Path, finished: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int:
+def _read_done(path: Place, finished: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> int:
     """Enter the tiles that one writer finished; return the bytes that are whole records.
 
     What comes behind a record that was not wholly written is left out.
@@ -343,18 +351,3 @@ def _mend(path: Path) -> None:
         whole = _read_done(path, np.zeros(0, dtype=np.bool_))
         if whole < path.stat().st_size:
             os.truncate(path, whole)
-
-
-def _replace(path: Path, content: object) -> None:
-    """Write JSON so that the file is the old one or the new one, never a part."""
-    partial = path.with_name(path.name + ".new")
-    with partial.open("w") as file:
-        json.dump(cast("dict[str, object]", content), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # of the name itself
-    finally:
-        os.close(handle)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tilepipe.errors import BadRequest
+from tilepipe.place import can_list, folders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from tilepipe.place import Place
 
 AXES = "tzyxc"
 """The axes a volume may have, one letter each."""
@@ -54,13 +56,13 @@ class Multiscale:
     """Per array, the size of a voxel per dimension, in ``units``; None where it is not said."""
 
 
-def read_node(folder: Path) -> Node | None:
+def read_node(folder: Place) -> Node | None:
     """Return the metadata of the Zarr node in ``folder``; None where there is no node.
 
     Version 3 wins where both are there. Raises BadRequest for metadata that is not JSON.
     """
-    if (folder / "zarr.json").is_file():
-        metadata = _read_json(folder / "zarr.json")
+    metadata = _read_json(folder / "zarr.json")
+    if metadata is not None:
         attributes = _mapping(metadata.pop("attributes", {}), folder / "zarr.json")
         metadata.pop("consolidated_metadata", None)
         kind = metadata.get("node_type")
@@ -69,19 +71,21 @@ def read_node(folder: Path) -> Node | None:
         if kind == "group":
             return Node("group", 3, metadata, attributes)
         raise BadRequest(f"metadata (={folder / 'zarr.json'}) must say node_type array or group")
-    v2_attributes = folder / ".zattrs"
-    if (folder / ".zarray").is_file():
-        attributes = _read_json(v2_attributes) if v2_attributes.is_file() else {}
-        return Node("array", 2, _read_json(folder / ".zarray"), attributes)
-    if (folder / ".zgroup").is_file():
-        attributes = _read_json(v2_attributes) if v2_attributes.is_file() else {}
-        return Node("group", 2, _read_json(folder / ".zgroup"), attributes)
+    array = _read_json(folder / ".zarray")
+    if array is not None:
+        return Node("array", 2, array, _read_json(folder / ".zattrs") or {})
+    group = _read_json(folder / ".zgroup")
+    if group is not None:
+        return Node("group", 2, group, _read_json(folder / ".zattrs") or {})
     return None
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _read_json(path: Place) -> dict[str, object] | None:
+    """Return a JSON object; None where there is no such file."""
     try:
         return _mapping(json.loads(path.read_bytes()), path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
     except (ValueError, RecursionError) as error:
         if isinstance(error, BadRequest):
             raise
@@ -90,7 +94,7 @@ def _read_json(path: Path) -> dict[str, object]:
         raise BadRequest(f"metadata (={path}) cannot be read: {error}") from error
 
 
-def _mapping(value: object, path: Path) -> dict[str, object]:
+def _mapping(value: object, path: Place) -> dict[str, object]:
     if not isinstance(value, dict):
         raise BadRequest(f"metadata (={path}) must be a JSON object; it is corrupt")
     return value
@@ -194,7 +198,7 @@ def _inside(path: str) -> str:
     return path
 
 
-def parent_image(path: Path) -> tuple[Multiscale | None, int]:
+def parent_image(path: Place) -> tuple[Multiscale | None, int]:
     """Return the image of which the array ``path`` is a resolution, and which; else None."""
     try:
         node = read_node(path.parent)
@@ -206,30 +210,31 @@ def parent_image(path: Path) -> tuple[Multiscale | None, int]:
     return image, image.paths.index(path.name)
 
 
-def no_array(path: Path) -> str:
+def no_array(path: Place) -> str:
     """Return why a folder is no volume, naming up to five that it holds."""
-    found = []
-    for count, (folder, names, files) in enumerate(os.walk(path)):
-        names.sort()
-        if count == 0 and not names and not files:
-            return f"source (={path}) is an empty folder"
-        try:
-            node = read_node(Path(folder))
+    if not can_list(path):
+        return f"source (={path}) must be a Zarr array or image; there is no metadata of one"
+    if not any(path.iterdir()):
+        return f"source (={path}) is an empty folder"
+    found: list[str] = []
+    left, looks = [path], 0
+    while left and len(found) <= 5 and looks <= 1000:
+        folder, node, image = left.pop(), None, False
+        looks += 1
+        with suppress(ValueError):
+            node = read_node(folder)
             image = node is not None and parse_multiscale(node.attributes) is not None
-        except ValueError:
-            continue
         if node is not None and (node.kind == "array" or image):
-            found.append(str(Path(folder).relative_to(path)))
-            names.clear()
-        if len(found) > 5 or count > 1000:
-            break
+            found.append(str(folder).removeprefix(str(path)).lstrip("/"))
+        else:
+            left += reversed(folders(folder))
     if not found:
         return f"source (={path}) must be a Zarr array or image; the folder holds none"
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
     return f"source (={path}) is a group, not an array; name one inside it: {listed}"
 
 
-def dimension_names(node: Node, path: Path) -> tuple[str, ...] | None:
+def dimension_names(node: Node, path: Place) -> tuple[str, ...] | None:
     """Return the axes that the array itself states; None where it says nothing of use."""
     stated = node.metadata.get("dimension_names") or node.attributes.get("_ARRAY_DIMENSIONS")
     if not isinstance(stated, list):

@@ -16,6 +16,7 @@ import torch
 import zarr
 
 from tilepipe import __version__, checks
+from tilepipe.bucket import Key
 from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
@@ -24,6 +25,7 @@ from tilepipe.network import Graph, NotExported, export
 from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.operations import NoRule
 from tilepipe.options import Options
+from tilepipe.place import locate
 from tilepipe.predict import PRECISIONS, find_device, label_type
 from tilepipe.profile import Profile, find_profile
 from tilepipe.tiling import (
@@ -215,7 +217,9 @@ class Plan:
 
         Labels are expected to take a tenth of their size there, numbers nine tenths.
         """
-        folder = next(p for p in Path(self.target).absolute().parents if p.exists())
+        if not isinstance(place := locate(self.target, "output"), Path):
+            return ""
+        folder = next(p for p in place.parents if p.exists())
         free = shutil.disk_usage(folder).free
         need = int(self.costs.write_bytes * (0.1 if self.options.write == "labels" else 0.9))
         if need <= free:
@@ -321,7 +325,9 @@ def default_target(source: str | Path) -> str:
     >>> default_target("data/volume.zarr/em/raw")
     'data/volume-segmented.zarr'
     """
-    path = Path(source)
+    path = Key.parse(str(source)) if "://" in str(source) else Path(source)
+    if isinstance(path, Key) and not path.can_write:
+        raise BadRequest(f"output must be named for a source (={source}) that is read by HTTP")
     for folder in (path, *path.parents):
         if folder.suffix == ".zarr":
             path = folder

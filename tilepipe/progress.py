@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import BinaryIO
+from tilepipe.place import append, find
 
+if TYPE_CHECKING:
     from tilepipe.engines import TileResult
+    from tilepipe.place import Appending, Place
 
 RECENT = 300
 """Seconds over which a rate is told."""
@@ -27,16 +27,16 @@ RECENT = 300
 class Log:
     """Appends to a log."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
-        self._file: BinaryIO | None = None
+        self._file: Appending | None = None
         self._workers: dict[str, int] = {}
 
     def add(self, result: TileResult) -> None:
         """Enter a tile that has just been finished."""
         if self._file is None:
-            self._file = self._path.open("ab")
-            self._file.write(b"\n" * (self._file.tell() > 0))  # the last line may be torn
+            self._file = append(self._path)
+            self._file.write(b"\n")  # the last line may be torn
         number = self._workers.get(result.worker)
         if number is None:
             number = self._workers[result.worker] = len(self._workers)
@@ -52,7 +52,11 @@ class Log:
             f"{time.time():.0f} {result.index} {number} {shown}"
             f" {result.attempts} {result.nonfinite}\n".encode()
         )
-        self._file.flush()
+
+    def sync(self) -> None:
+        """Let others see all of it."""
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
         """End it."""
@@ -121,14 +125,15 @@ class Progress:
         return self.recent / max(1.0, min(RECENT, self.now - self.began)) if self.recent else 0.0
 
 
-def read_progress(folder: Path, *, now: float | None = None) -> Progress:
+def read_progress(folder: Place, *, now: float | None = None) -> Progress:
     """Read the logs in a ledger's folder; a line that is torn is left out.
 
     Memory grows with the workers, not with the tiles.
     """
     found = Progress(now=time.time() if now is None else now)
-    for path in sorted(folder.glob("log*")):
-        names: dict[int, str] = {}
+    writers: dict[str, dict[int, str]] = {}
+    for path in find(folder, "log"):
+        names = writers.setdefault(path.name.partition(".")[0], {})
         with path.open("rb") as file:
             for line in file:
                 with suppress(ValueError, KeyError):  # torn

@@ -6,9 +6,6 @@ volume. Each write unit must have one writer: two writers in one shard lose data
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
@@ -16,10 +13,11 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
 
+from tilepipe.bucket import explain
 from tilepipe.errors import BadRequest
 from tilepipe.ome import image_attributes, parse_multiscale, read_node
+from tilepipe.place import check_writable, locate, remove_all, zarr_store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from zarr.types import AnyArray
 
     from tilepipe.geometry import Region, Shape
+    from tilepipe.place import Place
 
 T = TypeVar("T")
 OURS = "tilepipe"
@@ -50,7 +49,7 @@ class Target:
     """
 
     path: str
-    """Where the group lies, links resolved."""
+    """Where the group lies, links resolved; a path, or an address such as ``s3://...``."""
     axes: str
     """Axes of the array without channels, such as ``zyx``."""
     shape: Shape
@@ -90,8 +89,9 @@ class Target:
         except MemoryError:
             raise
         except Exception as error:
-            cause = str(error) or type(error).__name__
-            raise OSError(f"cannot write voxels {region} of {self.path}: {cause}") from error
+            raise OSError(
+                f"cannot write voxels {region} of {self.path}: {explain(error)}"
+            ) from error
 
 
 def write_unit(chunks: Shape, shards: Shape | None) -> Shape:
@@ -122,7 +122,7 @@ def create_target(
     ``overwrite`` removes an earlier output of ours; nothing else is ever removed. Raises
     BadRequest where something else lies at or in ``path``, or the sizes do not fit.
     """
-    target = _resolve(path)
+    target = locate(path, "output")
     kind = np.dtype(dtype).newbyteorder("=")
     if kind != np.float32 and kind.kind != "u":
         raise BadRequest(f"dtype (={kind}) of an output must be float32 or an unsigned integer")
@@ -144,7 +144,7 @@ def create_target(
         version=ome_version,
     )
     try:
-        check_free(target, overwrite=overwrite)
+        check_free(path, overwrite=overwrite)
         _clear(target)
         _create(target, axes, whole, kind, chunk, shard, {**described, OURS: dict(attributes)})
     except OSError as error:
@@ -152,7 +152,7 @@ def create_target(
 
 
 def _create(
-    path: Path,
+    path: Place,
     axes: str,
     shape: Shape,
     dtype: np.dtype[np.generic],
@@ -167,7 +167,7 @@ def _create(
     is found and not read as voxels (except floats in Zarr v2, which has none for them).
     """
     modern = "ome" in attributes
-    store = LocalStore(path)
+    store = zarr_store(path)
     zarr.create_group(store, zarr_format=3 if modern else 2, attributes=attributes)
     if modern:
         zarr.create_array(
@@ -223,18 +223,7 @@ def _check_sizes(
         raise BadRequest(f"chunks (={chunks}) must hold less than 2 GiB; take smaller ones")
 
 
-def _resolve(path: str | Path) -> Path:
-    if "://" in str(path):
-        raise BadRequest(f"output (={path}) must be a local path")
-    try:
-        resolved = Path(path).resolve()
-        resolved.exists()  # raises for a name that is too long and a folder that is locked
-        return resolved
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadRequest(f"output (={path}) is no path: {error}") from error
-
-
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Place) -> bool:
     try:
         node = read_node(path)
     except (BadRequest, OSError):
@@ -242,12 +231,12 @@ def _is_ours(path: Path) -> bool:
     return node is not None and node.kind == "group" and isinstance(node.attributes.get(OURS), dict)
 
 
-def _is_foreign(entry: Path) -> bool:
+def _is_foreign(entry: Place) -> bool:
     """Whether we did not make it; a write that was killed leaves ``*.partial``."""
     return entry.name not in _PARTS and not entry.name.endswith(".partial")
 
 
-def is_empty(folder: Path) -> bool:
+def is_empty(folder: Place) -> bool:
     """Whether a folder holds nothing but claims of who is about to write there."""
     return all(
         entry.name == LEDGER
@@ -259,7 +248,7 @@ def is_empty(folder: Path) -> bool:
 
 def check_free(path: str | Path, *, overwrite: bool) -> None:
     """Raise BadRequest unless the place is free: absent, empty, or ours and to be overwritten."""
-    target = _resolve(path)
+    target = locate(path, "output")
     _check_parent(target, target)
     if not target.exists():
         return
@@ -281,19 +270,18 @@ def check_free(path: str | Path, *, overwrite: bool) -> None:
         )
 
 
-def _clear(target: Path) -> None:
+def _clear(target: Place) -> None:
     """Empty the folder, the group's metadata last: an interrupted removal stays ours."""
     if not target.exists():
         return
-    for entry in sorted(target.iterdir(), key=lambda entry: (entry.name in _MARKS, entry.name)):
+    entries: list[Place] = list(target.iterdir())
+    for entry in sorted(entries, key=lambda entry: (entry.name in _MARKS, entry.name)):
         if entry.name == LEDGER and entry.is_dir():
             for path in entry.iterdir():
                 if not path.name.startswith("lock"):  # of who is about to write here: us
-                    path.unlink()
-        elif entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+                    remove_all(path)
         else:
-            entry.unlink()
+            remove_all(entry)
 
 
 def check_target(path: str | Path, source_path: str | Path) -> None:
@@ -303,16 +291,17 @@ def check_target(path: str | Path, source_path: str | Path) -> None:
     place equal to, inside or containing the source or inside another array. What else may lie
     at ``path`` is for `create_target` to judge. Leaves nothing behind.
     """
-    target, source = _resolve(path), _resolve(source_path)
-    if target == source or (target.exists() and source.exists() and target.samefile(source)):
+    target, source = locate(path, "output"), locate(source_path, "source")
+    if target == source or _is_same_file(target, source):
         raise BadRequest(f"output (={path}) must not be the source (={source_path})")
     if source in target.parents:
         raise BadRequest(f"output (={path}) must not lie inside the source (={source_path})")
     if target in source.parents:
         raise BadRequest(f"output (={path}) must not contain the source (={source_path})")
-    if target.exists() and not target.is_dir():
+    if isinstance(target, Path) and target.exists() and not target.is_dir():
         raise BadRequest(f"output (={path}) is an existing file; name another path")
     _check_parent(target, path)
+    _check_writable(target, path)
     for folder in target.parents:
         try:
             node = read_node(folder)
@@ -320,28 +309,36 @@ def check_target(path: str | Path, source_path: str | Path) -> None:
             continue
         if node is not None and node.kind == "array":
             raise BadRequest(f"output (={path}) must not lie inside the array {folder}")
-    _check_writable(target if target.exists() else target.parent, path)
 
 
-def _check_parent(target: Path, path: str | Path) -> None:
-    if not target.parent.is_dir():
-        is_file = "is a file" if target.parent.exists() else "does not exist; create it first"
-        raise BadRequest(f"output (={path}) needs the folder {target.parent}, which {is_file}")
-
-
-def _check_writable(folder: Path, path: str | Path) -> None:
+def _check_writable(target: Place, path: object) -> None:
+    if isinstance(target, Path):
+        folder: Place = target if target.exists() else target.parent
+    elif not target.path:
+        raise BadRequest(f"output (={path}) must be a path in a bucket, not all of it")
+    else:
+        folder = target / LEDGER  # where what is there for a moment disturbs nobody
     try:
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("permission denied")
-        with tempfile.TemporaryFile(dir=folder):  # permission bits do not bind the root user
-            pass
+        check_writable(folder)
     except OSError as error:
         raise BadRequest(f"output (={path}) needs {folder} to be writable: {error}") from error
 
 
+def _is_same_file(one: Place, other: Place) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.exists() and other.exists() and one.samefile(other)
+    return False
+
+
+def _check_parent(target: Place, path: object) -> None:
+    if isinstance(target, Path) and not target.parent.is_dir():
+        is_file = "is a file" if target.parent.exists() else "does not exist; create it first"
+        raise BadRequest(f"output (={path}) needs the folder {target.parent}, which {is_file}")
+
+
 def open_target(path: str | Path) -> Target:
     """Open an output that `create_target` made, for writing; BadRequest for anything else."""
-    target = _resolve(path)
+    target = locate(path, "output")
     node = read_node(target) if _is_ours(target) else None
     image = None if node is None else parse_multiscale(node.attributes)
     if node is None or image is None or image.axes is None:
@@ -349,9 +346,10 @@ def open_target(path: str | Path) -> Target:
     if read_node(target / "0") is None:
         raise BadRequest(f"output (={path}) has lost its array 0")
     try:
-        array = zarr.open_array(LocalStore(target / "0"), mode="r+", zarr_format=node.zarr_format)
+        store = zarr_store(target / "0")
+        array = zarr.open_array(store, mode="r+", zarr_format=node.zarr_format)
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        cause = f"{type(error).__name__}: {explain(error)}"[:200]
         raise BadRequest(
             f"output (={path}) has an array 0 that cannot be opened: {cause}"
         ) from error
@@ -371,7 +369,7 @@ def open_target(path: str | Path) -> Target:
 
 def read_attributes(path: str | Path) -> dict[str, object]:
     """Return our own attributes of an output; BadRequest for a place that is no output."""
-    target = _resolve(path)
+    target = locate(path, "output")
     node = read_node(target) if _is_ours(target) else None
     ours = None if node is None else node.attributes[OURS]
     if not isinstance(ours, dict):
@@ -382,5 +380,6 @@ def read_attributes(path: str | Path) -> dict[str, object]:
 def update_attributes(path: str | Path, attributes: Mapping[str, object]) -> None:
     """Set our own attributes of an output; those not named are kept. One writer at a time."""
     merged = {**read_attributes(path), **attributes}
-    group = zarr.open_group(LocalStore(_resolve(path)), mode="r+", use_consolidated=False)
+    store = zarr_store(locate(path, "output"))
+    group = zarr.open_group(store, mode="r+", use_consolidated=False)
     group.attrs[OURS] = cast("dict[str, JSON]", merged)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
 
 from tilepipe import tiff
+from tilepipe.bucket import explain
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, mirror
 from tilepipe.ome import (
@@ -34,11 +34,15 @@ from tilepipe.ome import (
     parse_multiscale,
     read_node,
 )
+from tilepipe.place import locate, zarr_store
 
 if TYPE_CHECKING:
     import tifffile
     from numpy.typing import NDArray
     from zarr.types import AnyArray
+
+    from tilepipe.bucket import Key
+    from tilepipe.place import Place
 
 _ASSUMED = {2: "yx", 3: "zyx", 4: "czyx", 5: "tczyx"}
 _ORDERS = ("yx", "zyx", "tyx", "tzyx")
@@ -53,7 +57,7 @@ class Volume:
     """
 
     path: str
-    """Where it lies, links resolved."""
+    """Where it lies, links resolved; a path, or an address such as ``s3://...``."""
     axes: str
     """Axes as stored, without channels: ``yx``, ``zyx``, ``tyx`` or ``tzyx``."""
     shape: Shape
@@ -118,9 +122,9 @@ class Volume:
         except MemoryError:
             raise
         except Exception as error:
-            cause = str(error) or type(error).__name__
             raise OSError(
-                f"cannot read voxels {region} of {self.path}{self._culprit(region)}: {cause}"
+                f"cannot read voxels {region} of {self.path}{self._culprit(region)}:"
+                f" {explain(error)}"
             ) from error
         kept = [letter for letter in self._letters if letter is not None]
         voxels = np.moveaxis(voxels, kept.index("c"), 0) if self.has_channels else voxels[None]
@@ -200,10 +204,12 @@ def open_volume(path: str | Path, *, axes: str | None = None, level: int = 0) ->
 
     Raises BadRequest for whatever is no volume of at least two dimensions of integers or floats.
     """
-    if not str(path) or "://" in str(path):
-        raise BadRequest(f"source (={path}) must be a local path; copy or mount it")
+    if not str(path):
+        raise BadRequest("source is empty; name a Zarr, an OME-Zarr or a TIFF")
+    resolved = locate(path, "source")
     try:
-        resolved = Path(path).resolve()
+        if not isinstance(resolved, Path):
+            return _open_remote(resolved, axes=axes, level=level)
         if not resolved.exists():
             raise BadRequest(f"source (={path}) does not exist")
         if resolved.is_dir():
@@ -215,6 +221,14 @@ def open_volume(path: str | Path, *, axes: str | None = None, level: int = 0) ->
         raise
     except (OSError, ValueError) as error:
         raise BadRequest(f"source (={path}) cannot be opened: {error}") from error
+
+
+def _open_remote(key: Key, *, axes: str | None, level: int) -> Volume:
+    if key.suffix.lower() in tiff.SUFFIXES:
+        raise BadRequest(
+            f"source (={key}) must be a Zarr store, or a file here; copy or convert it"
+        )
+    return _open_zarr(key, axes=axes, level=level)
 
 
 def _open_tiff(path: Path, *, axes: str | None, level: int) -> Volume:
@@ -255,7 +269,7 @@ def _open_tiff(path: Path, *, axes: str | None, level: int) -> Volume:
         raise
 
 
-def _open_zarr(path: Path, *, axes: str | None, level: int) -> Volume:
+def _open_zarr(path: Place, *, axes: str | None, level: int) -> Volume:
     node = read_node(path)
     if node is None or node.kind == "group":
         image = None if node is None else _image(path, node)
@@ -295,7 +309,7 @@ def _open_zarr(path: Path, *, axes: str | None, level: int) -> Volume:
     )
 
 
-def _image(path: Path, node: Node) -> Multiscale | None:
+def _image(path: Place, node: Node) -> Multiscale | None:
     try:
         return parse_multiscale(node.attributes)
     except ValueError as error:
@@ -304,7 +318,7 @@ def _image(path: Path, node: Node) -> Multiscale | None:
         ) from error
 
 
-def _open_array(path: Path, node: Node) -> AnyArray:
+def _open_array(path: Place, node: Node) -> AnyArray:
     """Open the array and check what can be checked before zarr warns or fails on it."""
     stated = node.metadata.get("data_type", node.metadata.get("dtype"))
     if isinstance(stated, dict):
@@ -318,14 +332,14 @@ def _open_array(path: Path, node: Node) -> AnyArray:
         with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of codecs outside the specification, and the like
             return zarr.open_array(
-                LocalStore(path, read_only=True), mode="r", zarr_format=node.zarr_format
+                zarr_store(path, read_only=True), mode="r", zarr_format=node.zarr_format
             )
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        cause = f"{type(error).__name__}: {explain(error)}"[:200]
         raise BadRequest(f"source (={path}) cannot be opened by zarr: {cause}") from error
 
 
-def _check_dtype(dtype: np.dtype[np.generic], stated: str, path: Path) -> None:
+def _check_dtype(dtype: np.dtype[np.generic], stated: str, path: Place) -> None:
     if dtype.kind not in "iuf":
         remedy = "uint8" if dtype.kind == "b" else "float32"
         raise BadRequest(
@@ -335,7 +349,7 @@ def _check_dtype(dtype: np.dtype[np.generic], stated: str, path: Path) -> None:
 
 
 def _letters(
-    axes: str | None, stated: tuple[str | None, ...] | None, shape: Shape, path: Path
+    axes: str | None, stated: tuple[str | None, ...] | None, shape: Shape, path: Place
 ) -> tuple[tuple[str | None, ...], bool]:
     """Return the axis of each dimension (None: dropped), and whether they were assumed."""
     letters: tuple[str | None, ...]
@@ -366,7 +380,7 @@ def _letters(
 
 
 def _volume(
-    path: Path,
+    path: Place,
     array: AnyArray,
     *,
     axes: str | None,

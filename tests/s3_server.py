@@ -1,0 +1,128 @@
+"""A real S3 server of our own on this machine (SeaweedFS), on the loopback interface only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+USER, SECRET = "a-user-of-tests", "a-secret-that-nobody-may-keep"
+WAIT = 60.0
+GRPC = 10000
+"""What is added to each port of the program for another one."""
+
+
+def program() -> str | None:
+    """Return the path of ``weed``; None where there is none."""
+    return shutil.which("weed", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _free_ports() -> int:
+    """Return the first of four ports in a row that are free, with their twins."""
+    first = 20000 + os.getpid() % 5000 * 4
+    for port in range(first, first + 4000, 4):
+        if all(_is_free(port + n + twin) for n in range(4) for twin in (0, GRPC)):
+            return port
+    raise RuntimeError("no ports are free")
+
+
+class Server:
+    """The server of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, _free_ports()
+        self._process: subprocess.Popen[bytes] | None = None
+        (folder / "data").mkdir()
+        identity = {
+            "name": "test",
+            "credentials": [{"accessKey": USER, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+        }
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its clients need."""
+        return {
+            "AWS_ACCESS_KEY_ID": USER,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+        }
+
+    def start(self) -> None:
+        weed, port, log = program(), self.port, self.folder / "log"
+        assert weed is not None
+        command = [
+            weed, "-logtostderr=true", "server", f"-dir={self.folder / 'data'}",
+            "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
+            f"-master.port={port + 1}", f"-volume.port={port + 2}", "-volume.max=20",
+            "-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=256",
+            "-filer", f"-filer.port={port + 3}", f"-filer.localSocket={self.folder / 'f.sock'}",
+            "-s3", f"-s3.port={port}", f"-s3.localSocket={self.folder / 's.sock'}",
+            f"-s3.config={self.folder / 's3.json'}", "-s3.iam=false",
+            "-s3.port.iceberg=0", "-s3.port.lance=0",
+        ]  # fmt: skip
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        end = time.monotonic() + WAIT
+        while not (self._answers() and b"Start Seaweed S3 API" in log.read_bytes()):
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"no S3 server: {log.read_text()[-2000:]}")
+            time.sleep(0.05)
+
+    def _answers(self) -> bool:
+        try:
+            urlopen(f"http://127.0.0.1:{self.port}/", timeout=1).close()
+        except HTTPError as error:  # it knows who may not
+            error.close()
+            return True
+        except (URLError, OSError):
+            return False
+        return True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let it answer nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # its own end takes seconds
+            self._process.wait()
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """Serve until the end."""
+    server = Server(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,220 @@
+"""Laws of places: a file system and an object store do the same."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from tilepipe import bucket
+from tilepipe.bucket import Key, Parts, explain
+from tilepipe.errors import BadRequest
+from tilepipe.place import (
+    append,
+    check_writable,
+    find,
+    folders,
+    hold,
+    locate,
+    remove_all,
+    remove_if,
+    replace,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.s3_server import Server
+    from tilepipe.place import Place
+
+
+def test_what_is_written_is_found(folder: Place) -> None:
+    assert find(folder, "") == []
+    for name in ("b", "ab", "aa"):
+        replace(folder / name, name.encode())
+    (folder / "in").mkdir()
+    replace(folder / "in" / "c", b"1")
+    replace(folder / "in" / "c", b"22")
+    assert [path.name for path in find(folder, "a")] == ["aa", "ab"]
+    assert [path.name for path in folders(folder)] == ["in"]
+    assert {path.name for path in folder.iterdir()} == {"b", "ab", "aa", "in"}
+    assert (folder / "in" / "c").read_bytes() == b"22"
+    assert (folder / "in" / "c").parents[:2] == (folder / "in", folder)
+    found = [(p.exists(), p.is_file(), p.is_dir()) for p in (folder / "in", folder / "b")]
+    assert found == [(True, False, True), (True, True, False)]
+    assert not (folder / "a").exists()  # though names begin so
+    with pytest.raises(FileNotFoundError):
+        (folder / "a").read_bytes()
+    remove_all(folder / "in")
+    remove_all(folder / "b")
+    assert [path.name for path in find(folder, "")] == ["aa", "ab"]
+    (folder / "aa").unlink(missing_ok=True)
+    (folder / "aa").unlink(missing_ok=True)
+    assert [path.name for path in find(folder, "")] == ["ab"]
+
+
+def test_of_many_at_once_one_creates(folder: Place) -> None:
+    start, found = threading.Barrier(8), []
+
+    def create(n: int) -> None:
+        start.wait()
+        found.append(hold(folder / "lock", b"%d" % n))
+
+    threads = [threading.Thread(target=create, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [held] = [one for one in found if one is not None]
+    assert held.rewrite(b"again")
+    assert (folder / "lock").read_bytes() == b"again"
+    held.close()
+
+
+def test_what_another_has_is_not_written_over(folder: Place) -> None:
+    path = folder / "lock"
+    first = hold(path, b"first")
+    assert first is not None
+    path.unlink()
+    second = hold(path, b"other")
+    assert second is not None
+    first.rewrite(b"again")
+    assert path.read_bytes() == b"other"
+    for one in (first, second):
+        one.close()
+
+
+def test_of_many_who_remove_the_dead_none_removes_the_living(folder: Place) -> None:
+    path = folder / "lock"
+    replace(path, b"dead")
+    start, taken = threading.Barrier(8), []
+
+    def take(n: int) -> None:
+        start.wait()
+        remove_if(path, lambda content: content == b"dead")
+        taken.append(hold(path, b"alive %d" % n))
+
+    threads = [threading.Thread(target=take, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [held] = [one for one in taken if one is not None]
+    held.close()
+    assert path.read_bytes().startswith(b"alive")
+    remove_if(path, lambda content: content == b"dead")
+    assert path.read_bytes().startswith(b"alive")
+    assert [one.name for one in find(folder, "")] == ["lock"]
+
+
+def test_what_is_appended_is_read_in_order(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "PART", 100)
+    monkeypatch.setattr(bucket, "FLUSH", 0.01)
+    records = [b"%07d\n" % n for n in range(300)]
+    for part in (records[:100], records[100:]):
+        with closing(append(folder / "done")) as file:
+            for record in part:
+                file.write(record)
+                if record.endswith(b"50\n"):
+                    file.sync()
+    whole = b"".join(path.read_bytes() for path in find(folder, "done"))
+    assert whole == b"".join(records)
+    assert len(find(folder, "done")) < len(records) / 5
+
+
+def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
+    """One who was taken for dead, and is not, and who took over."""
+    key = Key.parse(prefix()) / "done"
+    with closing(Parts(key)) as dead:
+        dead.write(b"1")
+        dead.sync()
+        with closing(Parts(key)) as heir:
+            heir.write(b"2")
+            heir.sync()
+            for n in range(3):
+                dead.write(b"a%d" % n)
+                dead.sync()
+                heir.write(b"b%d" % n)
+                heir.sync()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bucket, "PART", 1)
+            dead.write(b"c")
+            dead.sync()
+            dead.write(b"d")
+            dead.sync()
+    found = [path.read_bytes() for path in find(key.parent, "done")]
+    assert found == [b"1a0a1a2c", b"2b0b1b2", b"d"]
+
+
+def test_what_was_appended_is_seen_soon(
+    prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "FLUSH", 0.05)
+    key = Key.parse(prefix()) / "done"
+    with closing(Parts(key)) as file:
+        file.write(b"1")
+        for _ in range(200):
+            if find(key.parent, "done"):
+                break
+            threading.Event().wait(0.05)
+        [there] = find(key.parent, "done")
+        assert there.read_bytes() == b"1"
+
+
+def test_a_store_that_refuses_for_long_is_told(
+    prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Key.parse(prefix()) / "done"
+    parts = Parts(key)
+    parts.write(b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "PATIENCE", 0.0)
+        patch.setattr(Key, "write_bytes", lambda *_, **__: cast("Callable[[], None]", _raise)())
+        with pytest.raises(OSError, match="no more"):
+            parts.sync()
+        with pytest.raises(OSError, match="no more"):
+            parts.write(b"2")
+    parts.write(b"3")
+    parts.close()
+    [there] = find(key.parent, "done")
+    assert there.read_bytes() == b"13"
+
+
+def _raise() -> None:
+    raise OSError("no more")
+
+
+def test_a_place_to_write_is_left_as_it_was(folder: Place) -> None:
+    check_writable(folder)
+    assert find(folder, "") == []
+
+
+def test_what_a_store_refuses_is_told_in_one_line(
+    s3: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    bucket._store.cache_clear()
+    try:
+        key = Key.parse("s3://tests/refused")
+        with pytest.raises(
+            PermissionError, match=r"^s3://tests/refused: SignatureDoes\w+: The req"
+        ):
+            key.read_bytes()
+        with pytest.raises(OSError, match="SignatureDoesNotMatch") as caught:
+            key.is_dir()
+    finally:
+        bucket._store.cache_clear()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_secret_is_in_an_address_or_an_error() -> None:
+    for address in ("s3://user:hush@bucket/a", "https://host/a?token=hush", "s3://bucket/a b"):
+        with pytest.raises(BadRequest) as caught:
+            locate(address, "output")
+        assert "hush" not in str(caught.value)
+    error = ValueError(
+        "GET https://x.test/a/b?sv=1&sig=hush in 3 ms: timeout\n\nDebug source: hush"
+    )
+    assert explain(error) == "GET https://x.test/a/b in 3 ms: timeout"

@@ -1,0 +1,328 @@
+"""Laws of object stores: from and to a bucket, whatever happens, a folder's bytes come out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import obstore
+import pytest
+from click.testing import CliRunner
+
+from tests.commands import Commands, until
+from tests.s3_server import SECRET
+from tests.support import noise, write_unet, write_volume
+from tilepipe import bucket
+from tilepipe.bucket import Key
+from tilepipe.cli import main
+from tilepipe.evaluate import evaluate
+from tilepipe.inspect import inspect
+from tilepipe.ledger import Ledger
+from tilepipe.options import Options
+from tilepipe.segment import segment
+from tilepipe.target import LEDGER, open_target, read_attributes
+from tilepipe.volume import open_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.s3_server import Server
+
+EDGE, TILES = 64, 36
+OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), shards=(EDGE, EDGE), threads=1)
+SIZES = ("--tile", "64,64", "--chunks", "64,64", "--shards", "64,64", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a volume of 6 x 6 tiles, a network, and what one process made of them."""
+    folder = tmp_path_factory.mktemp("remote")
+    write_unet(folder / "net.pt", depth=2, base=8, normalize="zscore")
+    write_volume(folder / "v.zarr", noise(6 * EDGE - 9, 6 * EDGE), "yx", chunks=(96, 96))
+    run(folder, folder / "v.zarr", folder / "serial.zarr")
+    write_unet(folder / "slow.pt", depth=2, base=96, normalize="zscore")
+    run(folder, folder / "v.zarr", folder / "slow.zarr", model=folder / "slow.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(made: Path, prefix: Callable[[], str]) -> str:
+    """The volume in a bucket."""
+    address = prefix() + "/v.zarr"
+    for path in (made / "v.zarr").rglob("*"):
+        if path.is_file():
+            (Key.parse(address) / str(path.relative_to(made / "v.zarr"))).write_bytes(
+                path.read_bytes()
+            )
+    return address
+
+
+@pytest.fixture
+def target(prefix: Callable[[], str]) -> str:
+    return prefix() + "/o.zarr"
+
+
+@pytest.fixture(scope="module")
+def commands(s3: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.server.kill()
+    started.server.communicate()
+
+
+def run(made: Path, source: str | Path, output: str | Path, **more: object):  # type: ignore[no-untyped-def]
+    asked = {"model": made / "net.pt", "options": OPTIONS, "engine": "serial", **more}
+    return segment(source, output=output, **asked)  # type: ignore[arg-type]
+
+
+def command(made: Path, target: str, *more: str) -> list[str]:
+    named = ["--model", str(made / "slow.pt"), "-o", target]
+    return ["segment", str(made / "v.zarr"), *named, *SIZES, "--engine", "serial", *more]
+
+
+def objects(address: str) -> dict[str, bytes]:
+    """Return all that lies below an address."""
+    key = Key.parse(address)
+    store = key.store()
+    return {
+        one["path"]: bytes(obstore.get(store, one["path"]).bytes())
+        for page in obstore.list(store)
+        for one in page
+        if one["size"]  # this server shows folders as empty objects
+    }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def array(found: dict[str, bytes]) -> dict[str, bytes]:
+    """Return what belongs to the array."""
+    return {name: content for name, content in found.items() if name.startswith("0/")}
+
+
+def check_whole(made: Path, target: str, like: str = "serial.zarr") -> None:
+    assert array(objects(target)) == array(files(made / like))
+    assert read_attributes(target)["state"] == "done"
+    ledger = Ledger.open(target, write=False)
+    assert ledger is not None
+    with ledger:
+        assert (ledger.done, ledger.failures) == (TILES, [])
+
+
+def done(target: str) -> int:
+    """Return how many tiles a ledger has; 0 where there is none yet."""
+    ledger = Ledger.open(target, write=False)
+    if ledger is None:
+        return 0
+    with ledger:
+        return ledger.done
+
+
+def test_a_bucket_gives_the_bytes_of_a_folder(
+    made: Path, source: str, target: str, tmp_path: Path
+) -> None:
+    assert run(made, source, tmp_path / "o.zarr").done == TILES
+    assert array(files(tmp_path / "o.zarr")) == array(files(made / "serial.zarr"))
+    assert run(made, source, target).done == TILES
+    check_whole(made, target)
+    assert sorted(path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()) == [
+        "done.000000", "log.000000", "plan.json",
+    ]  # fmt: skip
+    before = objects(target)
+    again = run(made, source, target)
+    assert (again.before, again.done) == (TILES, 0)
+    assert objects(target) == before
+    copied = pickle.loads(pickle.dumps(open_target(target)))
+    assert (copied.path, copied.shape) == (target, open_volume(target).shape)
+    assert evaluate(target, made / "serial.zarr").pixels.pixel_error == 0  # type: ignore[union-attr]
+
+
+def test_a_pyramid_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -> None:
+    run(made, made / "v.zarr", target)
+    image, level = open_volume(target), open_volume(f"{target}/0")
+    known = open_volume(made / "serial.zarr")
+    assert (image.axes, image.scale, image.kind) == (known.axes, known.scale, known.kind)
+    assert (level.axes, level.scale) == (known.axes, known.scale)
+    assert "chunk" in (known._culprit.__doc__ or "")
+    values, text = inspect(target)
+    assert (values["tiles"], values["done"]) == (TILES, TILES)
+    assert f"{TILES} of {TILES} done" in text
+
+
+def test_workers_write_to_a_bucket(made: Path, source: str, target: str) -> None:
+    report = run(made, source, target, engine="dask", workers=2)
+    assert (report.done, report.failures) == (TILES, [])
+    check_whole(made, target)
+
+
+def test_killed_at_any_moment_it_goes_on(made: Path, commands: Commands, target: str) -> None:
+    arguments, kept = command(made, target), [0]
+    for least in (0, 1):
+        pid = commands.start(arguments)
+        until(lambda least=least: Key.parse(target).exists() and done(target) >= least)  # type: ignore[misc]
+        os.killpg(pid, signal.SIGKILL)
+        code, said = commands.end()
+        assert code == -signal.SIGKILL, said
+        kept.append(done(target))
+    assert 0 < kept[-1] < TILES
+    code, said = commands.run(arguments)
+    assert (code, f"{kept[-1]} of them before" in said) == (0, True), said
+    check_whole(made, target, "slow.zarr")
+    ledger = [path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()]
+    assert len(ledger) <= 1 + 2 * len(kept), ledger
+
+
+def test_tasks_of_an_array_share_a_bucket(made: Path, s3: Server, target: str) -> None:
+    """All begin at once; one is killed, and what it leaves the others do."""
+    forks = [Commands(made / name) for name in ("1", "2", "3") if (made / name).mkdir() is None]
+    try:
+        shards = [command(made, target, "--shard", f"{n}/3") for n in (1, 2, 3)]
+        pids = [fork.start(shard) for fork, shard in zip(forks, shards, strict=True)]
+        until(lambda: (Key.parse(target) / LEDGER / "lock-2").is_file())
+        os.killpg(pids[1], signal.SIGKILL)
+        ends = [fork.end() for fork in forks]
+        assert [code for code, _ in ends] == [0, -signal.SIGKILL, 0], ends
+        if done(target) < TILES:  # the others had ended before it was dead
+            code, said = forks[0].run(shards[0])
+            assert code == 0, said
+        check_whole(made, target, "slow.zarr")
+        kept = {path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()}
+        assert not {name for name in kept if name.startswith("lock")} - {"lock-2"}
+    finally:
+        for fork in forks:
+            fork.server.kill()
+            fork.server.communicate()
+
+
+def test_an_output_is_replaced_when_asked_and_never_what_is_not_ours(
+    made: Path, target: str
+) -> None:
+    run(made, made / "v.zarr", target, options=Options(tile=(128, 128), chunks=(64, 64)))
+    with pytest.raises(ValueError, match="another plan"):
+        run(made, made / "v.zarr", target)
+    run(made, made / "v.zarr", target, overwrite=True)
+    check_whole(made, target)
+    foreign = Key.parse(target) / "thesis"
+    foreign.write_bytes(b"years of work")
+    with pytest.raises(ValueError, match="holds thesis"):
+        run(made, made / "v.zarr", target, overwrite=True)
+    other = Key.parse(target).parent / "other"
+    (other / "data").write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"no output of tilepipe"):
+        run(made, made / "v.zarr", str(other), overwrite=True)
+    assert foreign.read_bytes() == b"years of work"
+    assert (other / "data").read_bytes() == b"1"
+
+
+def test_a_running_output_is_left_alone(made: Path, target: str) -> None:
+    run(made, made / "v.zarr", target)
+    before = objects(target)
+    with Ledger.open(target) or contextlib.nullcontext():
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=rf"another run \(.*process {os.getpid()}\)"):
+                run(made, made / "v.zarr", target, overwrite=overwrite)
+    assert objects(target) == before
+
+
+def test_a_store_that_is_silent_for_a_while_costs_time_alone(
+    made: Path, s3: Server, target: str
+) -> None:
+    paused = []
+
+    def pause(_: object) -> None:
+        if not paused:
+            paused.append(1)
+            stack.enter_context(s3.paused())
+            threading.Timer(3.0, stack.close).start()
+
+    stack = contextlib.ExitStack()
+    report = run(made, made / "v.zarr", target, progress=pause)
+    assert (paused, report.done, report.failures) == ([1], TILES, [])
+    assert report.seconds > 2.5
+    check_whole(made, target)
+
+
+def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) -> None:
+    code, said = commands.run(["-v", *command(made, target)])
+    assert code == 0, said
+    assert SECRET not in said
+    assert not [name for name, content in objects(target).items() if SECRET.encode() in content]
+    assert SECRET.encode() not in pickle.dumps(open_target(target))
+
+
+@pytest.fixture
+def served(made: Path) -> Iterator[str]:
+    """The address of the folder on a web server, which does not list."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def list_directory(self, path: object) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(made)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_web_server_is_read(made: Path, served: str, tmp_path: Path) -> None:
+    run(made, f"{served}/v.zarr", tmp_path / "o.zarr")
+    assert array(files(tmp_path / "o.zarr")) == array(files(made / "serial.zarr"))
+    image, known = open_volume(f"{served}/serial.zarr"), open_volume(made / "serial.zarr")
+    assert (image.axes, image.scale) == (known.axes, known.scale)
+
+
+def refused(arguments: list[str]) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2, result.output
+    [line] = result.stderr.splitlines()
+    return line
+
+
+def test_what_cannot_be_reached_is_refused_in_one_line(
+    made: Path, served: str, s3: Server, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ["--model", str(made / "net.pt")]
+    v = str(made / "v.zarr")
+    for arguments, message in (
+        ([f"{served}/none.zarr", "-o", target], "there is no metadata of one"),
+        (["s3://no-such-bucket/v.zarr", "-o", target], "NoSuchBucket"),
+        ([f"{target}/nothing.zarr"], "is an empty folder"),
+        ([f"{served}/v.zarr"], "must be named for a source"),
+        ([v, "-o", "s3://tests"], "must be a path in a bucket"),
+        ([v, "-o", f"{served}/o.zarr"], "HTTP is for reading"),
+        ([v, "-o", "s3://a:b@c/o.zarr"], "credentials by the environment"),
+    ):
+        assert message in refused(["segment", *arguments, *model])
+    with wrong_secret(monkeypatch):
+        assert "SignatureDoesNotMatch" in refused(["segment", v, *model, "-o", target])
+        assert "SignatureDoesNotMatch" in refused(["inspect", target])
+    assert not Key.parse(target).exists()
+
+
+@contextlib.contextmanager
+def wrong_secret(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    bucket._store.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        yield
+    bucket._store.cache_clear()

@@ -1,0 +1,355 @@
+"""Keys of object stores (S3, Google Cloud Storage, Azure; HTTP to read), used as paths are.
+
+A `Key` has those methods of `pathlib.Path` that are needed here, so that most code need not know
+which of the two it has. There are no folders: a key "holds" the objects whose keys go on from it
+after a slash. What goes wrong is an OSError, in one line. Who may do what is known to the
+environment of each process (``AWS_ACCESS_KEY_ID``, a role of the machine, and so on); no secret
+is ever taken from an address, kept, pickled or shown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from io import BytesIO
+from typing import TYPE_CHECKING, BinaryIO
+
+from tilepipe.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from obstore import PutMode, UpdateVersion
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+SCHEMES = ("s3", "gs", "az", "http", "https")
+"""What an address may begin with, before ``://``."""
+PART = 1 << 20
+"""Bytes after which what is appended goes on in another object."""
+FLUSH = 2.0
+"""Seconds after which what was appended lies in the store."""
+PATIENCE = 300.0
+"""Seconds for which a store may refuse what was appended."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """An address in an object store: of an object, or of what all objects below it begin with."""
+
+    root: str
+    """Scheme and bucket, such as ``s3://bucket``."""
+    path: str
+    """What follows, without slashes at its ends; may be empty."""
+
+    @classmethod
+    def parse(cls, address: str) -> Key:
+        """Return the key of an address; BadRequest for one that is none, or without obstore.
+
+        >>> Key.parse("s3://bucket/scans/volume.zarr/").name
+        'volume.zarr'
+        """
+        scheme, _, rest = address.partition("://")
+        if scheme not in SCHEMES:
+            raise BadRequest(f"address (={scheme}://...) must begin with one of {SCHEMES}")
+        if re.search(r"[@?#\s]", rest):  # a name with its password, a signature: not to be shown
+            raise BadRequest(
+                f"address (={scheme}://...) must be a bucket and a path, without user, password or"
+                " signature; give credentials by the environment"
+            )
+        bucket, *names = rest.rstrip("/").split("/")
+        if not bucket or any(name in ("", ".", "..") for name in names):
+            raise BadRequest(f"address (={address}) must be {scheme}://BUCKET/PATH")
+        try:
+            import obstore  # noqa: F401  every key that there is can be used
+        except ImportError as error:
+            raise BadRequest(
+                f"address (={address}) needs obstore ({error}): pip install 'tilepipe[cloud]'"
+            ) from error
+        return cls(f"{scheme}://{bucket}", "/".join(names))
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.path}".rstrip("/")
+
+    def __truediv__(self, name: str) -> Key:
+        return Key(self.root, f"{self.path}/{name}".strip("/"))
+
+    @property
+    def name(self) -> str:
+        """Its last part."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        """Its last part without the suffix."""
+        return self.name.removesuffix(self.suffix)
+
+    @property
+    def suffix(self) -> str:
+        """What the last part ends with, such as ``.zarr``."""
+        before, dot, after = self.name.rpartition(".")
+        return dot + after if before and after else ""
+
+    @property
+    def parents(self) -> tuple[Key, ...]:
+        """What holds it, from near to far."""
+        names = self.path.split("/") if self.path else []
+        return tuple(Key(self.root, "/".join(names[:n])) for n in reversed(range(len(names))))
+
+    @property
+    def parent(self) -> Key:
+        """What holds it; itself at the top."""
+        return self.parents[0] if self.path else self
+
+    def with_name(self, name: str) -> Key:
+        """Return its neighbour of that name."""
+        return self.parent / name
+
+    @property
+    def can_write(self) -> bool:
+        """Whether there is a way to write there, permitted or not."""
+        return not self.root.startswith("http")
+
+    def is_file(self) -> bool:
+        """Whether it is an object."""
+        import obstore
+
+        try:
+            with _told(self):
+                obstore.head(_store(self.root), self.path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        """Whether it holds objects; empty ones, by which some show folders, do not count."""
+        import obstore
+
+        with _told(self):
+            pages = obstore.list(_store(self.root), self.path or None)
+            return any(one["size"] for page in pages for one in page)
+
+    def exists(self) -> bool:
+        """Whether it is an object or holds some."""
+        return self.is_dir() or (self.path != "" and self.is_file())
+
+    def iterdir(self) -> Iterator[Key]:
+        """Yield what it holds, down to the next slash."""
+        import obstore
+
+        with _told(self):
+            found = obstore.list_with_delimiter(_store(self.root), self.path or None)
+        yield from (Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
+        names = (one["path"] for one in found["objects"])
+        yield from (Key(self.root, name) for name in names if name != self.path)
+
+    def folders(self) -> list[Key]:
+        """Return what it holds that holds something itself, in order."""
+        import obstore
+
+        with _told(self):
+            found = obstore.list_with_delimiter(_store(self.root), self.path or None)
+        return sorted(Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
+
+    def read_bytes(self) -> bytes:
+        """Return the whole object; FileNotFoundError where there is none."""
+        return self.read_tagged()[0]
+
+    def read_tagged(self) -> tuple[bytes, UpdateVersion]:
+        """Return the whole object, and the tag that its store gives this content."""
+        import obstore
+
+        with _told(self):
+            found = obstore.get(_store(self.root), self.path)
+            return bytes(found.bytes()), _tag(found.meta["e_tag"], found.meta["version"])
+
+    def read_text(self) -> str:
+        """Return the whole object as text."""
+        return self.read_bytes().decode()
+
+    def open(self, mode: str) -> BinaryIO:
+        """Open the object to read all of it."""
+        assert mode == "rb"
+        return BytesIO(self.read_bytes())
+
+    def write_bytes(
+        self, content: bytes, *, tag: UpdateVersion | None = None, new: bool = False
+    ) -> UpdateVersion:
+        """Write the object, whole or not at all, and return its tag.
+
+        With ``tag`` only over the content that it stands for, with ``new`` only where there is
+        none: else FileExistsError. Two who may not take each other's object for their own must
+        write different contents.
+        """
+        import obstore
+
+        mode: PutMode = "create" if new else tag or "overwrite"
+        try:
+            with _told(self):  # in one piece: conditions on several are rare
+                store = _store(self.root)
+                done = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
+                return _tag(done["e_tag"], done["version"])
+        except (FileExistsError, FileNotFoundError):
+            if mode == "overwrite":
+                raise
+            with suppress(OSError):  # its answer may have been lost, and so it was asked again
+                there, tag = self.read_tagged()
+                if there == content:
+                    return tag
+            raise FileExistsError(f"{self} was written by another") from None
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the object; there is no error where there is none."""
+        import obstore
+
+        with _told(self):
+            obstore.delete(_store(self.root), self.path)
+
+    def remove_all(self) -> None:
+        """Remove the object and all that it holds."""
+        import obstore
+
+        with _told(self):
+            for found in obstore.list(_store(self.root), self.path):
+                obstore.delete(_store(self.root), [one["path"] for one in found])
+            obstore.delete(_store(self.root), self.path)
+
+    def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Do nothing: there are no folders."""
+
+    def rmdir(self) -> None:
+        """Do nothing: there are no folders."""
+
+    def store(self) -> ObjectStore:
+        """Return the store of what it holds."""
+        return _store(str(self))
+
+
+class Parts:
+    """Appends to the objects ``KEY.000000``, ``KEY.000001`` and so on, of `PART` bytes or so.
+
+    Each is begun exclusively, so that nobody ever writes over what another has appended, and
+    is written anew as it grows, by a thread, `FLUSH` seconds after what it lacks at most.
+    """
+
+    def __init__(self, key: Key) -> None:
+        earlier = [k.name for k in key.parent.iterdir() if k.name.startswith(f"{key.name}.")]
+        self._key = key
+        self._number = 1 + max((int(name.rpartition(".")[2]) for name in earlier), default=-1)
+        self._tag: UpdateVersion | None = None
+        self._content = bytearray()
+        """Of the last part."""
+        self._written = 0
+        """Bytes of it that lie in the store."""
+        self._failed: tuple[float, OSError] | None = None
+        self._filling, self._writing = threading.Lock(), threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="tilepipe-parts", daemon=True)
+        self._thread.start()
+
+    def write(self, content: bytes) -> None:
+        """Append; OSError where the store has refused for long what was appended before."""
+        if self._failed is not None and time.monotonic() - self._failed[0] > PATIENCE:
+            raise self._failed[1]
+        with self._filling:
+            self._content += content
+
+    def sync(self) -> None:
+        """Write what the store lacks; OSError where that fails."""
+        with self._writing:
+            with self._filling:
+                content = bytes(self._content)
+            if len(content) == self._written:
+                return
+            try:
+                self._put(content)
+            except OSError as error:
+                self._failed = self._failed or (time.monotonic(), error)
+                raise
+            self._failed, self._written = None, len(content)
+            if len(content) >= PART:
+                with self._filling:
+                    del self._content[: len(content)]
+                self._number, self._tag, self._written = self._number + 1, None, 0
+
+    def _put(self, content: bytes) -> None:
+        while True:
+            key = self._key.with_name(f"{self._key.name}.{self._number:06d}")
+            try:
+                self._tag = key.write_bytes(content, tag=self._tag, new=self._tag is None)
+                return
+            except FileExistsError:  # of another writer, who took us for dead
+                self._number, self._tag = self._number + 1, None
+
+    def _live(self) -> None:
+        while not self._end.wait(FLUSH):
+            with suppress(OSError):  # it is tried again, and told to who writes
+                self.sync()
+
+    def close(self) -> None:
+        """Write what the store lacks, and end."""
+        self._end.set()
+        self._thread.join()
+        self.sync()
+
+
+def explain(error: BaseException) -> str:
+    """Return what an error says, as one line; of a store's answer its code and message.
+
+    >>> explain(ValueError("GET s3.test/b: <Code>Slow</Code><Message>Less</Message>"))
+    'Slow: Less'
+    >>> explain(ValueError("GET s3.test/b?signature=abc: timeout"))
+    'GET s3.test/b: timeout'
+    """
+    text = str(error) or type(error).__name__
+    said = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
+    if said:
+        return f"{said[1]}: {said[2]}"
+    text = text.partition("\n\nDebug source")[0]
+    return re.sub(r"(\w/[^\s?]*)\?[^\s:]+", r"\1", " ".join(text.split()))
+
+
+def _tag(e_tag: str | None, version: str | None) -> UpdateVersion:
+    """Return what a store knows a content by; they differ in which of the two they have."""
+    tag: UpdateVersion = {}
+    if e_tag is not None:
+        tag["e_tag"] = e_tag
+    if version is not None:
+        tag["version"] = version
+    return tag
+
+
+@contextmanager
+def _told(key: Key) -> Iterator[None]:
+    """Raise what a store says as an OSError of one line."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: {explain(error)}") from None
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+        raise FileExistsError(f"{key}: {explain(error)}") from None
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise PermissionError(f"{key}: {explain(error)}") from None
+    except exceptions.BaseError as error:
+        raise OSError(f"{key}: {explain(error)}") from None
+
+
+@cache
+def _store(address: str) -> ObjectStore:
+    """Return the store of a bucket, or of what one of its keys holds."""
+    from obstore.store import from_url
+
+    options: ClientConfig = {"connect_timeout": "10s", "timeout": "300s"}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if address.startswith("s3") else address
+    if endpoint.startswith("http://"):
+        options["allow_http"] = True
+    patience: RetryConfig = {"max_retries": 7, "retry_timeout": timedelta(seconds=60)}
+    with _told(Key.parse(address)):
+        return from_url(address, retry_config=patience, client_options=options)
