@@ -45,7 +45,7 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
-def run_engine(engine: str, tiles: int, workers: int) -> None:
+def run_engine(engine: str, tiles: int, workers: int, output: str | None) -> None:
     """Run so many tiles with a real ledger; show memory and rate at every power of ten."""
     import scale  # under this name the workers find the job
 
@@ -71,7 +71,7 @@ def run_engine(engine: str, tiles: int, workers: int) -> None:
 
     shown = {10**power for power in range(3, 9)} | {tiles}
     with tempfile.TemporaryDirectory() as folder:
-        job, target = scale.Nothing(), Path(folder)
+        job, target = scale.Nothing(), output or folder
         with Ledger.create(target, {}, tiles=tiles) as ledger:
             if engine == "serial":
                 follow(serial.run(job, ledger.remaining()), ledger)
@@ -80,26 +80,26 @@ def run_engine(engine: str, tiles: int, workers: int) -> None:
                 follow(dask.run(job, ledger.remaining(), client=client), ledger)
 
 
-def run_resume(tiles: int) -> None:
+def run_resume(tiles: int, output: str | None) -> None:
     """Open a half-done ledger and find the first tile that is left."""
     from tilepipe.engines import TileResult
-    from tilepipe.ledger import Ledger
+    from tilepipe.ledger import Ledger, folder_of
+    from tilepipe.place import find
 
     with tempfile.TemporaryDirectory() as folder:
-        with Ledger.create(folder, {}, tiles=tiles) as ledger:
+        target = output or folder
+        with Ledger.create(target, {}, tiles=tiles) as ledger:
             for index in range(0, tiles, 2):
                 ledger.mark(index, TileResult(index, 1, 0, 1.5, 2.5, 3.5, f"node{index % 100}:1"))
         before, began = resident(), time.perf_counter()
-        opened = Ledger.open(folder)
+        opened = Ledger.open(target)
         assert opened is not None
         with opened:
             assert sum(1 for _ in opened.remaining()) == tiles // 2
         click.echo(f"| resume | {tiles:,} | {time.perf_counter() - began:.2f} s |"
                    f" {resident() - before:+.0f} MB |")  # fmt: skip
-        kept = sorted(
-            (path.name, path.stat().st_size) for path in Path(folder, ".tilepipe").iterdir()
-        )
-        click.echo(f"files: {kept}")
+        kept = sorted((path.name, len(path.read_bytes())) for path in find(folder_of(target), ""))
+        click.echo(f"{len(kept)} files, {sum(size for _, size in kept):,} bytes")
 
 
 def run_plan(folder: Path) -> None:
@@ -134,15 +134,16 @@ def run_plan(folder: Path) -> None:
 @click.argument("part", type=click.Choice(["plan", "serial", "dask", "resume"]))
 @click.option("--tiles", type=int, default=100_000)
 @click.option("--workers", type=int, default=1)
-def main(part: str, tiles: int, workers: int) -> None:
+@click.option("--output", help="An empty place for the ledger, such as s3://bucket/path.")
+def main(part: str, tiles: int, workers: int, output: str | None) -> None:
     """Measure one part."""
     if part == "plan":
         with tempfile.TemporaryDirectory() as folder:
             run_plan(Path(folder))
     elif part == "resume":
-        run_resume(tiles)
+        run_resume(tiles, output)
     else:
-        run_engine(part, tiles, workers)
+        run_engine(part, tiles, workers, output)
 
 
 if __name__ == "__main__":

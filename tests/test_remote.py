@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_unet(folder / "net.pt", depth=2, base=8, normalize="zscore")
     write_volume(folder / "v.zarr", noise(6 * EDGE - 9, 6 * EDGE), "yx", chunks=(96, 96))
     run(folder, folder / "v.zarr", folder / "serial.zarr")
-    write_unet(folder / "slow.pt", depth=2, base=96, normalize="zscore")
+    write_unet(folder / "slow.pt", depth=2, base=176, normalize="zscore")
     run(folder, folder / "v.zarr", folder / "slow.zarr", model=folder / "slow.pt")
     return folder
 
@@ -107,13 +107,13 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def array(found: dict[str, bytes]) -> dict[str, bytes]:
+def voxels(found: dict[str, bytes]) -> dict[str, bytes]:
     """Return what belongs to the array."""
     return {name: content for name, content in found.items() if name.startswith("0/")}
 
 
 def check_whole(made: Path, target: str, like: str = "serial.zarr") -> None:
-    assert array(objects(target)) == array(files(made / like))
+    assert voxels(objects(target)) == voxels(files(made / like))
     assert read_attributes(target)["state"] == "done"
     ledger = Ledger.open(target, write=False)
     assert ledger is not None
@@ -134,7 +134,7 @@ def test_a_bucket_gives_the_bytes_of_a_folder(
     made: Path, source: str, target: str, tmp_path: Path
 ) -> None:
     assert run(made, source, tmp_path / "o.zarr").done == TILES
-    assert array(files(tmp_path / "o.zarr")) == array(files(made / "serial.zarr"))
+    assert voxels(files(tmp_path / "o.zarr")) == voxels(files(made / "serial.zarr"))
     assert run(made, source, target).done == TILES
     check_whole(made, target)
     assert sorted(path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()) == [
@@ -286,7 +286,7 @@ def served(made: Path) -> Iterator[str]:
 
 def test_a_web_server_is_read(made: Path, served: str, tmp_path: Path) -> None:
     run(made, f"{served}/v.zarr", tmp_path / "o.zarr")
-    assert array(files(tmp_path / "o.zarr")) == array(files(made / "serial.zarr"))
+    assert voxels(files(tmp_path / "o.zarr")) == voxels(files(made / "serial.zarr"))
     image, known = open_volume(f"{served}/serial.zarr"), open_volume(made / "serial.zarr")
     assert (image.axes, image.scale) == (known.axes, known.scale)
 

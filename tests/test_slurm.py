@@ -17,9 +17,11 @@ import pytest
 
 from tests import slurm_cluster
 from tests.commands import HEEDING, ROOT
+from tests.s3_server import SECRET
 from tests.slurm_cluster import NODES, Slurm, ids, listeners, run, submit, until, workers
 from tests.support import write_volume
 from tests.test_engines import FileJob, notes
+from tests.test_remote import objects, voxels
 from tests.test_resume import ARGUMENTS, OPTIONS, TILES, Case, check_whole, make_case, marked
 from tests.test_train import discs
 from tilepipe.cluster import log_folder
@@ -66,7 +68,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def on_slurm(
-    case: Case, target: Path, jobs: Jobs = JOBS, progress: Callable[[Report], None] | None = None
+    case: Case,
+    target: Path | str,
+    jobs: Jobs = JOBS,
+    progress: Callable[[Report], None] | None = None,
 ) -> Report:
     return segment(
         case.source,
@@ -94,7 +99,7 @@ def submitted(target: Path) -> int:
     return len(list(log_folder(str(target)).glob("*.out")))
 
 
-def logs(target: Path) -> str:
+def logs(target: Path | str) -> str:
     return "\n".join(path.read_text() for path in sorted(log_folder(str(target)).glob("*.out")))
 
 
@@ -117,6 +122,23 @@ def test_jobs_of_one_gpu_each_give_the_same_bytes(case: Case, tmp_path: Path) ->
     assert listening <= {"127.0.0.1"}
     assert not list(log_folder(str(target)).glob(".*"))
     until(lambda: not ids())
+
+
+def test_jobs_write_to_a_bucket(
+    case: Case, prefix: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials are in the environment, as SLURM hands it on, and in nothing that is written."""
+    monkeypatch.chdir(tmp_path)  # where jobs of such an output write their logs
+    target = prefix() + "/target.zarr"
+    cancel = at(4, lambda: run("scancel", *ids()[:1]))
+    report = on_slurm(case, target, replace(JOBS, jobs=(2, 2)), cancel)
+    assert (report.done, report.failures) == (TILES, [])
+    assert voxels(objects(target)) == case.chunks
+    [folder] = tmp_path.iterdir()
+    assert folder == log_folder(target)
+    assert len(re.findall(r"tile \d+, voxels .*: .* s", logs(target))) >= TILES
+    kept = [path.read_bytes() for path in folder.iterdir()] + [*objects(target).values()]
+    assert not any(SECRET.encode() in content for content in kept)
 
 
 @pytest.mark.parametrize("number", [1, 2])
