@@ -349,6 +349,8 @@ def test_overwriting_begins_anew(quick: Case, begun: Path, tmp_path: Path) -> No
     target = tmp_path / "o"
     shutil.copytree(begun, target)
     (target / "0" / "c" / "0" / "0" / "9").write_bytes(b"of another grid")
+    (target / LEDGER / "jobs").mkdir()
+    (target / LEDGER / "jobs" / "1.out").write_bytes(b"log of a job")
     report = quick.segment(target, overwrite=True)
     assert (report.before, report.done) == (0, TILES)
     check_whole(target, quick)
