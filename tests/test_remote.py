@@ -15,12 +15,14 @@ import obstore
 import pytest
 from click.testing import CliRunner
 
+from tests import s3_server
 from tests.commands import Commands, until
 from tests.s3_server import SECRET
 from tests.support import noise, write_unet, write_volume
-from tilepipe import bucket
+from tilepipe import bucket, claim
 from tilepipe.bucket import Key
 from tilepipe.cli import main
+from tilepipe.errors import TileError
 from tilepipe.evaluate import evaluate
 from tilepipe.inspect import inspect
 from tilepipe.ledger import Ledger
@@ -254,6 +256,24 @@ def test_a_store_that_is_silent_for_a_while_costs_time_alone(
     check_whole(made, target)
 
 
+def test_a_store_that_is_gone_ends_the_run(
+    made: Path, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket, "RETRIES", 1)
+    monkeypatch.setattr(claim, "BEAT", 0.1)
+    monkeypatch.setattr(claim, "PATIENCE", 0.3)
+    with s3_server.serving(tmp_path) as other, fresh_stores():
+        monkeypatch.setenv("AWS_ENDPOINT_URL", other.environment["AWS_ENDPOINT_URL"])
+
+        def kill(_: object) -> None:
+            other.stop()
+
+        with pytest.raises(TileError, match=r"s3://tests/o\) has been out of reach") as caught:
+            run(made, made / "v.zarr", "s3://tests/o", progress=kill)
+    assert "\n" not in str(caught.value)
+    assert not [one for one in threading.enumerate() if one.name.startswith("tilepipe-")]
+
+
 def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) -> None:
     code, said = commands.run(["-v", *command(made, target)])
     assert code == 0, said
@@ -313,16 +333,18 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
         ([v, "-o", "s3://a:b@c/o.zarr"], "credentials by the environment"),
     ):
         assert message in refused(["segment", *arguments, *model])
-    with wrong_secret(monkeypatch):
+    with fresh_stores(), monkeypatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert "SignatureDoesNotMatch" in refused(["segment", v, *model, "-o", target])
         assert "SignatureDoesNotMatch" in refused(["inspect", target])
     assert not Key.parse(target).exists()
 
 
 @contextlib.contextmanager
-def wrong_secret(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_stores() -> Iterator[None]:
+    """Let the environment be read anew, here and afterwards."""
     bucket._store.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    try:
         yield
-    bucket._store.cache_clear()
+    finally:
+        bucket._store.cache_clear()

@@ -34,6 +34,8 @@ PART = 1 << 20
 """Bytes after which what is appended goes on in another object."""
 FLUSH = 2.0
 """Seconds after which what was appended lies in the store."""
+RETRIES = 7
+"""How often a request is repeated that fails, each time after longer: some 15 s in all."""
 PATIENCE = 300.0
 """Seconds for which a store may refuse what was appended."""
 
@@ -350,6 +352,6 @@ def _store(address: str) -> ObjectStore:
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if address.startswith("s3") else address
     if endpoint.startswith("http://"):
         options["allow_http"] = True
-    patience: RetryConfig = {"max_retries": 7, "retry_timeout": timedelta(seconds=60)}
+    patience: RetryConfig = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=60)}
     with _told(Key.parse(address)):
         return from_url(address, retry_config=patience, client_options=options)

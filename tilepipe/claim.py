@@ -36,6 +36,8 @@ BEAT = 15.0
 """Seconds between two signs of life."""
 LEASE = 60.0
 """Seconds without one after which an owner on another machine is taken for dead."""
+PATIENCE = 300.0
+"""Seconds for which the place of a claim may be out of reach."""
 WIDTH = 512
 """Bytes of a claim, whatever it says: it is rewritten in place."""
 
@@ -66,6 +68,7 @@ class Claim:
     def __init__(self, path: Place, owner: Owner, held: Hold) -> None:
         self._path, self._owner, self._held = path, owner, held
         self._lost = False
+        self._unheard: tuple[float, OSError] | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, name="tilepipe-claim", daemon=True)
         self._thread.start()
@@ -95,11 +98,16 @@ class Claim:
         return self._path.name
 
     def check(self) -> None:
-        """Raise `TileError` where another has taken the claim, since nothing was heard of us."""
+        """Raise `TileError` where it is another's, as nothing was heard of us, or out of reach."""
         if self._lost:
             raise TileError(
                 f"another run has taken over {self._path.parent.parent}, since this one was not"
                 " heard of; what was finished is kept"
+            )
+        if self._unheard is not None and time.monotonic() - self._unheard[0] > PATIENCE:
+            raise TileError(
+                f"output (={self._path.parent.parent}) has been out of reach for {PATIENCE:.0f} s"
+                f" ({self._unheard[1]}); run the same command again to go on"
             )
 
     def _live(self) -> None:
@@ -111,8 +119,10 @@ class Claim:
                     return
                 self._owner = replace(self._owner, beat=self._owner.beat + 1)
                 self._lost = not self._held.rewrite(_content(self._owner))
+                self._unheard = None
             except OSError as error:  # of a server that does not answer now
                 log.info("%s cannot be rewritten: %s", self._path, error)
+                self._unheard = self._unheard or (time.monotonic(), error)
 
     def close(self) -> None:
         """Let others have it."""

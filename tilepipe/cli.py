@@ -26,6 +26,7 @@ from tilepipe.arguments import (
     segment_request,
     train_request,
 )
+from tilepipe.bucket import explain
 from tilepipe.errors import BadRequest, TileError
 from tilepipe.options import COMPONENTS, KINDS
 
@@ -54,6 +55,8 @@ def _refusing(command: Command) -> Command:
             _end(str(error) or "interrupted; run the same command again to go on", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:  # a full disk, a store out of reach
+            _end(f"{explain(error)}; mend that and run the same command again", 1)
 
     return run  # type: ignore[return-value]
 

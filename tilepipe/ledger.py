@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,13 +159,18 @@ class Ledger:
         assert self._log is not None
         if not 0 <= index < self.tiles:  # its record would hide all that come after
             raise IndexError(f"tile {index} is not one of {self.tiles}")
-        self._claim.check()
+        self.check()
         if result is not None:
             self._log.add(result)
         self._file.write(b"%0*d\n" % (DIGITS, index))
         if not self._finished[index]:
             self._finished[index] = True
             self.done += 1
+
+    def check(self) -> None:
+        """Raise `TileError` where nothing more can be entered: see `tilepipe.claim.Claim.check`."""
+        if self._claim is not None:
+            self._claim.check()
 
     def set_aside(self, failures: Sequence[TileFailure]) -> None:
         """Keep the tiles that failed in this run; none removes those of earlier runs.
@@ -213,15 +218,16 @@ class Ledger:
 
     def close(self) -> None:
         """Force what was entered to disk and let others write."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._claim is not None:
-            self._claim.close()
-            self._claim = None
+        parts, self._file, self._log, self._claim = (
+            (self._claim, self._log, self._file),
+            None,
+            None,
+            None,
+        )
+        with ExitStack() as ending:  # each is closed, whatever becomes of the others
+            for part in parts:
+                if part is not None:
+                    ending.callback(part.close)
 
     def __enter__(self) -> Ledger:
         return self
@@ -232,7 +238,8 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        with suppress(*[OSError] * (error is not None)):  # what went wrong first is told
+            self.close()
 
 
 def folder_of(target: str | Path) -> Place:

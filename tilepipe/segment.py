@@ -358,6 +358,7 @@ def _run(
                 ledger.mark(outcome.index, outcome)
                 _enter(report, outcome)
             else:
+                ledger.check()  # or each of what may be a million tiles would fail in turn
                 write = report.plan.grid[outcome.index].write
                 named = replace(outcome, cause=f"voxels {write}: {outcome.cause}")
                 report.failures.append(named)
