@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from tilepipe.errors import BadRequest
@@ -298,6 +299,18 @@ class Parts:
         self._end.set()
         self._thread.join()
         self.sync()
+
+
+def local_path(path: str | Path, what: str) -> Path:
+    """Return the path of what must lie in a file system; BadRequest for an address.
+
+    >>> local_path("networks/unet.pt", "model").name
+    'unet.pt'
+    """
+    scheme, mark, _ = str(path).partition("://")
+    if mark:
+        raise BadRequest(f"{what} (={scheme}://...) must be a local file; copy it")
+    return Path(path)
 
 
 def explain(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from tilepipe.bucket import local_path
 from tilepipe.checkpoint import Checkpoint, needs_code, read_checkpoint
 from tilepipe.cost import Cost, measure_cost
 from tilepipe.errors import BadRequest
@@ -198,7 +199,7 @@ def load_model(
             f"model (={type(path).__name__}) must be a file, since every worker loads it: save"
             " network.state_dict() and give its factory, or export the network to a .pt2"
         )
-    path = Path(path)
+    path = local_path(path, "model")
     if not path.is_file():
         there = "a folder" if path.is_dir() else "nothing"
         raise BadRequest(f"model (={path}) must be a file; there is {there}")

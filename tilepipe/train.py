@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tilepipe.bucket import local_path
 from tilepipe.errors import BadRequest
 from tilepipe.learner import Learner, check_recipe, check_sources, rate
 from tilepipe.loader import Loader
@@ -105,7 +106,7 @@ def train(
     what cannot work, before a step is taken, for a loss that is no longer finite, and for storage
     or memory that fails.
     """
-    output = Path(output)
+    output = local_path(output, "output")
     folder = Path(f"{output}.training" if folder is None else folder)
     preview = None if preview is None else Path(preview)
     if tensorboard:
