@@ -335,7 +335,9 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
     ):
         assert message in refused(["segment", *arguments, *model])
     assert "model (=s3://...) must be" in refused(["segment", v, "--model", "s3://tests/net.pt"])
-    assert "output (=s3://...) must be" in refused(["train", v, v, "-o", "s3://tests/net.pt"])
+    assert "output (=s3://...) must be" in refused(
+        ["train", v, v, "-o", "s3://tests/net.pt", "--steps", "1"]
+    )
     with fresh_stores(), monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert "SignatureDoesNotMatch" in refused(["segment", v, *model, "-o", target])
