@@ -226,6 +226,16 @@ def test_an_output_is_replaced_when_asked_and_never_what_is_not_ours(
     assert (other / "data").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("name", ["a%20b.zarr", "a%2Fb.zarr", "100%.zarr", "a+é.zarr"])
+def test_an_address_is_taken_as_it_stands(made: Path, prefix: Callable[[], str], name: str) -> None:
+    """Metadata, voxels and the ledger lie below the same key."""
+    target = f"{prefix()}/{name}"
+    run(made, made / "v.zarr", target)
+    check_whole(made, target)
+    assert (Key.parse(target) / "0" / "zarr.json").is_file()
+    assert [key.name for key in Key.parse(target).parent.iterdir()] == [name]
+
+
 def test_a_running_output_is_left_alone(made: Path, target: str) -> None:
     run(made, made / "v.zarr", target)
     before = objects(target)

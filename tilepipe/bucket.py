@@ -19,6 +19,7 @@ from datetime import timedelta
 from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import quote
 
 from tilepipe.errors import BadRequest
 
@@ -63,7 +64,7 @@ class Key:
                 " signature; give credentials by the environment"
             )
         bucket, *names = rest.rstrip("/").split("/")
-        if not bucket or any(name in ("", ".", "..") for name in names):
+        if not bucket or "\\" in rest or any(name in ("", ".", "..") for name in names):
             raise BadRequest(f"address (={address}) must be {scheme}://BUCKET/PATH")
         try:
             import obstore  # noqa: F401  every key that there is can be used
@@ -351,5 +352,7 @@ def _store(address: str) -> ObjectStore:
     if endpoint.startswith("http://"):
         options["allow_http"] = True
     patience: RetryConfig = {"max_retries": 7, "retry_timeout": timedelta(seconds=60)}
-    with _told(Key.parse(address)):
-        return from_url(address, retry_config=patience, client_options=options)
+    key = Key.parse(address)
+    quoted = f"{key.root}/{quote(key.path)}"  # as a URL it would be read with %2F as a slash
+    with _told(key):
+        return from_url(quoted, retry_config=patience, client_options=options)
