@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import obstore
+import obstore.store
 import pytest
 from click.testing import CliRunner
 
@@ -234,6 +235,21 @@ def test_an_address_is_taken_as_it_stands(made: Path, prefix: Callable[[], str],
     check_whole(made, target)
     assert (Key.parse(target) / "0" / "zarr.json").is_file()
     assert [key.name for key in Key.parse(target).parent.iterdir()] == [name]
+
+
+def test_removing_what_is_not_there_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 says nothing of it; this store does, as Google's and Azure's do."""
+    store = obstore.store.LocalStore(tmp_path, automatic_cleanup=True)
+    monkeypatch.setattr(bucket, "_store", lambda _: store)
+    key = Key.parse("gs://bucket/folder")
+    with pytest.raises(FileNotFoundError):
+        obstore.delete(store, "folder")
+    key.unlink(missing_ok=True)
+    (key / "a").write_bytes(b"1")
+    key.remove_all()
+    assert not key.exists()
 
 
 def test_a_running_output_is_left_alone(made: Path, target: str) -> None:
