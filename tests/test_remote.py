@@ -21,7 +21,7 @@ from tests.s3_server import SECRET
 from tests.support import noise, write_unet, write_volume
 from tilepipe import bucket
 from tilepipe.bucket import Key
-from tilepipe.cli import main
+from tilepipe.cli import _Progress, main
 from tilepipe.evaluate import evaluate
 from tilepipe.inspect import inspect
 from tilepipe.ledger import Ledger
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.s3_server import Server
+    from tilepipe.segment import Report
 
 EDGE, TILES = 64, 36
 OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), shards=(EDGE, EDGE), threads=1)
@@ -278,6 +279,33 @@ def test_a_store_that_is_silent_for_a_while_costs_time_alone(
     assert (paused, report.done, report.failures) == ([1], TILES, [])
     assert report.seconds > 2.5
     check_whole(made, target)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
+    made: Path, target: str, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """Whoever is interrupted then is told just that, and the claim is let go."""
+
+    class Failing(_Progress):
+        def __call__(self, report: Report) -> None:
+            if report.done == 2:
+                bucket._store.cache_clear()
+                monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+                if interrupted:
+                    raise KeyboardInterrupt
+
+    monkeypatch.setattr("tilepipe.cli._Progress", Failing)
+    arguments = command(made, target)
+    arguments[3] = str(made / "net.pt")
+    result = CliRunner().invoke(main, arguments)
+    bucket._store.cache_clear()
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == (130 if interrupted else 1), result.stderr
+    assert ("interrupted" if interrupted else "SignatureDoesNotMatch") in last
+    assert last.startswith("tilepipe: ")
+    left = [thread.name for thread in threading.enumerate()]
+    assert not {"tilepipe-claim", "tilepipe-parts"} & set(left)
 
 
 def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) -> None:

@@ -121,7 +121,7 @@ class Key:
         import obstore
 
         try:
-            with _told(self):
+            with told(self):
                 obstore.head(_store(self.root), self.path)
         except FileNotFoundError:
             return False
@@ -131,7 +131,7 @@ class Key:
         """Whether it holds objects; empty ones, by which some show folders, do not count."""
         import obstore
 
-        with _told(self):
+        with told(self):
             pages = obstore.list(_store(self.root), self.path or None)
             return any(one["size"] for page in pages for one in page)
 
@@ -143,7 +143,7 @@ class Key:
         """Yield what it holds, down to the next slash."""
         import obstore
 
-        with _told(self):
+        with told(self):
             found = obstore.list_with_delimiter(_store(self.root), self.path or None)
         yield from (Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
         names = (one["path"] for one in found["objects"])
@@ -153,7 +153,7 @@ class Key:
         """Return what it holds that holds something itself, in order."""
         import obstore
 
-        with _told(self):
+        with told(self):
             found = obstore.list_with_delimiter(_store(self.root), self.path or None)
         return sorted(Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
 
@@ -165,7 +165,7 @@ class Key:
         """Return the whole object, and the tag that its store gives this content."""
         import obstore
 
-        with _told(self):
+        with told(self):
             found = obstore.get(_store(self.root), self.path)
             return bytes(found.bytes()), _tag(found.meta["e_tag"], found.meta["version"])
 
@@ -191,7 +191,7 @@ class Key:
 
         mode: PutMode = "create" if new else tag or "overwrite"
         try:
-            with _told(self):  # in one piece: conditions on several are rare
+            with told(self):  # in one piece: conditions on several are rare
                 store = _store(self.root)
                 done = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
                 return _tag(done["e_tag"], done["version"])
@@ -208,14 +208,14 @@ class Key:
         """Remove the object; there is no error where there is none."""
         import obstore
 
-        with suppress(FileNotFoundError), _told(self):  # S3 does not say so, others do
+        with suppress(FileNotFoundError), told(self):  # S3 does not say so, others do
             obstore.delete(_store(self.root), self.path)
 
     def remove_all(self) -> None:
         """Remove the object and all that it holds."""
         import obstore
 
-        with _told(self):
+        with told(self):
             for found in obstore.list(_store(self.root), self.path):
                 obstore.delete(_store(self.root), [one["path"] for one in found])
         self.unlink()
@@ -326,7 +326,7 @@ def _tag(e_tag: str | None, version: str | None) -> UpdateVersion:
 
 
 @contextmanager
-def _told(key: Key) -> Iterator[None]:
+def told(key: object) -> Iterator[None]:
     """Raise what a store says as an OSError of one line."""
     from obstore import exceptions
 
@@ -354,5 +354,5 @@ def _store(address: str) -> ObjectStore:
     patience: RetryConfig = {"max_retries": 7, "retry_timeout": timedelta(seconds=60)}
     key = Key.parse(address)
     quoted = f"{key.root}/{quote(key.path)}"  # as a URL it would be read with %2F as a slash
-    with _told(key):
+    with told(key):
         return from_url(quoted, retry_config=patience, client_options=options)

@@ -54,6 +54,8 @@ def _refusing(command: Command) -> Command:
             _end(str(error) or "interrupted; run the same command again to go on", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:  # of a disk or a store that fails in the middle
+            _end(" ".join(str(error).split()), 1)
 
     return run  # type: ignore[return-value]
 

@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -213,15 +213,12 @@ class Ledger:
 
     def close(self) -> None:
         """Force what was entered to disk and let others write."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._claim is not None:
-            self._claim.close()
-            self._claim = None
+        parts = (self._claim, self._log, self._file)
+        self._file = self._log = self._claim = None
+        with ExitStack() as stack:  # the others, too, where one fails
+            for part in parts:
+                if part is not None:
+                    stack.callback(part.close)
 
     def __enter__(self) -> Ledger:
         return self
@@ -232,7 +229,12 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError as failure:
+            if error is None:
+                raise
+            log.warning("what was finished last may be done again: %s", failure)
 
 
 def folder_of(target: str | Path) -> Place:
