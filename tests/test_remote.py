@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from tilepipe import bucket
 from tilepipe.bucket import Key
 from tilepipe.cli import _Progress, main
 from tilepipe.evaluate import evaluate
+from tilepipe.geometry import Region
 from tilepipe.inspect import inspect
 from tilepipe.ledger import Ledger
 from tilepipe.options import Options
@@ -316,6 +318,19 @@ def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) 
     assert SECRET.encode() not in pickle.dumps(open_target(target))
 
 
+@contextlib.contextmanager
+def serving(handler: Callable[..., SimpleHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture
 def served(made: Path) -> Iterator[str]:
     """The address of the folder on a web server, which does not list."""
@@ -327,15 +342,8 @@ def served(made: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(made)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(partial(Handler, directory=str(made))) as address:
+        yield address
 
 
 def test_a_web_server_is_read(made: Path, served: str, tmp_path: Path) -> None:
@@ -343,6 +351,26 @@ def test_a_web_server_is_read(made: Path, served: str, tmp_path: Path) -> None:
     assert voxels(files(tmp_path / "o.zarr")) == voxels(files(made / "serial.zarr"))
     image, known = open_volume(f"{served}/serial.zarr"), open_volume(made / "serial.zarr")
     assert (image.axes, image.scale) == (known.axes, known.scale)
+
+
+def test_a_store_that_is_down_for_seconds_is_asked_again(made: Path) -> None:
+    end: list[float] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if end and time.monotonic() < end[0]:
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(partial(Handler, directory=str(made))) as address:
+        volume = open_volume(f"{address}/v.zarr")
+        whole = Region.whole(volume.shape)
+        end.append(time.monotonic() + 5)
+        assert (volume.read(whole) == open_volume(made / "v.zarr").read(whole)).all()
 
 
 def refused(arguments: list[str]) -> str:
