@@ -395,6 +395,7 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
         ([v, "-o", "s3://a:b@c/o.zarr"], "credentials by the environment"),
     ):
         assert message in refused(["segment", *arguments, *model])
+    assert "must be a folder" in refused(["demo", "-o", target])
     with wrong_secret(monkeypatch):
         assert "SignatureDoesNotMatch" in refused(["segment", v, *model, "-o", target])
         assert "SignatureDoesNotMatch" in refused(["inspect", target])
