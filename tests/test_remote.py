@@ -7,11 +7,13 @@ import os
 import pickle
 import signal
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import obstore
+import obstore.store
 import pytest
 from click.testing import CliRunner
 
@@ -21,13 +23,14 @@ from tests.s3_server import SECRET
 from tests.support import noise, write_unet, write_volume
 from tilepipe import bucket, claim
 from tilepipe.bucket import Key
-from tilepipe.cli import main
+from tilepipe.cli import _Progress, main
 from tilepipe.errors import TileError
 from tilepipe.evaluate import evaluate
+from tilepipe.geometry import Region
 from tilepipe.inspect import inspect
 from tilepipe.ledger import Ledger
 from tilepipe.options import Options
-from tilepipe.segment import segment
+from tilepipe.segment import plan_segment, segment
 from tilepipe.target import LEDGER, open_target, read_attributes
 from tilepipe.volume import open_volume
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.s3_server import Server
+    from tilepipe.segment import Report
 
 EDGE, TILES = 64, 36
 OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), shards=(EDGE, EDGE), threads=1)
@@ -151,6 +155,12 @@ def test_a_bucket_gives_the_bytes_of_a_folder(
     assert evaluate(target, made / "serial.zarr").pixels.pixel_error == 0  # type: ignore[union-attr]
 
 
+def test_a_plan_writes_nothing(made: Path, target: str) -> None:
+    parent = str(Key.parse(target).parent)
+    plan_segment(made / "v.zarr", model=made / "net.pt", output=target, options=OPTIONS)
+    assert not [one for page in obstore.list(Key.parse(parent).store()) for one in page]
+
+
 def test_a_pyramid_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -> None:
     run(made, made / "v.zarr", target)
     image, level = open_volume(target), open_volume(f"{target}/0")
@@ -228,6 +238,31 @@ def test_an_output_is_replaced_when_asked_and_never_what_is_not_ours(
     assert (other / "data").read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("name", ["a%20b.zarr", "a%2Fb.zarr", "100%.zarr", "a+é.zarr"])
+def test_an_address_is_taken_as_it_stands(made: Path, prefix: Callable[[], str], name: str) -> None:
+    """Metadata, voxels and the ledger lie below the same key."""
+    target = f"{prefix()}/{name}"
+    run(made, made / "v.zarr", target)
+    check_whole(made, target)
+    assert (Key.parse(target) / "0" / "zarr.json").is_file()
+    assert [key.name for key in Key.parse(target).parent.iterdir()] == [name]
+
+
+def test_removing_what_is_not_there_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 says nothing of it; this store does, as Google's and Azure's do."""
+    store = obstore.store.LocalStore(tmp_path, automatic_cleanup=True)
+    monkeypatch.setattr(bucket, "_store", lambda *_, **__: store)
+    key = Key.parse("gs://bucket/folder")
+    with pytest.raises(FileNotFoundError):
+        obstore.delete(store, "folder")
+    key.unlink(missing_ok=True)
+    (key / "a").write_bytes(b"1")
+    key.remove_all()
+    assert not key.exists()
+
+
 def test_a_running_output_is_left_alone(made: Path, target: str) -> None:
     run(made, made / "v.zarr", target)
     before = objects(target)
@@ -275,12 +310,52 @@ def test_a_store_that_is_gone_ends_the_run(
     assert not left & {"tilepipe-claim", "tilepipe-parts"}
 
 
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
+    made: Path, target: str, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """Whoever is interrupted then is told just that, and the claim is let go."""
+
+    class Failing(_Progress):
+        def __call__(self, report: Report) -> None:
+            if report.done == 2:
+                bucket._store.cache_clear()
+                monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+                if interrupted:
+                    raise KeyboardInterrupt
+
+    monkeypatch.setattr("tilepipe.cli._Progress", Failing)
+    arguments = command(made, target)
+    arguments[3] = str(made / "net.pt")
+    result = CliRunner().invoke(main, arguments)
+    bucket._store.cache_clear()
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == (130 if interrupted else 1), result.stderr
+    assert ("interrupted" if interrupted else "SignatureDoesNotMatch") in last
+    assert last.startswith("tilepipe: ")
+    left = [thread.name for thread in threading.enumerate()]
+    assert not {"tilepipe-claim", "tilepipe-parts"} & set(left)
+
+
 def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) -> None:
     code, said = commands.run(["-v", *command(made, target)])
     assert code == 0, said
     assert SECRET not in said
     assert not [name for name, content in objects(target).items() if SECRET.encode() in content]
     assert SECRET.encode() not in pickle.dumps(open_target(target))
+
+
+@contextlib.contextmanager
+def serving(handler: Callable[..., SimpleHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
@@ -294,15 +369,8 @@ def served(made: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(made)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(partial(Handler, directory=str(made))) as address:
+        yield address
 
 
 def test_a_web_server_is_read(made: Path, served: str, tmp_path: Path) -> None:
@@ -310,6 +378,26 @@ def test_a_web_server_is_read(made: Path, served: str, tmp_path: Path) -> None:
     assert voxels(files(tmp_path / "o.zarr")) == voxels(files(made / "serial.zarr"))
     image, known = open_volume(f"{served}/serial.zarr"), open_volume(made / "serial.zarr")
     assert (image.axes, image.scale) == (known.axes, known.scale)
+
+
+def test_a_store_that_is_down_for_seconds_is_asked_again(made: Path) -> None:
+    end: list[float] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if end and time.monotonic() < end[0]:
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(partial(Handler, directory=str(made))) as address:
+        volume = open_volume(f"{address}/v.zarr")
+        whole = Region.whole(volume.shape)
+        end.append(time.monotonic() + 5)
+        assert (volume.read(whole) == open_volume(made / "v.zarr").read(whole)).all()
 
 
 def refused(arguments: list[str]) -> str:
@@ -327,7 +415,7 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
     for arguments, message in (
         ([f"{served}/none.zarr", "-o", target], "there is no metadata of one"),
         (["s3://no-such-bucket/v.zarr", "-o", target], "NoSuchBucket"),
-        ([f"{target}/nothing.zarr"], "is an empty folder"),
+        ([f"{target}/nothing.zarr"], "holds nothing"),
         ([f"{served}/v.zarr"], "must be named for a source"),
         ([v, "-o", "s3://tests"], "must be a path in a bucket"),
         ([v, "-o", f"{served}/o.zarr"], "HTTP is for reading"),
@@ -338,6 +426,7 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
     assert "output (=s3://...) must be" in refused(
         ["train", v, v, "-o", "s3://tests/net.pt", "--steps", "1"]
     )
+    assert "must be a folder of this machine" in refused(["demo", "-o", target])
     with fresh_stores(), monkeypatch.context() as patch:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert "SignatureDoesNotMatch" in refused(["segment", v, *model, "-o", target])

@@ -370,7 +370,7 @@ def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:
         "s3://bucket/a.tif": "copy or convert it",
         "s3://bucket//a.zarr": "must be s3://BUCKET/PATH",
         "s3://bucket/../a.zarr": "must be s3://BUCKET/PATH",
-        "empty": "empty folder",
+        "empty": "holds nothing",
         "empty.tif": "empty file",
         "a.png": "must be a Zarr store, a TIFF",
         "a.txt": "must be a Zarr store, a TIFF",

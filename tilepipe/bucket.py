@@ -20,6 +20,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+from urllib.parse import quote, unquote
 
 from tilepipe.errors import BadRequest
 
@@ -66,7 +67,9 @@ class Key:
                 " signature; give credentials by the environment"
             )
         bucket, *names = rest.rstrip("/").split("/")
-        if not bucket or any(name in ("", ".", "..") for name in names):
+        if scheme.startswith("http"):
+            names = [unquote(name) for name in names]
+        if not bucket or "\\" in rest or any(name in ("", ".", "..") for name in names):
             raise BadRequest(f"address (={address}) must be {scheme}://BUCKET/PATH")
         try:
             import obstore  # noqa: F401  every key that there is can be used
@@ -123,7 +126,7 @@ class Key:
         import obstore
 
         try:
-            with _told(self):
+            with told(self):
                 obstore.head(_store(self.root), self.path)
         except FileNotFoundError:
             return False
@@ -133,7 +136,7 @@ class Key:
         """Whether it holds objects; empty ones, by which some show folders, do not count."""
         import obstore
 
-        with _told(self):
+        with told(self):
             pages = obstore.list(_store(self.root), self.path or None)
             return any(one["size"] for page in pages for one in page)
 
@@ -145,7 +148,7 @@ class Key:
         """Yield what it holds, down to the next slash."""
         import obstore
 
-        with _told(self):
+        with told(self):
             found = obstore.list_with_delimiter(_store(self.root), self.path or None)
         yield from (Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
         names = (one["path"] for one in found["objects"])
@@ -155,7 +158,7 @@ class Key:
         """Return what it holds that holds something itself, in order."""
         import obstore
 
-        with _told(self):
+        with told(self):
             found = obstore.list_with_delimiter(_store(self.root), self.path or None)
         return sorted(Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
 
@@ -167,7 +170,7 @@ class Key:
         """Return the whole object, and the tag that its store gives this content."""
         import obstore
 
-        with _told(self):
+        with told(self):
             found = obstore.get(_store(self.root), self.path)
             return bytes(found.bytes()), _tag(found.meta["e_tag"], found.meta["version"])
 
@@ -193,14 +196,14 @@ class Key:
 
         mode: PutMode = "create" if new else tag or "overwrite"
         try:
-            with _told(self):  # in one piece: conditions on several are rare
+            with told(self):  # in one piece: conditions on several are rare
                 store = _store(self.root)
                 done = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
                 return _tag(done["e_tag"], done["version"])
         except (FileExistsError, FileNotFoundError):
             if mode == "overwrite":
                 raise
-            with suppress(OSError):  # its answer may have been lost, and so it was asked again
+            with suppress(FileNotFoundError):  # an answer may have been lost, and asked for again
                 there, tag = self.read_tagged()
                 if there == content:
                     return tag
@@ -210,17 +213,17 @@ class Key:
         """Remove the object; there is no error where there is none."""
         import obstore
 
-        with _told(self):
+        with suppress(FileNotFoundError), told(self):  # S3 does not say so, others do
             obstore.delete(_store(self.root), self.path)
 
     def remove_all(self) -> None:
         """Remove the object and all that it holds."""
         import obstore
 
-        with _told(self):
+        with told(self):
             for found in obstore.list(_store(self.root), self.path):
                 obstore.delete(_store(self.root), [one["path"] for one in found])
-            obstore.delete(_store(self.root), self.path)
+        self.unlink()
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: there are no folders."""
@@ -229,8 +232,8 @@ class Key:
         """Do nothing: there are no folders."""
 
     def store(self) -> ObjectStore:
-        """Return the store of what it holds."""
-        return _store(str(self))
+        """Return the store of what it holds; its objects may be large."""
+        return _store(self.root, self.path, timeout="120s")
 
 
 class Parts:
@@ -339,8 +342,13 @@ def _tag(e_tag: str | None, version: str | None) -> UpdateVersion:
     return tag
 
 
+def is_of_store(error: BaseException) -> bool:
+    """Whether it is a store that says so, and not what reads its objects."""
+    return type(error).__module__.startswith("obstore")
+
+
 @contextmanager
-def _told(key: Key) -> Iterator[None]:
+def told(key: object) -> Iterator[None]:
     """Raise what a store says as an OSError of one line."""
     from obstore import exceptions
 
@@ -357,14 +365,23 @@ def _told(key: Key) -> Iterator[None]:
 
 
 @cache
-def _store(address: str) -> ObjectStore:
+def _store(root: str, path: str = "", *, timeout: str = "20s") -> ObjectStore:
     """Return the store of a bucket, or of what one of its keys holds."""
     from obstore.store import from_url
 
-    options: ClientConfig = {"connect_timeout": "10s", "timeout": "300s"}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if address.startswith("s3") else address
+    options: ClientConfig = {"connect_timeout": "10s", "timeout": timeout}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if root.startswith("s3") else root
     if endpoint.startswith("http://"):
         options["allow_http"] = True
-    patience: RetryConfig = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=60)}
-    with _told(Key.parse(address)):
-        return from_url(address, retry_config=patience, client_options=options)
+    patience: RetryConfig = {
+        "max_retries": RETRIES,
+        "retry_timeout": timedelta(seconds=60),
+        "backoff": {  # with its own, of 0.1 s, seven are over in two seconds
+            "init_backoff": timedelta(seconds=1),
+            "max_backoff": timedelta(seconds=10),
+            "base": 3,
+        },
+    }
+    quoted = f"{root}/{quote(path)}"  # as a URL it would be read with %2F as a slash
+    with told(root):
+        return from_url(quoted, retry_config=patience, client_options=options)

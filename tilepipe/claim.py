@@ -36,7 +36,7 @@ BEAT = 15.0
 """Seconds between two signs of life."""
 LEASE = 60.0
 """Seconds without one after which an owner on another machine is taken for dead."""
-PATIENCE = 300.0
+PATIENCE = 120.0
 """Seconds for which the place of a claim may be out of reach."""
 WIDTH = 512
 """Bytes of a claim, whatever it says: it is rewritten in place."""

@@ -277,6 +277,8 @@ def demo(size: int, output: str) -> None:
     """Make an image of nuclei, segment it in tiles and compare it with the truth."""
     from tilepipe.demo import demo as run
 
+    if "://" in output:
+        raise BadRequest(f"output (={output}) must be a folder of this machine")
     shown = _Progress()
     for line in run(Path(output), size=size, progress=shown):
         shown.end()

@@ -218,16 +218,12 @@ class Ledger:
 
     def close(self) -> None:
         """Force what was entered to disk and let others write."""
-        parts, self._file, self._log, self._claim = (
-            (self._claim, self._log, self._file),
-            None,
-            None,
-            None,
-        )
-        with ExitStack() as ending:  # each is closed, whatever becomes of the others
+        parts = (self._claim, self._log, self._file)
+        self._file = self._log = self._claim = None
+        with ExitStack() as stack:  # the others, too, where one fails
             for part in parts:
                 if part is not None:
-                    ending.callback(part.close)
+                    stack.callback(part.close)
 
     def __enter__(self) -> Ledger:
         return self
@@ -238,8 +234,12 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with suppress(*[OSError] * (error is not None)):  # what went wrong first is told
+        try:
             self.close()
+        except OSError as failure:
+            if error is None:
+                raise
+            log.warning("what was finished last may be done again: %s", failure)
 
 
 def folder_of(target: str | Path) -> Place:

@@ -215,7 +215,7 @@ def no_array(path: Place) -> str:
     if not can_list(path):
         return f"source (={path}) must be a Zarr array or image; there is no metadata of one"
     if not any(path.iterdir()):
-        return f"source (={path}) is an empty folder"
+        return f"source (={path}) holds nothing: there is no Zarr"
     found: list[str] = []
     left, looks = [path], 0
     while left and len(found) <= 5 and looks <= 1000:

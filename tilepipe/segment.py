@@ -163,7 +163,7 @@ def plan_segment(
     options = options or Options()
     count = choose_workers(engine, scheduler, workers, options, jobs)
     _check_shard(shard, engine, scheduler, overwrite=False)
-    made = _plan(source, model, output, options, count, overwrite=False, jobs=jobs)[0]
+    made = _plan(source, model, output, options, count, overwrite=False, jobs=jobs, touch=False)[0]
     short = made.short_of_disk()
     return replace(made, notices=(*made.notices, short)) if short else made
 
@@ -177,12 +177,13 @@ def _plan(
     *,
     overwrite: bool,
     jobs: Jobs | None,
+    touch: bool = True,
 ) -> tuple[Plan, dict[str, object] | None]:
     """Make the plan, and return what the ledger of an earlier run keeps, if there was one."""
     if not str(source):
         raise BadRequest("source is empty; name a Zarr, an OME-Zarr or a TIFF")
     target = str(output) if output is not None else default_target(source)
-    check_target(target, source)
+    check_target(target, source, touch=touch)
     if overwrite:
         check_free(target, overwrite=True)
     earlier = None if overwrite else find_earlier(target)

@@ -6,6 +6,7 @@ volume. Each write unit must have one writer: two writers in one shard lose data
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, cast
@@ -14,13 +15,14 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from tilepipe.bucket import explain
+from tilepipe.bucket import Key, explain, told
 from tilepipe.errors import BadRequest
 from tilepipe.ome import image_attributes, parse_multiscale, read_node
-from tilepipe.place import check_writable, locate, remove_all, zarr_store
+from tilepipe.place import check_writable, folders, locate, remove_all, zarr_store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import DTypeLike, NDArray
     from zarr.core.common import JSON
@@ -146,7 +148,8 @@ def create_target(
     try:
         check_free(path, overwrite=overwrite)
         _clear(target)
-        _create(target, axes, whole, kind, chunk, shard, {**described, OURS: dict(attributes)})
+        with _told(target):
+            _create(target, axes, whole, kind, chunk, shard, {**described, OURS: dict(attributes)})
     except OSError as error:
         raise BadRequest(f"output (={path}) cannot be created: {error}") from error
 
@@ -238,9 +241,10 @@ def _is_foreign(entry: Place) -> bool:
 
 def is_empty(folder: Place) -> bool:
     """Whether a folder holds nothing but claims of who is about to write there."""
+    inner = {path.name for path in folders(folder)}  # a bucket may show one that holds nothing
     return all(
         entry.name == LEDGER
-        and entry.is_dir()
+        and entry.name in inner
         and all(path.name.startswith("lock") for path in entry.iterdir())
         for entry in folder.iterdir()
     )
@@ -284,12 +288,13 @@ def _clear(target: Place) -> None:
             remove_all(entry)
 
 
-def check_target(path: str | Path, source_path: str | Path) -> None:
+def check_target(path: str | Path, source_path: str | Path, *, touch: bool = True) -> None:
     """Check that an output can be created at ``path`` without touching the source.
 
     Raises BadRequest for an existing file, a folder that is missing or cannot be written, and a
     place equal to, inside or containing the source or inside another array. What else may lie
-    at ``path`` is for `create_target` to judge. Leaves nothing behind.
+    at ``path`` is for `create_target` to judge. Leaves nothing behind; writes nothing to a bucket
+    unless ``touch``.
     """
     target, source = locate(path, "output"), locate(source_path, "source")
     if target == source or _is_same_file(target, source):
@@ -301,7 +306,8 @@ def check_target(path: str | Path, source_path: str | Path) -> None:
     if isinstance(target, Path) and target.exists() and not target.is_dir():
         raise BadRequest(f"output (={path}) is an existing file; name another path")
     _check_parent(target, path)
-    _check_writable(target, path)
+    if touch or isinstance(target, Path):
+        _check_writable(target, path)
     for folder in target.parents:
         try:
             node = read_node(folder)
@@ -380,6 +386,12 @@ def read_attributes(path: str | Path) -> dict[str, object]:
 def update_attributes(path: str | Path, attributes: Mapping[str, object]) -> None:
     """Set our own attributes of an output; those not named are kept. One writer at a time."""
     merged = {**read_attributes(path), **attributes}
-    store = zarr_store(locate(path, "output"))
-    group = zarr.open_group(store, mode="r+", use_consolidated=False)
-    group.attrs[OURS] = cast("dict[str, JSON]", merged)
+    target = locate(path, "output")
+    with _told(target):
+        group = zarr.open_group(zarr_store(target), mode="r+", use_consolidated=False)
+        group.attrs[OURS] = cast("dict[str, JSON]", merged)
+
+
+def _told(place: Place) -> AbstractContextManager[None]:
+    """Raise as an OSError what zarr hands on from a store."""
+    return told(place) if isinstance(place, Key) else nullcontext()

@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 
 from tilepipe import tiff
-from tilepipe.bucket import explain
+from tilepipe.bucket import explain, is_of_store
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, mirror
 from tilepipe.ome import (
@@ -122,9 +122,10 @@ class Volume:
         except MemoryError:
             raise
         except Exception as error:
+            # Each chunk of a store that does not answer would take as long to say so.
+            place = "" if is_of_store(error) else self._culprit(region)
             raise OSError(
-                f"cannot read voxels {region} of {self.path}{self._culprit(region)}:"
-                f" {explain(error)}"
+                f"cannot read voxels {region} of {self.path}{place}: {explain(error)}"
             ) from error
         kept = [letter for letter in self._letters if letter is not None]
         voxels = np.moveaxis(voxels, kept.index("c"), 0) if self.has_channels else voxels[None]
