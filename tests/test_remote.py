@@ -53,9 +53,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_unet(folder / "net.pt", depth=2, base=8, normalize="zscore")
     write_volume(folder / "v.zarr", noise(6 * EDGE - 9, 6 * EDGE), "yx", chunks=(96, 96))
     run(folder, folder / "v.zarr", folder / "serial.zarr")
-    write_unet(folder / "slow.pt", depth=2, base=176, normalize="zscore")
-    run(folder, folder / "v.zarr", folder / "slow.zarr", model=folder / "slow.pt")
     return folder
+
+
+@pytest.fixture(scope="module")
+def slow(made: Path) -> Path:
+    """The same folder, with a network that takes seconds, and what it made in ``slow.zarr``."""
+    write_unet(made / "slow.pt", depth=2, base=128, normalize="zscore")
+    run(made, made / "v.zarr", made / "slow.zarr", model=made / "slow.pt")
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +94,8 @@ def run(made: Path, source: str | Path, output: str | Path, **more: object):  # 
     return segment(source, output=output, **asked)  # type: ignore[arg-type]
 
 
-def command(made: Path, target: str, *more: str) -> list[str]:
-    named = ["--model", str(made / "slow.pt"), "-o", target]
+def command(made: Path, target: str, *more: str, model: str = "net.pt") -> list[str]:
+    named = ["--model", str(made / model), "-o", target]
     return ["segment", str(made / "v.zarr"), *named, *SIZES, "--engine", "serial", *more]
 
 
@@ -173,14 +179,16 @@ def test_a_pyramid_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -
     assert f"{TILES} of {TILES} done" in text
 
 
+@pytest.mark.long
 def test_workers_write_to_a_bucket(made: Path, source: str, target: str) -> None:
     report = run(made, source, target, engine="dask", workers=2)
     assert (report.done, report.failures) == (TILES, [])
     check_whole(made, target)
 
 
-def test_killed_at_any_moment_it_goes_on(made: Path, commands: Commands, target: str) -> None:
-    arguments, kept = command(made, target), [0]
+@pytest.mark.long
+def test_killed_at_any_moment_it_goes_on(slow: Path, commands: Commands, target: str) -> None:
+    arguments, kept = command(slow, target, model="slow.pt"), [0]
     for least in (0, 1):
         pid = commands.start(arguments)
         until(lambda least=least: Key.parse(target).exists() and done(target) >= least)  # type: ignore[misc]
@@ -191,16 +199,17 @@ def test_killed_at_any_moment_it_goes_on(made: Path, commands: Commands, target:
     assert 0 < kept[-1] < TILES
     code, said = commands.run(arguments)
     assert (code, f"{kept[-1]} of them before" in said) == (0, True), said
-    check_whole(made, target, "slow.zarr")
+    check_whole(slow, target, "slow.zarr")
     ledger = [path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()]
     assert len(ledger) <= 1 + 2 * len(kept), ledger
 
 
-def test_tasks_of_an_array_share_a_bucket(made: Path, s3: Server, target: str) -> None:
+@pytest.mark.long
+def test_tasks_of_an_array_share_a_bucket(slow: Path, s3: Server, target: str) -> None:
     """All begin at once; one is killed, and what it leaves the others do."""
-    forks = [Commands(made / name) for name in ("1", "2", "3") if (made / name).mkdir() is None]
+    forks = [Commands(slow / name) for name in ("1", "2", "3") if (slow / name).mkdir() is None]
     try:
-        shards = [command(made, target, "--shard", f"{n}/3") for n in (1, 2, 3)]
+        shards = [command(slow, target, "--shard", f"{n}/3", model="slow.pt") for n in (1, 2, 3)]
         pids = [fork.start(shard) for fork, shard in zip(forks, shards, strict=True)]
         until(lambda: (Key.parse(target) / LEDGER / "lock-2").is_file())
         os.killpg(pids[1], signal.SIGKILL)
@@ -209,7 +218,7 @@ def test_tasks_of_an_array_share_a_bucket(made: Path, s3: Server, target: str) -
         if done(target) < TILES:  # the others had ended before it was dead
             code, said = forks[0].run(shards[0])
             assert code == 0, said
-        check_whole(made, target, "slow.zarr")
+        check_whole(slow, target, "slow.zarr")
         kept = {path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()}
         assert not {name for name in kept if name.startswith("lock")} - {"lock-2"}
     finally:
@@ -294,7 +303,7 @@ def test_a_store_that_is_silent_for_a_while_costs_time_alone(
 def test_a_store_that_is_gone_ends_the_run(
     made: Path, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "RETRIES", 1)
+    monkeypatch.setattr(bucket, "RETRIES", 0)
     monkeypatch.setattr(claim, "BEAT", 0.1)
     monkeypatch.setattr(claim, "PATIENCE", 0.3)
     with s3_server.serving(tmp_path) as other, fresh_stores():
@@ -326,7 +335,6 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
 
     monkeypatch.setattr("tilepipe.cli._Progress", Failing)
     arguments = command(made, target)
-    arguments[3] = str(made / "net.pt")
     result = CliRunner().invoke(main, arguments)
     bucket._store.cache_clear()
     last = result.stderr.splitlines()[-1]
@@ -338,7 +346,8 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
 
 
 def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) -> None:
-    code, said = commands.run(["-v", *command(made, target)])
+    arguments = command(made, target)
+    code, said = commands.run(["-v", *arguments])
     assert code == 0, said
     assert SECRET not in said
     assert not [name for name, content in objects(target).items() if SECRET.encode() in content]
@@ -380,6 +389,7 @@ def test_a_web_server_is_read(made: Path, served: str, tmp_path: Path) -> None:
     assert (image.axes, image.scale) == (known.axes, known.scale)
 
 
+@pytest.mark.long
 def test_a_store_that_is_down_for_seconds_is_asked_again(made: Path) -> None:
     end: list[float] = []
 

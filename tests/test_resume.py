@@ -264,6 +264,7 @@ def test_interrupted_it_says_how_to_go_on_and_does_on_another_engine(
     check_whole(target, replace(slow, chunks=chunk_files(whole)))
 
 
+@pytest.mark.long
 def test_interrupted_with_its_workers_it_says_the_same(
     slow: Case, commands: Commands, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import zarr
 import tilepipe as tp
 from tests import zoo
 from tests.support import assert_close, noise, one_pass, read, write_unet, write_volume
+from tilepipe.engines import dask
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, mirror
 from tilepipe.model import load_model
@@ -22,6 +23,7 @@ from tilepipe.unet import UNet
 from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -139,8 +141,16 @@ def test_several_windows_in_a_tile_and_shards(tmp_path: Path) -> None:
     assert zarr.open_array(tmp_path / "out.zarr/0").shards == (1 * 2, 80, 64)
 
 
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    with dask.local_client(1, threads=3, dashboard=False) as client:
+        yield str(client.scheduler_info()["address"])
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_sweep_along_any_axis_and_with_any_engine(tmp_path: Path, axis: int) -> None:
+def test_a_sweep_along_any_axis_and_with_any_engine(
+    tmp_path: Path, scheduler: str, axis: int
+) -> None:
     """Long tiles, several channels in and out, units of several slabs, NaN counted once."""
     model = write_unet(tmp_path / "unet.pt", ndim=3, depth=2, in_channels=2, normalize="none")
     shape = [20, 20, 20]
@@ -152,7 +162,8 @@ def test_a_sweep_along_any_axis_and_with_any_engine(tmp_path: Path, axis: int) -
     options = Options(write="probabilities", tile=tile, chunks=(10, 10, 10), strategy="sweep")
     reports = [
         tp.segment(
-            source, model=model, output=tmp_path / engine, options=options, engine=engine
+            source, model=model, output=tmp_path / engine, options=options, engine=engine,
+            scheduler=scheduler if engine == "dask" else None,
         )
         for engine in ("serial", "dask")
     ]  # fmt: skip

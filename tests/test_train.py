@@ -180,7 +180,7 @@ def test_values_are_learned_by_a_network_of_ones_own(tmp_path: Path, loss: str) 
 @pytest.mark.parametrize(
     ("options", "volume"),
     [
-        ({"attention": True, "residual": True, "padding": "same", "ndim": 3, "depth": 3}, 3),
+        ({"attention": True, "residual": True, "padding": "same", "ndim": 3, "depth": 2}, 3),
         ({"pools": [(1, 2, 2)], "kernels": [(1, 3, 3), 3], "ndim": 3, "in_plane": True}, 3),
         ({"classes": 1, "loss": "dice", "class_weights": True, "balance": True}, 2),
     ],

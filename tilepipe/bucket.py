@@ -34,7 +34,7 @@ SCHEMES = ("s3", "gs", "az", "http", "https")
 """What an address may begin with, before ``://``."""
 PART = 1 << 20
 """Bytes after which what is appended goes on in another object."""
-FLUSH = 2.0
+FLUSH = 1.0
 """Seconds after which what was appended lies in the store."""
 RETRIES = 7
 """How often a request is repeated that fails, each time after longer: some 15 s in all."""
