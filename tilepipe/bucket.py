@@ -38,7 +38,7 @@ FLUSH = 1.0
 """Seconds after which what was appended lies in the store."""
 RETRIES = 7
 """How often a request is repeated that fails, each time after longer: some 15 s in all."""
-PATIENCE = 300.0
+PATIENCE = 120.0
 """Seconds for which a store may refuse what was appended."""
 
 
