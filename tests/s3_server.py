@@ -36,9 +36,12 @@ def _is_free(port: int) -> bool:
 
 
 def _free_ports() -> int:
-    """Return the first of four ports in a row that are free, with their twins."""
-    first = 20000 + os.getpid() % 5000 * 4
-    for port in range(first, first + 4000, 4):
+    """Return the first of four ports in a row that are free, with their twins.
+
+    All lie below those that systems give to whoever connects.
+    """
+    for attempt in range(1000):
+        port = 10000 + (os.getpid() + attempt) % 2500 * 4
         if all(_is_free(port + n + twin) for n in range(4) for twin in (0, GRPC)):
             return port
     raise RuntimeError("no ports are free")

@@ -311,6 +311,7 @@ def test_a_batch_gives_back_what_takes_longer_than_thought(cluster: Client, tmp_
     assert {outcome.attempts for outcome in found.values()} == {1}
 
 
+@pytest.mark.long
 def test_a_batch_is_cut_short_where_the_walltime_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +438,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_scheduler_elsewhere_is_left_as_it_is_and_missed_when_it_is_gone(
     server: tuple[str, subprocess.Popen[str]], tmp_path: Path
 ) -> None:

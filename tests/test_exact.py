@@ -102,7 +102,7 @@ def sizes(profile: Profile, *, most: int, tiles: int) -> st.SearchStrategy[tuple
 
 
 @pytest.mark.parametrize("name", zoo.FLAT)
-@settings(max_examples=5, derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(data=st.data())
 def test_tiles_equal_the_whole_mirrored_image(name: str, data: st.DataObject) -> None:
     model, profile = known(name)
@@ -113,7 +113,7 @@ def test_tiles_equal_the_whole_mirrored_image(name: str, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("name", zoo.SOLID)
-@settings(max_examples=3, derandomize=True)
+@settings(max_examples=2, derandomize=True)
 @given(data=st.data())
 def test_tiles_equal_the_whole_mirrored_volume(name: str, data: st.DataObject) -> None:
     model, profile = known(name)
@@ -124,7 +124,7 @@ def test_tiles_equal_the_whole_mirrored_volume(name: str, data: st.DataObject) -
 
 
 @pytest.mark.parametrize("name", zoo.PADDED)
-@settings(max_examples=4, derandomize=True)
+@settings(max_examples=3, derandomize=True)
 @given(data=st.data())
 def test_tiles_equal_the_network_on_the_whole_image(name: str, data: st.DataObject) -> None:
     model, profile = known(name)

@@ -251,6 +251,7 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert not (tmp_path / "out.zarr").exists()
 
 
+@pytest.mark.long
 def test_windows_begin_on_the_lattice(tmp_path: Path) -> None:
     script = torch.jit.trace(UNet(ndim=2, base=2, depth=2).eval(), torch.rand(1, 1, 44, 44))
     torch.jit.save(script, tmp_path / "script.pt")

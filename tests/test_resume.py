@@ -174,6 +174,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory, patient: None) -> Iterato
         server.stdin.close()
 
 
+@pytest.mark.long
 def test_one_worker_gives_the_same_bytes(quick: Case, tmp_path: Path) -> None:
     report = quick.segment(tmp_path / "o", engine="dask", workers=1)
     assert (report.before, report.done, report.left) == (0, TILES, 0)

@@ -243,6 +243,7 @@ def test_tasks_at_once_one_killed_and_the_last_ends_it(
     check_whole(made, target)
 
 
+@pytest.mark.long
 def test_all_killed_and_a_later_call_ends_it(tasks: Tasks, made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
     pids = [tasks.start(target, f"{n}/2", free=n) for n in (1, 2)]

@@ -42,7 +42,7 @@ def draw_rows(data: st.DataObject, length: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=6, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(data=st.data())
 def test_a_swept_region_is_a_piece_of_the_whole_pass(name: str, data: st.DataObject) -> None:
     model, shape = model_of(name), draw_shape(data, name)
@@ -70,7 +70,7 @@ def test_a_swept_region_is_a_piece_of_the_whole_pass(name: str, data: st.DataObj
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=10, derandomize=True)
+@settings(max_examples=7, derandomize=True)
 @given(data=st.data())
 def test_every_row_is_computed_once_from_rows_that_are_there(
     name: str, data: st.DataObject

@@ -321,6 +321,7 @@ def test_networks_that_cannot_be_trained(
         train([pair], output=tmp_path / "u.pt", recipe=Recipe(**options))  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str, str]) -> None:
     good = {**SMALL, "steps": 1}
     recipe = Recipe(**good)  # type: ignore[arg-type]
