@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing
-from typing import TYPE_CHECKING, cast
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -169,21 +170,64 @@ def test_a_store_that_refuses_for_long_is_told(
     key = Key.parse(prefix()) / "done"
     parts = Parts(key)
     parts.write(b"1")
+    bucket._store.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(bucket, "PATIENCE", 0.0)
-        patch.setattr(Key, "write_bytes", lambda *_, **__: cast("Callable[[], None]", _raise)())
-        with pytest.raises(OSError, match="no more"):
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(PermissionError, match="SignatureDoesNotMatch"):
             parts.sync()
-        with pytest.raises(OSError, match="no more"):
+        with pytest.raises(PermissionError, match="SignatureDoesNotMatch"):
             parts.write(b"2")
+    bucket._store.cache_clear()
     parts.write(b"3")
     parts.close()
     [there] = find(key.parent, "done")
     assert there.read_bytes() == b"13"
 
 
-def _raise() -> None:
-    raise OSError("no more")
+def test_a_store_that_creates_again_what_exists_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that takes any object, whatever the condition, as old ones do."""
+    held: list[str] = []
+
+    class Heedless(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            held.append(self.headers["If-None-Match"])
+            self.send_response(200)
+            self.send_header("ETag", f'"{len(held)}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def do_POST(self) -> None:  # to remove several at once, here one
+            asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            held.clear()
+            name = asked.partition("<Key>")[2].partition("</Key>")[0]
+            said = f"<DeleteResult><Deleted><Key>{name}</Key></Deleted></DeleteResult>".encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Heedless)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    bucket._store.cache_clear()
+    try:
+        with pytest.raises(OSError, match="creates again what exists"):
+            check_writable(Key.parse("s3://tests/o"))
+        assert held == []  # what was tried was removed
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        bucket._store.cache_clear()
 
 
 def test_a_place_to_write_is_left_as_it_was(folder: Place) -> None:

@@ -167,13 +167,12 @@ def test_a_plan_writes_nothing(made: Path, target: str) -> None:
     assert not [one for page in obstore.list(Key.parse(parent).store()) for one in page]
 
 
-def test_a_pyramid_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -> None:
+def test_an_output_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -> None:
     run(made, made / "v.zarr", target)
     image, level = open_volume(target), open_volume(f"{target}/0")
     known = open_volume(made / "serial.zarr")
     assert (image.axes, image.scale, image.kind) == (known.axes, known.scale, known.kind)
     assert (level.axes, level.scale) == (known.axes, known.scale)
-    assert "chunk" in (known._culprit.__doc__ or "")
     values, text = inspect(target)
     assert (values["tiles"], values["done"]) == (TILES, TILES)
     assert f"{TILES} of {TILES} done" in text

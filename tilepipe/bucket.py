@@ -37,7 +37,7 @@ PART = 1 << 20
 FLUSH = 1.0
 """Seconds after which what was appended lies in the store."""
 RETRIES = 7
-"""How often a request is repeated that fails, each time after longer: some 15 s in all."""
+"""How often a request that fails is repeated, each time after longer: 7 to 60 s in all."""
 PATIENCE = 120.0
 """Seconds for which a store may refuse what was appended."""
 
@@ -144,23 +144,24 @@ class Key:
         """Whether it is an object or holds some."""
         return self.is_dir() or (self.path != "" and self.is_file())
 
-    def iterdir(self) -> Iterator[Key]:
-        """Yield what it holds, down to the next slash."""
+    def _listed(self) -> tuple[list[Key], list[Key]]:
+        """Return what holds something itself, in order, and the objects, down to the next slash."""
         import obstore
 
         with told(self):
             found = obstore.list_with_delimiter(_store(self.root), self.path or None)
-        yield from (Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
+        inner = sorted(Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
         names = (one["path"] for one in found["objects"])
-        yield from (Key(self.root, name) for name in names if name != self.path)
+        return inner, [Key(self.root, name) for name in names if name != self.path]
+
+    def iterdir(self) -> Iterator[Key]:
+        """Yield what it holds, down to the next slash."""
+        inner, objects = self._listed()
+        yield from (*inner, *objects)
 
     def folders(self) -> list[Key]:
         """Return what it holds that holds something itself, in order."""
-        import obstore
-
-        with told(self):
-            found = obstore.list_with_delimiter(_store(self.root), self.path or None)
-        return sorted(Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
+        return self._listed()[0]
 
     def read_bytes(self) -> bytes:
         """Return the whole object; FileNotFoundError where there is none."""
