@@ -23,7 +23,7 @@ from uuid import uuid4
 import psutil
 
 from tilepipe.errors import TileError
-from tilepipe.place import hold, remove_if
+from tilepipe.place import VACANT, hold, remove_if
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -176,6 +176,11 @@ def take_dead(paths: Iterable[Place], *, shard: str) -> dict[Place, Claim]:
     return {path: claim for path, claim in taken.items() if isinstance(claim, Claim)}
 
 
+def is_held(path: Place) -> bool:
+    """Whether there is a claim, be it of the dead."""
+    return _read(path) is not None
+
+
 def _content(owner: Owner) -> bytes:
     return json.dumps(asdict(owner)).encode().ljust(WIDTH)
 
@@ -183,9 +188,10 @@ def _content(owner: Owner) -> bytes:
 def _read(path: Place) -> Owner | None:
     """Return what a claim says; None where there is none."""
     try:
-        return _owner(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
+    return None if content.startswith(VACANT) else _owner(content)
 
 
 def _owner(content: bytes) -> Owner:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tilepipe.claim import Claim, Owner, living, take_dead
+from tilepipe.claim import Claim, Owner, is_held, living, take_dead
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
 from tilepipe.options import Shard
@@ -315,7 +315,7 @@ def await_first(target: str | Path) -> None:
 
 def is_claimed(target: str | Path) -> bool:
     """Whether there is a claim on the whole target, be it of the dead."""
-    return (folder_of(target) / "lock").is_file()
+    return is_held(folder_of(target) / "lock")
 
 
 def is_begun(target: str | Path) -> bool:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Place = Path | Key
 SYNC = 1.0
 """Seconds after which what was appended to a file is forced to disk."""
+VACANT = b"vacant "
+"""What an object begins with that counts as removed: `hold` may take its place."""
 PATIENCE = 60.0
 """Seconds for which someone else may take to remove a file."""
 
@@ -177,7 +179,17 @@ class _Object:
     """Written over only where its store still has what we have written."""
 
     def __init__(self, key: Key, content: bytes) -> None:
-        self._key, self._tag = key, key.write_bytes(content, new=True)
+        self._key = key
+        try:
+            self._tag = key.write_bytes(content, new=True)
+        except FileExistsError:
+            try:
+                there, tag = key.read_tagged()
+            except FileNotFoundError:
+                raise FileExistsError(f"{key} was there just now") from None
+            if not there.startswith(VACANT):
+                raise
+            self._tag = key.write_bytes(content, tag=tag)
 
     def rewrite(self, content: bytes) -> bool:
         try:
@@ -196,8 +208,8 @@ def remove_if(place: Place, holds: Callable[[bytes], bool]) -> None:
         with suppress(FileNotFoundError, FileExistsError):
             content, tag = place.read_tagged()
             if holds(content):
-                place.write_bytes(b"removed " + uuid4().hex.encode(), tag=tag)  # just one can
-                place.unlink()
+                # Not deleted, which has no condition: what has come meanwhile would go.
+                place.write_bytes(VACANT + uuid4().hex.encode(), tag=tag)
         return
     end = time.monotonic() + PATIENCE
     while (found := _content(place)) is not None and holds(found):
