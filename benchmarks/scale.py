@@ -16,7 +16,7 @@ import click
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from tilepipe.engines import TileFailure, TileResult
 
@@ -33,11 +33,22 @@ class Nothing:
     key: str = "nothing"
     slots: int = THREADS
 
-    def open(self) -> Callable[[int], TileResult]:
+    def open(self) -> Idle:
         """Return what does nothing for a tile."""
+        return Idle()
+
+
+class Idle:
+    """What does nothing for a tile."""
+
+    def __call__(self, index: int) -> TileResult:
+        """Return a result at once."""
         from tilepipe.engines import TileResult
 
-        return lambda index: TileResult(index, 1, 0, 0.0, 0.0, 0.0, "host:1")
+        return TileResult(index, 1, 0, 0.0, 0.0, 0.0, "host:1")
+
+    def close(self) -> None:
+        """Do nothing: nothing is being written."""
 
 
 def resident() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,13 +10,16 @@ import torch
 import zarr
 
 from tilepipe.checkpoint import save_checkpoint
+from tilepipe.fence import Right
 from tilepipe.geometry import Region, mirror
+from tilepipe.ledger import claimed
 from tilepipe.model import load_model
 from tilepipe.profile import find_profile
 from tilepipe.unet import UNet
 from tilepipe.windows import whole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -72,6 +76,13 @@ def one_pass(model_path: Path, image: NDArray[np.floating]) -> NDArray[np.float3
     origin = tuple(a + o for a, o in zip(box.start, profile.offset, strict=True))
     kept: NDArray[np.float32] = answer[(slice(None), *Region.whole(shape).within(origin))]
     return kept
+
+
+@contextmanager
+def right_to(target: str | Path) -> Iterator[Right]:
+    """Own an output for a while, as a run does."""
+    with closing(claimed(target)) as claim:
+        yield Right(str(target), claim.name, claim.token)
 
 
 def read(path: Path) -> NDArray[np.generic]:

@@ -23,14 +23,15 @@ from distributed import SpecCluster
 
 from tilepipe.engines import RETRIES, TileFailure, TileResult, dask, serial
 from tilepipe.engines.batches import MOST
+from tilepipe.engines.plugin import plugin_name
 from tilepipe.engines.walltime import SPAN, SPARE
 from tilepipe.errors import BadRequest, TileError
 from tilepipe.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
-    from distributed import Client
+    from distributed import Client, Worker
 
     from tilepipe.engines import Job
 
@@ -67,7 +68,7 @@ class FileJob:
     def key(self) -> str:
         return f"key of {self.folder}"
 
-    def open(self) -> Callable[[int], TileResult]:
+    def open(self) -> _Opened:
         if self.broken:
             raise OSError("no such\nmodel")
         return _Opened(self)
@@ -78,6 +79,9 @@ class _Opened:
         self.job, self.folder = job, Path(job.folder)
         self.lock, self.running, self.place = threading.Lock(), 0, f"{os.getpid()}"
         self.note("opened", self.place)
+
+    def close(self) -> None:
+        self.note("closed", self.place)
 
     def note(self, kind: str, text: object) -> None:
         with (self.folder / kind).open("a") as file:
@@ -254,9 +258,9 @@ def test_closed_early_it_begins_no_others_and_lets_the_job_go(
     assert sorted(by_index(run(job, range(9)))) == [*range(9)]
 
 
-def held(key: str) -> bool:
-    """Whether this process still holds a job."""
-    return key in dask._here
+def held(key: str, dask_worker: Worker) -> bool:
+    """Whether a worker still holds a job."""
+    return plugin_name(key) in dask_worker.plugins
 
 
 def test_a_worker_that_dies_costs_an_attempt(cluster: Client, tmp_path: Path) -> None:

@@ -110,12 +110,16 @@ def test_of_many_who_remove_the_dead_none_removes_the_living(folder: Place) -> N
     assert [one.name for one in find(folder, "")] == ["lock"]
 
 
+def granted() -> None:
+    """Whoever writes here may do so."""
+
+
 def test_what_is_appended_is_read_in_order(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket, "PART", 100)
     monkeypatch.setattr(bucket, "FLUSH", 0.01)
     records = [b"%07d\n" % n for n in range(300)]
     for part in (records[:100], records[100:]):
-        with closing(append(folder / "done")) as file:
+        with closing(append(folder / "done", granted)) as file:
             for record in part:
                 file.write(record)
                 if record.endswith(b"50\n"):
@@ -128,10 +132,10 @@ def test_what_is_appended_is_read_in_order(folder: Place, monkeypatch: pytest.Mo
 def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
     """One who was taken for dead, and is not, and who took over."""
     key = Key.parse(prefix()) / "done"
-    with closing(Parts(key)) as dead:
+    with closing(Parts(key, granted)) as dead:
         dead.write(b"1")
         dead.sync()
-        with closing(Parts(key)) as heir:
+        with closing(Parts(key, granted)) as heir:
             heir.write(b"2")
             heir.sync()
             for n in range(3):
@@ -154,7 +158,7 @@ def test_what_was_appended_is_seen_soon(
 ) -> None:
     monkeypatch.setattr(bucket, "FLUSH", 0.05)
     key = Key.parse(prefix()) / "done"
-    with closing(Parts(key)) as file:
+    with closing(Parts(key, granted)) as file:
         file.write(b"1")
         for _ in range(200):
             if find(key.parent, "done"):
@@ -168,7 +172,7 @@ def test_a_store_that_refuses_for_long_is_told(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = Key.parse(prefix()) / "done"
-    parts = Parts(key)
+    parts = Parts(key, granted)
     parts.write(b"1")
     bucket._store.cache_clear()
     with monkeypatch.context() as patch:

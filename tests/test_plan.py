@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import tilepipe as tp
 from tests import zoo
-from tests.support import noise, write_unet, write_volume
+from tests.support import noise, right_to, write_unet, write_volume
 from tilepipe.begin import _create
 from tilepipe.compute import RegionEvaluator
 from tilepipe.cost import Liveness
 from tilepipe.engines import serial
 from tilepipe.errors import BadRequest
+from tilepipe.fence import Right
 from tilepipe.geometry import Region, ceil_to, mirror
 from tilepipe.model import wrap
 from tilepipe.network import export
@@ -33,7 +34,7 @@ from tilepipe.tiling import _decoded
 from tilepipe.unet import UNet
 from tilepipe.volume import Volume
 from tilepipe.windows import whole
-from tilepipe.worker import SegmentJob, Worker
+from tilepipe.worker import SegmentJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,11 +127,13 @@ def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path
         )  # fmt: skip
     assert plan.strategy == strategy
     _create(plan, overwrite=False)
-    worker = SegmentJob(plan, "key").open()
-    assert isinstance(worker, Worker)
-    worker._compute = Here()  # the counter sees its own thread only
     added = {torch.ops.mkldnn._convolution_pointwise_: _added_convolution}
-    with FlopCounterMode(display=False, custom_mapping=added) as counter:
+    with (
+        right_to(plan.target) as right,
+        FlopCounterMode(display=False, custom_mapping=added) as counter,
+    ):
+        worker = SegmentJob(plan, right).open()
+        worker._compute = Here()  # the counter sees its own thread only
         for tile in plan.grid:
             worker(tile.index)
     assert counter.get_total_flops() // 2 == plan.costs.multiply_adds
@@ -300,7 +303,7 @@ def test_a_job_is_small(model: Path, source: Path) -> None:
     import pickle
 
     plan = tp.plan(source, model=model)
-    assert len(pickle.dumps(SegmentJob(plan, "key"))) < 5000
+    assert len(pickle.dumps(SegmentJob(plan, Right(plan.target, "lock", "0" * 32)))) < 5000
     assert serial.run.__module__ == "tilepipe.engines.serial"
 
 

@@ -23,7 +23,6 @@ from tilepipe.target import LEDGER
 from tilepipe.units import SHARD_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from distributed import Client
@@ -38,8 +37,16 @@ class Idle:
     key: str = "idle"
     slots: int = 2
 
-    def open(self) -> Callable[[int], TileResult]:
-        return result
+    def open(self) -> Idling:
+        return Idling()
+
+
+class Idling:
+    def __call__(self, index: int) -> TileResult:
+        return result(index)
+
+    def close(self) -> None:
+        """Nothing is being written."""
 
 
 def result(index: int, *, worker: str = "host:1", seconds: float = 0.0) -> TileResult:
@@ -132,7 +139,7 @@ def test_a_log_says_what_was_entered_torn_or_not(tmp_path: Path) -> None:
     now = time.time()
     for number, names in enumerate((("a:1", "b:2"), ("b:2", "c:3"))):
         for _ in range(2):  # a run, and one that goes on
-            log = Log(tmp_path / f"log-{number + 1}")
+            log = Log(tmp_path / f"log-{number + 1}", lambda: None)
             for index, name in enumerate(names):
                 log.add(result(index, worker=name, seconds=0.25))
             log.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +65,7 @@ def test_write_units_from_threads_give_the_array(
     random.Random(0).shuffle(tiles)
     with ThreadPoolExecutor(8) as pool:
         for done in [
-            pool.submit(pickle.loads(pickle.dumps(target)).write, t.write, part)
+            pool.submit(target.write, t.write, part)
             for t in tiles
             for part in [voxels[(..., *t.write.slices)]]
         ]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import tilepipe as tp
-from tests.support import assert_close, noise, read, write_unet, write_volume
+from tests.support import assert_close, noise, read, right_to, write_unet, write_volume
 from tilepipe.engines import TileFailure, serial
 from tilepipe.options import Options
 from tilepipe.predict import Predictor
 from tilepipe.transfer import Transfer, is_out_of_memory
-from tilepipe.worker import SegmentJob, Worker
+from tilepipe.worker import SegmentJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,11 +83,11 @@ def test_a_worker_remembers_and_gives_up_at_the_smallest_part(
     plan = tp.plan(source, model=model, output=tmp_path / "o", options=options)
     monkeypatch.setattr("tilepipe.worker.Predictor", Small)
     monkeypatch.setattr(Small, "room", 50)
-    worker = SegmentJob(plan, "key").open()
-    assert isinstance(worker, Worker)
-    assert [worker(index).narrowed for index in (0, 1)] == [1, 1]
-    monkeypatch.setattr(Small, "room", 10)
-    [failure] = serial.run(SegmentJob(plan, "key"), [0])
+    with right_to(tmp_path / "o") as right:
+        worker = SegmentJob(plan, right).open()
+        assert [worker(index).narrowed for index in (0, 1)] == [1, 1]
+        monkeypatch.setattr(Small, "room", 10)
+        [failure] = serial.run(SegmentJob(plan, right), [0])
     assert isinstance(failure, TileFailure)
     assert "smallest part of a tile: OutOfMemoryError" in failure.cause
 

@@ -155,6 +155,10 @@ _SEGMENT = (
     click.option("--chunks", type=Sizes(), help="Voxels of the target's chunks."),
     click.option("--shards", type=Sizes(), help="Voxels of its shards, in multiples of chunks."),
     _choice("ome_version", "Of the target: 0.5 is Zarr v3, 0.4 is Zarr v2."),
+    click.option(
+        "--durable/--fast", default=True,
+        help="Whether a tile is finished only when the disk has it, or sooner. [durable]",
+    ),
     click.option("--inexact", is_flag=True, help="Accept seams where no tiling is exact."),
     click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True),
     click.option("--scheduler", metavar="ADDRESS", help="Of a Dask cluster that already runs."),

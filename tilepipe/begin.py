@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from tilepipe.errors import BadRequest
+from tilepipe.fence import SETTLE
 from tilepipe.ledger import (
     Ledger,
     await_first,
@@ -168,6 +170,8 @@ def _begin(
     """Create the target that was claimed and return its plan; nothing is left where that fails."""
     try:
         made = normalized(made, None, scanned)
+        if claim.after_dead or _state(made.target) == "started":
+            time.sleep(SETTLE)
         _create(made, overwrite=overwrite)
         assert made.normalization is not None
         content: dict[str, object] = {
@@ -206,7 +210,12 @@ def _create(made: Plan, *, overwrite: bool) -> None:
 
 def _begun(target: str) -> bool:
     """Whether a run was stopped here before it had a ledger, and so before any tile."""
+    return _state(target) == "created"
+
+
+def _state(target: str) -> object:
+    """Return how far an output is: ``created``, ``started``, ``done``, or None for no output."""
     try:
-        return read_attributes(target).get("state") == "created"
+        return read_attributes(target).get("state")
     except BadRequest:
-        return False
+        return None

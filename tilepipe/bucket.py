@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 from tilepipe.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from obstore import PutMode, UpdateVersion
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -244,9 +244,10 @@ class Parts:
     is written anew as it grows, by a thread, `FLUSH` seconds after what it lacks at most.
     """
 
-    def __init__(self, key: Key) -> None:
+    def __init__(self, key: Key, leave: Callable[[], None]) -> None:
+        """``leave`` is asked before each object is written; it raises OSError to refuse."""
         earlier = [k.name for k in key.parent.iterdir() if k.name.startswith(f"{key.name}.")]
-        self._key = key
+        self._key, self._leave = key, leave
         self._number = 1 + max((int(name.rpartition(".")[2]) for name in earlier), default=-1)
         self._tag: UpdateVersion | None = None
         self._content = bytearray()
@@ -274,6 +275,7 @@ class Parts:
             if len(content) == self._written:
                 return
             try:
+                self._leave()
                 self._put(content)
             except OSError as error:
                 self._failed = self._failed or (time.monotonic(), error)

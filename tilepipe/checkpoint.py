@@ -7,7 +7,6 @@ nothing here imports what a file names.
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from tilepipe.errors import BadRequest
+from tilepipe.place import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,12 +90,8 @@ def save_checkpoint(
 
 def save_whole(path: Path, content: Mapping[str, object]) -> None:
     """Write a file of `torch.save`, whole or not at all; one that is there is replaced."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         torch.save(content, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, content: Mapping[str, object]) -> Checkpoint:

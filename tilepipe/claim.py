@@ -38,6 +38,8 @@ LEASE = 60.0
 """Seconds without one after which an owner on another machine is taken for dead."""
 PATIENCE = 120.0
 """Seconds for which the place of a claim may be out of reach."""
+READS = 100
+"""How often a claim is read that is just being written, a hundred times a second."""
 WIDTH = 512
 """Bytes of a claim, whatever it says: it is rewritten in place."""
 
@@ -65,8 +67,10 @@ class Owner:
 class Claim:
     """A claim that is held until it is closed."""
 
-    def __init__(self, path: Place, owner: Owner, held: Hold) -> None:
+    def __init__(self, path: Place, owner: Owner, held: Hold, *, after_dead: bool = False) -> None:
         self._path, self._owner, self._held = path, owner, held
+        self.after_dead = after_dead
+        """Whether its last owner died: what that one's workers write may be on its way."""
         self._lost = False
         self._unheard: tuple[float, OSError] | None = None
         self._end = threading.Event()
@@ -81,21 +85,28 @@ class Claim:
         one that was watched before is given as ``dead``.
         """
         mine = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, shard)
+        after_dead = False
         while True:
             held = hold(path, _content(mine))
             if held is not None:
-                return cls(path, mine, held)
+                return cls(path, mine, held, after_dead=after_dead)
             before = _read(path)
             if before is None:
                 continue
             if before != dead and (found := living([path]).get(path)):
                 return found
             _remove_dead(path, before)
+            after_dead = True
 
     @property
     def name(self) -> str:
         """Of its file."""
         return self._path.name
+
+    @property
+    def token(self) -> str:
+        """What the file says as long as this claim is held; no two claims have the same."""
+        return self._owner.token
 
     def check(self) -> None:
         """Raise `TileError` where it is another's, as nothing was heard of us, or out of reach."""
@@ -192,6 +203,19 @@ def _read(path: Place) -> Owner | None:
     except FileNotFoundError:
         return None
     return None if content.startswith(VACANT) else _owner(content)
+
+
+def read_owner(path: Place) -> Owner | None:
+    """Return who holds a claim, None where nobody does.
+
+    A claim that is just being rewritten is read again. Raises OSError where it cannot be read.
+    """
+    for _ in range(READS):
+        owner = _read(path)
+        if owner is None or owner.token:
+            return owner
+        time.sleep(0.01)
+    raise OSError(f"{path} cannot be read: it is not whole")
 
 
 def _owner(content: bytes) -> Owner:

@@ -254,7 +254,7 @@ def _created(
             units=volume.units,
             attributes={"objects": {"source": volume.path}},
         )
-        yield open_target(path)
+        yield open_target(path, durable=False)  # it is removed where what follows fails
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
         raise

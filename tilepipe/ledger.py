@@ -28,6 +28,7 @@ import numpy as np
 from tilepipe.claim import Claim, Owner, is_held, living, take_dead
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
+from tilepipe.fence import Fence, NotOwner, Right
 from tilepipe.options import Shard
 from tilepipe.place import append, find, locate, replace
 from tilepipe.progress import Log, read_progress
@@ -67,6 +68,7 @@ class Ledger:
         self, folder: Place, plan: dict[str, object], *, tiles: int, claim: Claim | None
     ) -> None:
         self._folder, self._claim = folder, claim
+        self._fence = None if claim is None else Fence(_right(folder, claim))
         self.plan = plan
         self.tiles = tiles
         self._name = "" if claim is None else claim.name.removeprefix("lock")
@@ -80,8 +82,8 @@ class Ledger:
                 path = folder / f"done{self._name}"
                 if isinstance(path, Path):
                     _mend(path)
-                self._file = append(path)
-                self._log = Log(folder / f"log{self._name}")
+                self._file = append(path, self._leave)
+                self._log = Log(folder / f"log{self._name}", self._leave)
             self.refresh()
         except BaseException:
             self.close()
@@ -167,16 +169,33 @@ class Ledger:
             self._finished[index] = True
             self.done += 1
 
+    @property
+    def right(self) -> Right:
+        """What workers need to write for this run; only of a ledger that is open for writing."""
+        assert self._claim is not None
+        return _right(self._folder, self._claim)
+
     def check(self) -> None:
         """Raise `TileError` where nothing more can be entered: see `tilepipe.claim.Claim.check`."""
-        if self._claim is not None:
+        if self._claim is not None and self._fence is not None:
             self._claim.check()
+            with suppress(OSError):  # out of reach just now: the claim's thread knows for how long
+                self._fence.check()
+
+    def _leave(self) -> None:
+        """Raise OSError where this run may write nothing more."""
+        assert self._fence is not None
+        try:
+            self._fence.check()
+        except NotOwner as error:
+            raise PermissionError(str(error)) from error
 
     def set_aside(self, failures: Sequence[TileFailure]) -> None:
         """Keep the tiles that failed in this run; none removes those of earlier runs.
 
         A shard speaks for itself, any other run for all.
         """
+        self.check()
         if not self._name:
             for path in find(self._folder, "failed-"):
                 path.unlink(missing_ok=True)
@@ -242,6 +261,10 @@ class Ledger:
             log.warning("what was finished last may be done again: %s", failure)
 
 
+def _right(folder: Place, claim: Claim) -> Right:
+    return Right(str(folder.parent), claim.name, claim.token)
+
+
 def folder_of(target: str | Path) -> Place:
     """Return where the ledger of a target lies, or would."""
     return locate(target, "output") / LEDGER
@@ -278,9 +301,11 @@ def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
         if shard is None
         else [folder / "lock"]
     )
+    before = sum(map(is_held, others))
     if found := living(others, clear=True):
         claim.close()
         raise _held(target, next(iter(found.values())))
+    claim.after_dead |= before > 0
     return claim
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from tilepipe.geometry import Shape
 
 log = logging.getLogger(__name__)
+
+_exporting = threading.Lock()
+"""torch.export keeps what it does in variables of the process: two at once fail, or mix."""
 
 
 class NotExported(Exception):
@@ -73,7 +77,7 @@ def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     example = torch.empty(shape, dtype=dtype, device="meta")
     try:
-        with warnings.catch_warnings():
+        with _exporting, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (example,), strict=False)
             if not all(_is_plain(node) for node in program.graph.nodes):

@@ -98,6 +98,8 @@ class Options:
     chunks: Shape | None = None
     shards: Shape | None = None
     ome_version: str = "0.5"
+    durable: bool = True
+    """A tile counts as finished only when it is on the disk: it outlives a power failure."""
     inexact: bool = False
     """Run a network that no tiling makes exact in windows all the same."""
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
@@ -23,7 +23,7 @@ from tilepipe.bucket import Key, Parts
 from tilepipe.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import BinaryIO
 
     from zarr.abc.store import Store
@@ -89,19 +89,41 @@ def zarr_store(place: Place, *, read_only: bool = False) -> Store:
 
 
 def replace(place: Place, content: bytes) -> None:
-    """Write a file so that it is the old one or the new one, never a part."""
+    """Write a file so that it is the old one or the new one, never a part, and is on the disk."""
     if isinstance(place, Key):
         place.write_bytes(content)
         return
-    partial = place.with_name(place.name + ".new")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, place)
-    handle = os.open(place.parent, os.O_RDONLY)
+    with whole_file(place) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path to write to; what was written there replaces ``path``, whole and on the disk.
+
+    Where the writing fails, ``path`` is left as it was.
+    """
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
     try:
-        os.fsync(handle)  # of the name itself
+        yield partial
+        sync_file(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_file(path.parent)  # of the name itself
+
+
+def sync_file(path: Path) -> None:
+    """Force a file to disk, or the names in a folder; what is gone meanwhile needs nothing.
+
+    Raises OSError where the disk refuses.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -246,12 +268,14 @@ class Appending(Protocol):
         """Sync, and end."""
 
 
-def append(place: Place) -> Appending:
+def append(place: Place, leave: Callable[[], None]) -> Appending:
     """Append to a file: to one of a file system, or to a row of objects `NAME.000000`, ....
 
-    All of them `find` finds by the name, in order.
+    All of them `find` finds by the name, in order. ``leave`` raises OSError where nothing more may
+    be written; it is asked before each object, which, unlike an open file, could be written anew
+    after it was removed.
     """
-    return Parts(place) if isinstance(place, Key) else _Appended(place)
+    return Parts(place, leave) if isinstance(place, Key) else _Appended(place)
 
 
 class _Appended:

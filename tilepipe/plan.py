@@ -307,7 +307,8 @@ def whole_graph(model: Model, profile: Profile, box: Region) -> Graph | None:
     if profile.method != "graph" or profile.fixed or profile.troubles:
         return None
     key = model.digest, box.shape
-    if key not in _graphs:
+    graph = _graphs.get(key)
+    if graph is None:
         try:
             graph = export(model.on_meta(), (1, model.channels, *box.shape))
             RegionEvaluator(graph, model.on_meta())
@@ -316,7 +317,7 @@ def whole_graph(model: Model, profile: Profile, box: Region) -> Graph | None:
             return None
         _graphs.clear()
         _graphs[key] = graph
-    return _graphs[key]
+    return graph
 
 
 def default_target(source: str | Path) -> str:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from tilepipe.place import append, find
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tilepipe.engines import TileResult
     from tilepipe.place import Appending, Place
 
@@ -27,15 +29,16 @@ RECENT = 300
 class Log:
     """Appends to a log."""
 
-    def __init__(self, path: Place) -> None:
-        self._path = path
+    def __init__(self, path: Place, leave: Callable[[], None]) -> None:
+        """``leave`` raises OSError where nothing more may be written."""
+        self._path, self._leave = path, leave
         self._file: Appending | None = None
         self._workers: dict[str, int] = {}
 
     def add(self, result: TileResult) -> None:
         """Enter a tile that has just been finished."""
         if self._file is None:
-            self._file = append(self._path)
+            self._file = append(self._path, self._leave)
             self._file.write(b"\n")  # the last line may be torn
         number = self._workers.get(result.worker)
         if number is None:

@@ -20,7 +20,6 @@ from tilepipe.begin import (
 )
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import Ledger, fingerprint
 from tilepipe.options import ENGINES, Options, Shard
 from tilepipe.plan import Plan, default_target, plan
 from tilepipe.progress import Share
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from tilepipe.engines.jobs import Jobs
+    from tilepipe.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ def segment(
                 _adopt(report, ledger, shard, count=count, progress=progress)
             report.unfinished = ledger.tiles - ledger.done
             if not report.unfinished:
+                ledger.check()
                 update_attributes(made.target, {"state": "done", "nonfinite": ledger.nonfinite()})
     return report
 
@@ -348,7 +349,7 @@ def _run(
 ) -> None:
     """Run the tiles that are left through the engine and enter them in the ledger."""
     began = time.perf_counter() - report.seconds
-    job = SegmentJob(report.plan, fingerprint(report.plan.identity()))
+    job = SegmentJob(report.plan, ledger.right)
     left = ledger.remaining(tiles)
     if next(ledger.remaining(tiles), None) is None:
         return

@@ -16,9 +16,10 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from tilepipe.bucket import Key, explain, told
-from tilepipe.errors import BadRequest
+from tilepipe.errors import BadRequest, TileError
+from tilepipe.guarded import Granted, GuardedStore
 from tilepipe.ome import image_attributes, parse_multiscale, read_node
-from tilepipe.place import check_writable, folders, locate, remove_all, zarr_store
+from tilepipe.place import check_writable, folders, locate, remove_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from zarr.types import AnyArray
 
     from tilepipe.geometry import Region, Shape
+    from tilepipe.guarded import Leave
     from tilepipe.place import Place
 
 T = TypeVar("T")
@@ -65,9 +67,10 @@ class Target:
     shards: Shape | None
     """Voxels of a shard along each of ``axes``; None where there are no shards."""
     _array: AnyArray = field(repr=False)
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return open_target, (self.path,)
+    _store: GuardedStore = field(repr=False)
+    _leave: Leave = field(repr=False)
+    _durable: bool
+    """Whether what was written is on the disk when `write` returns."""
 
     def write(self, region: Region, array: NDArray[np.generic]) -> None:
         """Write ``array``, of all channels, to a ``region`` of whole write units.
@@ -87,8 +90,11 @@ class Target:
             )
         index = region.slices if self.channels is None else (slice(None), *region.slices)
         try:
-            self._array[index] = array
-        except MemoryError:
+            with self._leave.writing():
+                self._array[index] = array
+                if self._durable:
+                    self._store.sync()
+        except (MemoryError, TileError):
             raise
         except Exception as error:
             raise OSError(
@@ -170,7 +176,7 @@ def _create(
     is found and not read as voxels (except floats in Zarr v2, which has none for them).
     """
     modern = "ome" in attributes
-    store = zarr_store(path)
+    store = GuardedStore.of(path, Granted())
     zarr.create_group(store, zarr_format=3 if modern else 2, attributes=attributes)
     if modern:
         zarr.create_array(
@@ -187,6 +193,7 @@ def _create(
             dimension_names=list(axes),
             zarr_format=3,
         )
+        store.sync()
         return
     blosc: dict[str, JSON] = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 2}
     zstd: dict[str, JSON] = {"id": "zstd", "level": 3, "checksum": True}
@@ -202,6 +209,7 @@ def _create(
         attributes={"_ARRAY_DIMENSIONS": list(axes)},
         zarr_format=2,
     )
+    store.sync()
 
 
 def _per_axis(name: str, values: tuple[T, ...], channel: T, axes: str) -> tuple[T, ...]:
@@ -342,8 +350,12 @@ def _check_parent(target: Place, path: object) -> None:
         raise BadRequest(f"output (={path}) needs the folder {target.parent}, which {is_file}")
 
 
-def open_target(path: str | Path) -> Target:
-    """Open an output that `create_target` made, for writing; BadRequest for anything else."""
+def open_target(path: str | Path, *, leave: Leave | None = None, durable: bool = True) -> Target:
+    """Open an output that `create_target` made, for writing; BadRequest for anything else.
+
+    ``leave`` is asked before each object that is written; without one there must be nobody else
+    who writes there. What is ``durable`` outlives a power failure as soon as it is written.
+    """
     target = locate(path, "output")
     node = read_node(target) if _is_ours(target) else None
     image = None if node is None else parse_multiscale(node.attributes)
@@ -352,7 +364,7 @@ def open_target(path: str | Path) -> Target:
     if read_node(target / "0") is None:
         raise BadRequest(f"output (={path}) has lost its array 0")
     try:
-        store = zarr_store(target / "0")
+        store = GuardedStore.of(target / "0", leave or Granted())
         array = zarr.open_array(store, mode="r+", zarr_format=node.zarr_format)
     except Exception as error:
         cause = f"{type(error).__name__}: {explain(error)}"[:200]
@@ -370,6 +382,9 @@ def open_target(path: str | Path) -> Target:
         chunks=array.chunks[first:],
         shards=None if array.shards is None else array.shards[first:],
         _array=array,
+        _store=store,
+        _leave=leave or Granted(),
+        _durable=durable,
     )
 
 
@@ -388,8 +403,10 @@ def update_attributes(path: str | Path, attributes: Mapping[str, object]) -> Non
     merged = {**read_attributes(path), **attributes}
     target = locate(path, "output")
     with _told(target):
-        group = zarr.open_group(zarr_store(target), mode="r+", use_consolidated=False)
+        store = GuardedStore.of(target, Granted())
+        group = zarr.open_group(store, mode="r+", use_consolidated=False)
         group.attrs[OURS] = cast("dict[str, JSON]", merged)
+        store.sync()
 
 
 def _told(place: Place) -> AbstractContextManager[None]:

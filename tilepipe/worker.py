@@ -8,8 +8,9 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -18,6 +19,7 @@ from tilepipe.allocator import compute_thread, keep_memory
 from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
 from tilepipe.feed import Feed, Store, blocks
+from tilepipe.fence import Fence
 from tilepipe.geometry import Region, halved
 from tilepipe.model import load_model
 from tilepipe.plan import whole_graph
@@ -30,10 +32,9 @@ from tilepipe.volume import open_volume, read_mirrored, read_zero_padded
 from tilepipe.windows import Window, Windows, cut, read_box
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
+    from tilepipe.fence import Right
     from tilepipe.plan import Plan
 
 
@@ -45,8 +46,10 @@ class SegmentJob:
     """A plan ready to be run, small enough to be sent to every worker."""
 
     plan: Plan
-    key: str
-    """The plan's fingerprint: the same key is the same work."""
+    right: Right
+    """Of the run to write to the plan's target."""
+    key: str = field(default_factory=lambda: uuid4().hex)
+    """Of this run's work alone: others of the same plan, to another target, have another."""
 
     @property
     def slots(self) -> int:
@@ -56,9 +59,9 @@ class SegmentJob:
         """
         return SLOTS if self.plan.sizes.sweep is None else 2
 
-    def open(self) -> Callable[[int], TileResult]:
+    def open(self) -> Worker:
         """Load the model, open source and target; return what processes a tile by its index."""
-        return Worker(self.plan)
+        return Worker(self.plan, self.right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Worker:
     Reads and writes in the threads that call it, and computes in one of its own.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, right: Right) -> None:
         options = plan.options
         if plan.sizes.device == "cpu":
             keep_memory()
@@ -88,7 +91,8 @@ class Worker:
         _bound_reads()
         self._plan = plan
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
-        self._target = open_target(plan.target)
+        self._fence = Fence(right)
+        self._target = open_target(plan.target, leave=self._fence, durable=options.durable)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._reading = threading.Lock()  # one tile at a time, or memory is not what was planned
         self._sweeping = threading.Lock()
@@ -148,6 +152,11 @@ class Worker:
                     raise
                 self._narrow(times, one_line(error))
             self._predictor.free()
+
+    def close(self) -> None:
+        """Write no more, and wait for the writes that have begun."""
+        if not self._fence.close():
+            log.warning("a write to %s has not ended yet", self._plan.target)
 
     def _narrow(self, times: int, why: str) -> None:
         """Halve what the network gets at once, unless another tile has done so meanwhile."""

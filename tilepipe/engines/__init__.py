@@ -7,10 +7,7 @@ more than a bounded window of them, and yields what became of each exactly once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import Protocol
 
 RETRIES = 2
 """How often a tile that failed is tried again before it is set aside."""
@@ -46,19 +43,29 @@ class TileFailure:
     attempts: int
 
 
+class Opened(Protocol):
+    """A job in one process."""
+
+    def __call__(self, index: int) -> TileResult:
+        """Process a tile; may be called from several threads at once."""
+
+    def close(self) -> None:
+        """Let nothing be written any more; what is being written has ended when this returns."""
+
+
 class Job(Protocol):
     """Work on tiles, small enough to be sent to every worker."""
 
     @property
     def key(self) -> str:
-        """The same key is the same work: a process opens it once."""
+        """The name of this work; no other work has the same at the same time."""
 
     @property
     def slots(self) -> int:
         """Tiles in flight in a process: one is read, one computed, one written."""
 
-    def open(self) -> Callable[[int], TileResult]:
-        """Return what processes a tile by its index, from several threads at once."""
+    def open(self) -> Opened:
+        """Return what processes tiles in this process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,9 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
@@ -25,7 +24,6 @@ from distributed import (
     Nanny,
     Scheduler,
     SpecCluster,
-    WorkerPlugin,
     as_completed,
 )
 from distributed.comm.core import connect
@@ -37,11 +35,11 @@ from distributed.utils import silence_logging_cmgr
 from tilepipe.engines import RETRIES, Fleet, Job, Lost, TileFailure, TileResult, one_line
 from tilepipe.engines.attempts import Back, Failed, Tiles
 from tilepipe.engines.batches import Batch, Ended, Pace, of_each
-from tilepipe.engines.walltime import Deadline, leave
+from tilepipe.engines.plugin import JobPlugin, process_batch
 from tilepipe.errors import BadRequest, TileError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from dask.typing import Key
     from distributed import Future, Worker
@@ -91,77 +89,6 @@ EXTENSIONS = {**DEFAULT_EXTENSIONS, "spans": _NoSpans}
 """Of a scheduler of our own: its memory does not grow with the tiles that are done."""
 
 
-class _Jobs(WorkerPlugin):
-    """Gives each worker process the job, once, under its key."""
-
-    def __init__(self, job: Job) -> None:
-        self.name = f"tilepipe-{job.key}"
-        self.job = job
-
-    def setup(self, worker: Worker) -> None:
-        """Keep the job; it is opened by the first tile."""
-        _here.setdefault(self.job.key, _Here(self.job, worker))
-
-    def teardown(self, worker: Worker) -> None:
-        """Let the model and the open files go."""
-        _here.pop(self.job.key, None)
-
-
-class _Here:
-    """A job in this process: opened once, never more tiles at once than it has slots."""
-
-    def __init__(self, job: Job, worker: Worker) -> None:
-        self._job, self._worker, self._deadline = job, worker, Deadline()
-        self._lock, self._first = threading.Lock(), threading.Lock()
-        self._slots = threading.BoundedSemaphore(job.slots)
-        self._opened: Callable[[int], TileResult] | None = None
-
-    def __call__(self, batch: Batch) -> Ended:
-        """Process one tile after the other, until time is over or the job is let go."""
-        began, outcomes = time.monotonic(), list[TileResult | Failed | Back]()
-        for index in batch.tiles:
-            outcomes.append(self._process(index, batch.expected))
-            over = time.monotonic() - began > batch.span or _here.get(self._job.key) is not self
-            if over or isinstance(outcomes[-1], Back):
-                break
-        return Ended(tuple(outcomes), time.monotonic() - began)
-
-    def _process(self, index: int, expected: float) -> TileResult | Failed | Back:
-        try:
-            with self._lock:
-                if self._opened is None:
-                    self._opened = self._job.open()
-        except Exception as error:  # whatever it is, the driver reports it
-            log.info("the job cannot be opened", exc_info=True)
-            return Failed(one_line(error), opening=True)
-        try:
-            with self._slots, self._alone_at_first():
-                if not self._deadline.suffices(expected):
-                    self._worker.loop.add_callback(leave, self._worker)
-                    return Back()
-                began = time.monotonic()
-                result = self._opened(index)
-                self._deadline.took(time.monotonic() - began)
-                return result
-        except Exception as error:  # the tile is retried or set aside, the rest goes on
-            log.info("tile %d failed", index, exc_info=True)
-            return Failed(one_line(error), opening=False)
-
-    @contextmanager
-    def _alone_at_first(self) -> Iterator[None]:
-        """Let others wait for the tile that tells whether the time suffices for them."""
-        with self._first if self._deadline.unknown else nullcontext():
-            yield
-
-
-_here: dict[str, _Here] = {}
-
-
-def process_batch(key: str, batch: Batch) -> Ended:
-    """Process tiles in a worker: the task that the scheduler sees."""
-    return _here[key](batch)
-
-
 def run(
     job: Job,
     tiles: Iterable[int],
@@ -177,7 +104,7 @@ def run(
     attempt, unless the fleet knows better. Raises `BadRequest` where workers cannot take the job,
     `TileError` where they cannot open it or the scheduler goes.
     """
-    plugin, name, number = _Jobs(job), f"tilepipe-{uuid4().hex[:8]}", count()
+    plugin, name, number = JobPlugin(job), f"tilepipe-{uuid4().hex[:8]}", count()
     todo, window, pace = Tiles(tiles, retries), _Window(client, fleet), Pace(job.slots)
     batches: dict[Future[Ended], Batch] = {}
     finished, pause = as_completed(loop=client.loop), POLL[0]
@@ -217,7 +144,7 @@ def run(
         _stop(client, list(batches), plugin.name)
 
 
-def _send(client: Client, plugin: _Jobs) -> None:
+def _send(client: Client, plugin: JobPlugin) -> None:
     """Give the job to the workers there are, and by the scheduler to those that will come."""
     try:
         client.register_plugin(plugin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,10 @@ def run(
         raise TileError(f"this process cannot begin: {one_line(cause)}") from cause
     source, running = iter(tiles), dict[Future[TileResult], int]()
     again, attempts = deque[int](), dict[int, int]()
-    with ThreadPoolExecutor(job.slots, thread_name_prefix="tilepipe-tile") as pool:
+    with (
+        closing(process),
+        ThreadPoolExecutor(job.slots, thread_name_prefix="tilepipe-tile") as pool,
+    ):
         while True:
             while len(running) < job.slots:
                 index = again.popleft() if again else next(source, None)
