@@ -30,7 +30,7 @@ from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
 from tilepipe.fence import Fence, NotOwner, Right
 from tilepipe.options import Shard
-from tilepipe.place import append, find, locate, replace
+from tilepipe.place import append, find, locate, replace, sync_file
 from tilepipe.progress import Log, read_progress
 from tilepipe.target import LEDGER
 
@@ -278,6 +278,9 @@ def lay_plan(target: str | Path, plan: Mapping[str, object], *, tiles: int) -> d
         if not path.name.startswith(("lock", "plan.json")):
             path.unlink()  # before the plan: no tile of another may ever seem to be of this one
     replace(folder / "plan.json", json.dumps(content).encode())
+    if isinstance(folder, Path):
+        for parent in (folder.parent, folder.parent.parent):
+            sync_file(parent)  # of the names of folders that are new
     return content
 
 
