@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from tilepipe.errors import BadRequest
+from tilepipe.identity import check_version
 from tilepipe.ledger import (
     Ledger,
     await_first,
@@ -45,11 +46,8 @@ def find_earlier(target: str) -> dict[str, object] | None:
     ledger = Ledger.open(target, write=False)
     if ledger is not None:
         with ledger:
-            if "identity" in ledger.plan:
-                return ledger.plan
-        raise BadRequest(
-            f"output (={target}) has a ledger without its plan; replace it with --overwrite"
-        )
+            check_version(target, ledger.plan)
+            return ledger.plan
     begun = _begun(target)
     check_free(target, overwrite=True)  # says what else lies there
     if not begun and not is_empty(place):
@@ -58,22 +56,6 @@ def find_earlier(target: str) -> dict[str, object] | None:
             " it with --overwrite"
         )
     return None
-
-
-def check_same(target: str, kept: Mapping[str, object], asked: Mapping[str, object]) -> None:
-    """Refuse what is asked where it would give other bytes than what was begun."""
-    if not kept:
-        return
-    changed = [name for name in asked if kept.get(name) != asked[name]]
-    if "sizes" in changed:
-        old, new = (cast("Mapping[str, object]", d.get("sizes") or {}) for d in (kept, asked))
-        changed.remove("sizes")
-        changed += [name for name in new if old.get(name) != new[name]]
-    if changed:
-        raise BadRequest(
-            f"output (={target}) was begun with another plan (other {', '.join(changed)}); go on"
-            " with the same options, name another output, or replace it with --overwrite"
-        )
 
 
 def check_intact(made: Plan) -> None:
