@@ -21,7 +21,8 @@ ORDER = [
     "regions", "feed", "windows", "profile", "probe", "model", "checkpoint", "cost", "sweep",
     "course", "compute", "transfer", "allocator", "kernels", "rows", "network", "operations",
     "rules", "program", "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances",
-    "warping", "scores", "target", "volume", "ome", "tiff", "place", "bucket", "geometry", "errors",
+    "warping", "scores", "target", "contents", "volume", "ome", "tiff", "place", "bucket",
+    "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -362,7 +363,8 @@ def test_a_damaged_output_is_refused_until_it_is_overwritten(
 ) -> None:
     target = tmp_path / "o"
     shutil.copytree(begun, target)
-    (target / part).write_bytes(b"junk")
+    content = json.loads((target / part).read_text())
+    (target / part).write_text(json.dumps({**content, "shape": [1, 1], "attributes": {}}))
     with pytest.raises(BadRequest, match=r"is damaged .*; replace it with --overwrite"):
         quick.segment(target)
     assert marked(target) == TILES // 3

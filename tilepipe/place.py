@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -93,27 +92,22 @@ def replace(place: Place, content: bytes) -> None:
     if isinstance(place, Key):
         place.write_bytes(content)
         return
-    partial = place.with_name(place.name + ".new")
-    with partial.open("wb") as file:
+    partial = place.with_name(f"{place.name}.{uuid4().hex}.partial")
+    with partial.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, place)
-    handle = os.open(place.parent, os.O_RDONLY)
+    sync_folder(place.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let what was created, renamed and removed in a folder outlive a failure of this machine."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)  # of the name itself
+        os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def remove_all(place: Place) -> None:
-    """Remove a file, or a folder and all that it holds; a link, not what it leads to."""
-    if isinstance(place, Key):
-        place.remove_all()
-    elif place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-    else:
-        place.unlink()
 
 
 def check_writable(folder: Place) -> None:
@@ -258,6 +252,8 @@ class _Appended:
     """A file of a file system that grows."""
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and path.stat().st_nlink > 1:  # a copy of hard links would grow, too
+            replace(path, path.read_bytes())
         self._file: BinaryIO = path.open("ab")
         self._synced = time.monotonic()
 

@@ -202,7 +202,7 @@ def _plan(
     )
     check_same(target, kept, made.identity())
     if earlier is not None:
-        check_intact(made)
+        check_intact(made, finished=bool(earlier["finished"]))
     return made, earlier
 
 

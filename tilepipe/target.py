@@ -6,6 +6,8 @@ volume. Each write unit must have one writer: two writers in one shard lose data
 
 from __future__ import annotations
 
+import itertools
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,10 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from tilepipe.bucket import Key, explain, told
+from tilepipe.contents import LEDGER, check_ours, check_ways, clear
 from tilepipe.errors import BadRequest
 from tilepipe.ome import image_attributes, parse_multiscale, read_node
-from tilepipe.place import check_writable, folders, locate, remove_all, zarr_store
+from tilepipe.place import check_writable, folders, locate, zarr_store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,11 +37,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OURS = "tilepipe"
 """The group attribute under which our own attributes lie; it marks an output as ours."""
-LEDGER = ".tilepipe"
-"""The folder of the ledger inside an output; with its plan it marks an output as ours, too."""
-_MARKS = ("zarr.json", ".zgroup", ".zattrs")
-_PARTS = (*_MARKS, "0", LEDGER)
-"""All that we put into an output."""
 _LARGEST_CHUNK = 2**31 - 1
 
 
@@ -86,6 +84,8 @@ class Target:
                 f"array of shape {array.shape}, {array.dtype}, must be {shape}, {self.dtype}"
             )
         index = region.slices if self.channels is None else (slice(None), *region.slices)
+        if "://" not in self.path:
+            self._check_ways(region)
         try:
             self._array[index] = array
         except MemoryError:
@@ -94,6 +94,23 @@ class Target:
             raise OSError(
                 f"cannot write voxels {region} of {self.path}: {explain(error)}"
             ) from error
+
+    def _check_ways(self, region: Region) -> None:
+        """Raise OSError where a write unit of a region leads out of the output through a link."""
+        unit = write_unit(self.chunks, self.shards)
+        ends = zip(region.start, region.stop, unit, strict=True)
+        spans = [range(start // edge, -(-stop // edge)) for start, stop, edge in ends]
+        channels = [] if self.channels is None else [range(self.channels)]
+        if self.shards is not None:
+            channels = channels and [range(1)]
+        folder = os.path.join(self.path, "0")
+        seen: set[str] = set()
+        for place in itertools.product(*channels, *spans):
+            path = os.path.join(folder, self._array.metadata.encode_chunk_key(place))
+            parent = os.path.dirname(path)
+            if os.path.islink(path) or (parent not in seen and os.path.realpath(parent) != parent):
+                raise OSError(f"cannot write voxels {region} of {self.path}: {path} is a link")
+            seen.add(parent)
 
 
 def write_unit(chunks: Shape, shards: Shape | None) -> Shape:
@@ -147,7 +164,7 @@ def create_target(
     )
     try:
         check_free(path, overwrite=overwrite)
-        _clear(target)
+        clear(target)
         with _told(target):
             _create(target, axes, whole, kind, chunk, shard, {**described, OURS: dict(attributes)})
     except OSError as error:
@@ -234,11 +251,6 @@ def _is_ours(path: Place) -> bool:
     return node is not None and node.kind == "group" and isinstance(node.attributes.get(OURS), dict)
 
 
-def _is_foreign(entry: Place) -> bool:
-    """Whether we did not make it; a write that was killed leaves ``*.partial``."""
-    return entry.name not in _PARTS and not entry.name.endswith(".partial")
-
-
 def is_empty(folder: Place) -> bool:
     """Whether a folder holds nothing but claims of who is about to write there."""
     inner = {path.name for path in folders(folder)}  # a bucket may show one that holds nothing
@@ -267,25 +279,7 @@ def check_free(path: str | Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise BadRequest(f"output (={target}) exists; overwrite it or name another path")
-    if foreign := sorted(entry.name for entry in target.iterdir() if _is_foreign(entry)):
-        raise BadRequest(
-            f"output (={target}) holds {foreign[0]}, which tilepipe did not write and never"
-            " removes; move it away or name another path"
-        )
-
-
-def _clear(target: Place) -> None:
-    """Empty the folder, the group's metadata last: an interrupted removal stays ours."""
-    if not target.exists():
-        return
-    entries: list[Place] = list(target.iterdir())
-    for entry in sorted(entries, key=lambda entry: (entry.name in _MARKS, entry.name)):
-        if entry.name == LEDGER and entry.is_dir():
-            for path in entry.iterdir():
-                if not path.name.startswith("lock"):  # of who is about to write here: us
-                    remove_all(path)
-        else:
-            remove_all(entry)
+    check_ours(target)
 
 
 def check_target(path: str | Path, source_path: str | Path, *, touch: bool = True) -> None:
@@ -306,6 +300,7 @@ def check_target(path: str | Path, source_path: str | Path, *, touch: bool = Tru
     if isinstance(target, Path) and target.exists() and not target.is_dir():
         raise BadRequest(f"output (={path}) is an existing file; name another path")
     _check_parent(target, path)
+    check_ways(target)
     if touch or isinstance(target, Path):
         _check_writable(target, path)
     for folder in target.parents:
