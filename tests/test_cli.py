@@ -105,6 +105,13 @@ def test_bad_requests_end_with_2_and_a_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_demo_writes_over_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "overlay.png").write_text("of a thesis")
+    ended = CliRunner().invoke(main, ["demo", "--size", "64", "-o", str(tmp_path)])
+    assert (ended.exit_code, "overlay.png already" in ended.output) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["overlay.png"]
+
+
 def test_the_demo_segments_well_and_makes_a_picture(tmp_path: Path) -> None:
     found = run("demo", "--size", "300", "-o", tmp_path / "demo")
     assert found.exit_code == 0, found.output

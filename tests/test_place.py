@@ -19,7 +19,6 @@ from tilepipe.place import (
     folders,
     hold,
     locate,
-    remove_all,
     remove_if,
     replace,
 )
@@ -48,8 +47,9 @@ def test_what_is_written_is_found(folder: Place) -> None:
     assert not (folder / "a").exists()  # though names begin so
     with pytest.raises(FileNotFoundError):
         (folder / "a").read_bytes()
-    remove_all(folder / "in")
-    remove_all(folder / "b")
+    (folder / "in" / "c").unlink()
+    (folder / "in").rmdir()
+    (folder / "b").unlink()
     assert [path.name for path in find(folder, "")] == ["aa", "ab"]
     (folder / "aa").unlink(missing_ok=True)
     (folder / "aa").unlink(missing_ok=True)
@@ -187,6 +187,23 @@ def test_a_store_that_refuses_for_long_is_told(
     parts.close()
     [there] = find(key.parent, "done")
     assert there.read_bytes() == b"13"
+
+
+def test_a_thread_that_fails_for_good_is_told(
+    prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is no OSError, such as a fault of a library: nothing is written any more."""
+    monkeypatch.setattr(bucket, "FLUSH", 0.01)
+    parts = Parts(Key.parse(prefix()) / "done", granted)
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "_store", lambda *_, **__: None)  # no store, says obstore
+        parts.write(b"1")
+        parts._thread.join(timeout=60)
+        assert not parts._thread.is_alive()
+        with pytest.raises(OSError, match=r"done: .*None") as caught:
+            parts.write(b"2")
+        assert "\n" not in str(caught.value)
+    parts.close()
 
 
 def test_a_store_that_creates_again_what_exists_is_refused(

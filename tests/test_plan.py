@@ -126,7 +126,7 @@ def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path
             options=Options(tile=(32, 48), chunks=(16, 16), inexact=True),
         )  # fmt: skip
     assert plan.strategy == strategy
-    _create(plan, overwrite=False)
+    _create(plan, plan.target, {}, overwrite=False)
     added = {torch.ops.mkldnn._convolution_pointwise_: _added_convolution}
     with (
         right_to(plan.target) as right,

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.commands import ROOT, until
+from tests.commands import ROOT, WAIT, until
 from tests.support import noise, write_unet, write_volume
 from tilepipe import claim
 from tilepipe.claim import Claim, Owner, living
@@ -27,6 +27,7 @@ from tilepipe.inspect import inspect
 from tilepipe.ledger import Ledger
 from tilepipe.options import Options, Shard
 from tilepipe.place import find
+from tilepipe.place import replace as replace_file
 from tilepipe.segment import plan_segment, segment
 from tilepipe.target import LEDGER, read_attributes
 
@@ -284,7 +285,7 @@ def test_a_plan_of_a_task_touches_nothing(made: Path, tmp_path: Path) -> None:
 def test_a_task_with_another_plan_is_refused(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
     run(made, target, shard=Shard(1, TASKS))
-    with pytest.raises(BadRequest, match=r"begun with another plan \(other precision\)"):
+    with pytest.raises(BadRequest, match=r"another plan \(precision float32, not bfloat16\)"):
         run(made, target, shard=Shard(2, TASKS), options=replace(OPTIONS, precision="bfloat16"))
 
 
@@ -320,6 +321,39 @@ def test_an_owner_elsewhere_lives_while_it_beats(
     taken = Claim.take(path)
     assert isinstance(taken, Claim)
     taken.close()
+
+
+class Faulty:
+    """A hold as it is where a library has a fault: what it raises is no OSError."""
+
+    def rewrite(self, content: bytes) -> bool:
+        raise ZeroDivisionError("of a library\nfor example")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_claim_that_is_no_longer_kept_up_is_told(quick_claims: None, folder: Place) -> None:
+    owner = Owner("host", "machine", 1, 0.0, "token", "")
+    replace_file(folder / "lock", claim._content(owner))
+    with closing(Claim(folder / "lock", owner, Faulty())) as broken:
+        broken._thread.join(timeout=WAIT)
+        with pytest.raises(TileError, match=r"cannot be kept .*ZeroDivisionError: of a") as caught:
+            broken.check()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_claim_of_rubbish_is_taken_over(quick_claims: None, folder: Place) -> None:
+    rubbish = b"[" * 99_999  # the reader of JSON takes it for too deep
+    replace_file(folder / "lock", rubbish)
+    taken = Claim.take(folder / "lock")
+    assert isinstance(taken, Claim)
+    with closing(taken):
+        taken.check()
+        replace_file(folder / "lock", rubbish)
+        until(lambda: taken._lost)
+        with pytest.raises(TileError, match="taken over"):
+            taken.check()
 
 
 def test_an_owner_elsewhere_that_is_silent_loses_its_claim(

@@ -345,6 +345,53 @@ def test_trainings_do_not_take_each_others_place(tmp_path: Path, pair: tuple[str
         train([pair], output=tmp_path / "w.pt", recipe=recipe, folder=tmp_path / "u.pt")
 
 
+OTHERS = {
+    "log.csv": "of a training that another program logs",
+    "tensorboard/notes.txt": "of years",
+    "objects-0.zarr/thesis.txt": "of years",
+    "state.pt": "",
+}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_training_removes_nothing_of_others(
+    tmp_path: Path, pair: tuple[str, str], name: str, named: bool
+) -> None:
+    folder = tmp_path / ("runs" if named else "u.pt.training")
+    place = folder / name
+    place.parent.mkdir(parents=True)
+    place.write_text(OTHERS[name])
+    if name == "state.pt":
+        place.rename(tmp_path / "other")
+        place.symlink_to(tmp_path / "other")
+    elif name == "log.csv" and not named:
+        return  # which is a training that was killed early
+    recipe = Recipe(**{**SMALL, "steps": 1})  # type: ignore[arg-type]
+    for overwrite in (False, True):
+        with pytest.raises(BadRequest, match=r"no training of tilepipe|never removes|is there"):
+            train(
+                [pair], output=tmp_path / "u.pt", recipe=recipe, overwrite=overwrite,
+                folder=folder if named else None,
+            )  # fmt: skip
+        assert place.read_text() == OTHERS[name]
+
+
+def test_a_training_that_is_refused_has_removed_nothing(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    folder = tmp_path / "u.pt.training"
+    folder.mkdir()
+    (folder / "state.pt").write_bytes(b"of a week")
+    recipe = Recipe(**{**SMALL, "steps": 1})  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match="does not exist"):
+        train(
+            [(pair[0], str(tmp_path / "typo.zarr"))], output=tmp_path / "u.pt", recipe=recipe,
+            overwrite=True,
+        )  # fmt: skip
+    assert (folder / "state.pt").read_bytes() == b"of a week"
+
+
 def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path: Path, pair: tuple[str, str]) -> None:
     wild = {**SMALL, "steps": 40, "optimizer": "sgd", "lr": 1e18, "clip": 0.0, "warmup": 0.0}
     with pytest.raises(BadRequest, match=r"the loss became .* at step .* smaller --lr than 1e\+18"):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, cast
 
 from tilepipe.errors import BadRequest
 from tilepipe.fence import SETTLE
+from tilepipe.identity import check_version
 from tilepipe.ledger import (
     Ledger,
     await_first,
@@ -21,6 +26,7 @@ from tilepipe.ledger import (
 )
 from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.place import locate
+from tilepipe.place import replace as write_whole
 from tilepipe.target import (
     check_free,
     create_target,
@@ -39,19 +45,22 @@ if TYPE_CHECKING:
     from tilepipe.plan import Plan
 
 
+log = logging.getLogger(__name__)
+
+
 def find_earlier(target: str) -> dict[str, object] | None:
-    """Return the plan of a run that wrote to this target before, None where there was none."""
+    """Return the plan of a run that wrote to this target before, and how many tiles are finished.
+
+    None where there was none.
+    """
     place = locate(target, "output")
     if not place.exists():
         return None
     ledger = Ledger.open(target, write=False)
     if ledger is not None:
         with ledger:
-            if "identity" in ledger.plan:
-                return ledger.plan
-        raise BadRequest(
-            f"output (={target}) has a ledger without its plan; replace it with --overwrite"
-        )
+            check_version(target, ledger.plan)
+            return {**ledger.plan, "finished": ledger.done}
     begun = _begun(target)
     check_free(target, overwrite=True)  # says what else lies there
     if not begun and not is_empty(place):
@@ -62,24 +71,14 @@ def find_earlier(target: str) -> dict[str, object] | None:
     return None
 
 
-def check_same(target: str, kept: Mapping[str, object], asked: Mapping[str, object]) -> None:
-    """Refuse what is asked where it would give other bytes than what was begun."""
-    if not kept:
+def check_intact(made: Plan, *, finished: bool) -> None:
+    """Refuse an earlier output whose array is not the one that its run created.
+
+    Metadata that a crash has spoiled can be made anew from the plan, see `restore`; that of an
+    array is not looked for where it is gone with ``finished`` tiles, since its voxels may be, too.
+    """
+    if _spoiled(made, finished=finished):
         return
-    changed = [name for name in asked if kept.get(name) != asked[name]]
-    if "sizes" in changed:
-        old, new = (cast("Mapping[str, object]", d.get("sizes") or {}) for d in (kept, asked))
-        changed.remove("sizes")
-        changed += [name for name in new if old.get(name) != new[name]]
-    if changed:
-        raise BadRequest(
-            f"output (={target}) was begun with another plan (other {', '.join(changed)}); go on"
-            " with the same options, name another output, or replace it with --overwrite"
-        )
-
-
-def check_intact(made: Plan) -> None:
-    """Refuse an earlier output whose array is not the one that its run created."""
     damage = ""
     try:
         found = open_target(made.target)
@@ -92,6 +91,43 @@ def check_intact(made: Plan) -> None:
         raise BadRequest(
             f"output (={made.target}) is damaged ({damage}); replace it with --overwrite"
         )
+
+
+def restore(made: Plan, ledger: Ledger) -> None:
+    """Make metadata anew that a crash of the machine has emptied or cut off: as the plan has it."""
+    place = locate(made.target, "output")
+    spoiled = _spoiled(made, finished=ledger.done > 0)
+    if not spoiled:
+        return
+    kept = {"versions": ledger.plan.get("versions"), "plan": ledger.plan["plan"]}
+    with TemporaryDirectory(prefix="tilepipe-") as folder:
+        fresh = Path(folder) / place.name
+        _create(made, str(fresh), {"state": "started", **kept}, overwrite=False)
+        for name in spoiled:
+            log.warning("%s was spoiled, and is made anew from the plan", place / name)
+            (place / name).parent.mkdir(exist_ok=True)
+            write_whole(place / name, (fresh / name).read_bytes())
+    check_intact(made, finished=ledger.done > 0)
+
+
+def _spoiled(made: Plan, *, finished: bool) -> list[str]:
+    """Return which files of metadata are no JSON, as after a crash, or are not there."""
+    place = locate(made.target, "output")
+    arrays = ("0/zarr.json", "0/.zarray")
+    names: tuple[str, ...] = ("zarr.json", "0/zarr.json")
+    if made.options.ome_version == "0.4":
+        names = (".zgroup", ".zattrs", "0/.zarray", "0/.zattrs")
+    found = []
+    for name in names:
+        try:
+            json.loads((place / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            if not (finished and name in arrays):
+                found.append(name)
+        except (ValueError, RecursionError):
+            found.append(name)
+    lost = finished and any(not (place / name).exists() for name in names if name in arrays)
+    return [] if lost else found
 
 
 def normalized(
@@ -124,6 +160,11 @@ def open_ledger(
     there = earlier is not None or shard is not None
     opened = Ledger.open(made.target, shard=shard) if there else None
     if opened is not None:
+        try:
+            restore(made, opened)
+        except BaseException:
+            opened.close()
+            raise
         return opened
     claim = claimed(made.target)
     content = _begin(made, claim, overwrite=overwrite)
@@ -170,14 +211,16 @@ def _begin(
     """Create the target that was claimed and return its plan; nothing is left where that fails."""
     try:
         made = normalized(made, None, scanned)
+        begun = _begun(made.target)
         if claim.after_dead or _state(made.target) == "started":
             time.sleep(SETTLE)
-        _create(made, overwrite=overwrite)
+        attributes = {"state": "created", **made.provenance()}
+        _create(made, made.target, attributes, overwrite=overwrite or begun)
         assert made.normalization is not None
         content: dict[str, object] = {
             "identity": made.identity(),
             "normalization": asdict(made.normalization),
-            "plan": made.asdict(),
+            **made.provenance(),
         }
         content = lay_plan(made.target, content, tiles=len(made.grid))
         update_attributes(made.target, {"state": "started"})
@@ -190,11 +233,10 @@ def _begin(
     return content
 
 
-def _create(made: Plan, *, overwrite: bool) -> None:
+def _create(made: Plan, target: str, attributes: Mapping[str, object], *, overwrite: bool) -> None:
     many = made.options.write != "labels"
-    begun = _begun(made.target)
     create_target(
-        made.target,
+        target,
         axes="c" * many + made.source.axes,
         shape=(made.answer.channels,) * many + made.source.shape,
         dtype=made.answer.dtype,
@@ -202,9 +244,9 @@ def _create(made: Plan, *, overwrite: bool) -> None:
         shards=made.sizes.shards,
         scale=made.source.scale,
         units=made.source.units,
-        attributes={"state": "created", **made.provenance()},
+        attributes=attributes,
         ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
-        overwrite=overwrite or begun,
+        overwrite=overwrite,
     )
 
 

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote
 from tilepipe.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from obstore import PutMode, UpdateVersion
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -217,14 +217,14 @@ class Key:
         with suppress(FileNotFoundError), told(self):  # S3 does not say so, others do
             obstore.delete(_store(self.root), self.path)
 
-    def remove_all(self) -> None:
-        """Remove the object and all that it holds."""
+    def objects(self) -> Iterator[tuple[Key, int]]:
+        """Yield the objects that it holds, in it or below, with their sizes in bytes."""
         import obstore
 
         with told(self):
-            for found in obstore.list(_store(self.root), self.path):
-                obstore.delete(_store(self.root), [one["path"] for one in found])
-        self.unlink()
+            for page in obstore.list(_store(self.root), self.path or None):
+                for one in page:
+                    yield Key(self.root, one["path"]), one["size"]
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: there are no folders."""
@@ -235,6 +235,15 @@ class Key:
     def store(self) -> ObjectStore:
         """Return the store of what it holds; its objects may be large."""
         return _store(self.root, self.path, timeout="120s")
+
+
+def remove_keys(keys: Sequence[Key]) -> None:
+    """Remove objects of one bucket, a thousand at most, at once."""
+    import obstore
+
+    if keys:
+        with suppress(FileNotFoundError), told(keys[0]):
+            obstore.delete(_store(keys[0].root), [key.path for key in keys])
 
 
 class Parts:
@@ -255,13 +264,16 @@ class Parts:
         self._written = 0
         """Bytes of it that lie in the store."""
         self._failed: tuple[float, OSError] | None = None
+        self._broken: BaseException | None = None
         self._filling, self._writing = threading.Lock(), threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, name="tilepipe-parts", daemon=True)
         self._thread.start()
 
     def write(self, content: bytes) -> None:
-        """Append; OSError where the store has refused for long what was appended before."""
+        """Append; OSError where what was appended before has long not reached the store."""
+        if self._broken is not None:
+            raise OSError(f"{self._key}: {explain(self._broken)}") from self._broken
         if self._failed is not None and time.monotonic() - self._failed[0] > PATIENCE:
             raise self._failed[1]
         with self._filling:
@@ -297,8 +309,13 @@ class Parts:
 
     def _live(self) -> None:
         while not self._end.wait(FLUSH):
-            with suppress(OSError):  # it is tried again, and told to who writes
+            try:
                 self.sync()
+            except OSError:  # it is tried again, and told to who writes
+                continue
+            except BaseException as error:  # nobody else would see that nothing is written now
+                self._broken = error
+                return
 
     def close(self) -> None:
         """Write what the store lacks, and end."""

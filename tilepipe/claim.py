@@ -22,6 +22,7 @@ from uuid import uuid4
 
 import psutil
 
+from tilepipe.bucket import explain
 from tilepipe.errors import TileError
 from tilepipe.place import VACANT, hold, remove_if
 
@@ -73,6 +74,7 @@ class Claim:
         """Whether its last owner died: what that one's workers write may be on its way."""
         self._lost = False
         self._unheard: tuple[float, OSError] | None = None
+        self._broken: BaseException | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._live, name="tilepipe-claim", daemon=True)
         self._thread.start()
@@ -115,6 +117,12 @@ class Claim:
                 f"another run has taken over {self._path.parent.parent}, since this one was not"
                 " heard of; what was finished is kept"
             )
+        if self._broken is not None:
+            raise TileError(
+                f"output (={self._path.parent.parent}) cannot be kept from other runs"
+                f" ({type(self._broken).__name__}: {explain(self._broken)}); what was finished is"
+                " kept: run the same command again to go on"
+            )
         if self._unheard is not None and time.monotonic() - self._unheard[0] > PATIENCE:
             raise TileError(
                 f"output (={self._path.parent.parent}) has been out of reach for {PATIENCE:.0f} s"
@@ -134,6 +142,9 @@ class Claim:
             except OSError as error:  # of a server that does not answer now
                 log.info("%s cannot be rewritten: %s", self._path, error)
                 self._unheard = self._unheard or (time.monotonic(), error)
+            except BaseException as error:  # nobody else would see that the claim is not kept up
+                self._broken = error
+                return
 
     def close(self) -> None:
         """Let others have it."""
@@ -221,7 +232,7 @@ def read_owner(path: Place) -> Owner | None:
 def _owner(content: bytes) -> Owner:
     try:
         return Owner(**json.loads(content))
-    except (ValueError, TypeError):  # its owner has not written it yet
+    except (ValueError, TypeError, RecursionError):  # its owner has not written it yet
         return Owner("unknown", "", 0, 0.0, "", "")
 
 

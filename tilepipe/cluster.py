@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tilepipe.contents import LEDGER
 from tilepipe.engines.jobs import Jobs, seconds
 from tilepipe.errors import BadRequest, counted
-from tilepipe.target import LEDGER
 from tilepipe.tiling import SLOTS
 
 if TYPE_CHECKING:

@@ -34,6 +34,9 @@ def demo(
     """Do it, and yield a line for each thing that was done."""
     if size < 64:
         raise BadRequest(f"size (={size}) must be at least 64")
+    picture = folder / "overlay.png"
+    if picture.exists() or picture.is_symlink():
+        raise BadRequest(f"output (={folder}) holds {picture.name} already; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     image, truth, target = (folder / f"{n}.zarr" for n in ("nuclei", "truth", "nuclei-segmented"))
     write_synthetic(image, (size, size), seed=1, labels_path=truth)
@@ -51,7 +54,6 @@ def demo(
     yield f"segmented in {report.tiles} tiles, {rate:.3g} megapixels/s: {target}"
     shown = Region.whole((min(size, SHOWN),) * 2)
     grey, found, known = (open_volume(p).read(shown)[0] for p in (image, target, truth))
-    picture = folder / "overlay.png"
     write_overlay(picture, grey, found, known)
     yield f"Dice against the truth: {dice(found > 0, known > 0):.3f}"
     yield f"look at it: {picture}"

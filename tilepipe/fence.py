@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tilepipe.claim import read_owner
+from tilepipe.contents import LEDGER
 from tilepipe.errors import TileError
 from tilepipe.place import locate
-from tilepipe.target import LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -78,7 +79,7 @@ class GuardedStore(WrapperStore[Store]):
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write an object, with leave."""
-        await self._ask()
+        await self._ask(key)
         if self._folder is not None and key.rpartition("/")[2] in METADATA:
             await asyncio.to_thread(self._replace, self._folder / key, value.to_bytes())
         else:
@@ -92,19 +93,24 @@ class GuardedStore(WrapperStore[Store]):
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write an object where there is none, with leave."""
-        await self._ask()
+        await self._ask(key)
         await super().set_if_not_exists(key, value)
         self._written.add(key)
 
     async def delete(self, key: str) -> None:
         """Remove an object, with leave."""
-        await self._ask()
+        await self._ask(key)
         await super().delete(key)
         self._written.add(key)
 
-    async def _ask(self) -> None:
+    async def _ask(self, key: str) -> None:
+        """Raise where we may not write, or the way to an object leads out through a link."""
         if self._leave.is_due:
             await asyncio.to_thread(self._leave.check)
+        if self._folder is not None:
+            path = self._folder / key
+            if path.is_symlink() or os.path.realpath(path.parent) != str(path.parent):
+                raise OSError(f"{path} is a link")
 
     def sync(self) -> None:
         """Force to disk all that was written before this call, with the folders that hold it.
@@ -121,12 +127,12 @@ class GuardedStore(WrapperStore[Store]):
                 for path in paths:
                     sync_file(path)
                 for folder in {path.parent for path in paths}:
-                    self._sync_folder(folder)
+                    self._sync_file(folder)
             except BaseException:
                 self._written.update(keys)
                 raise
 
-    def _sync_folder(self, folder: Path) -> None:
+    def _sync_file(self, folder: Path) -> None:
         sync_file(folder)
         while folder not in self._known and folder != self._folder:
             self._known.add(folder)

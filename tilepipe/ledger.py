@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tilepipe.claim import Claim, Owner, is_held, living, take_dead
+from tilepipe.contents import LEDGER
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
 from tilepipe.fence import Fence, NotOwner, Right
 from tilepipe.options import Shard
 from tilepipe.place import append, find, locate, replace, sync_file
 from tilepipe.progress import Log, read_progress
-from tilepipe.target import LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +128,7 @@ class Ledger:
                 raise ValueError(f"its number of tiles is {tiles}")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadRequest(
                 f"output (={target}) has a ledger that cannot be read ({error}); replace the"
                 " output with --overwrite"

@@ -233,9 +233,12 @@ def load_model(
                 kind, takes_network = "state dict", True
                 module = _load_state_dict(path, saved, network, network_args or {})
             if takes_network:
-                digest.update(f"{network} {json.dumps(network_args, sort_keys=True)}".encode())
-                if network and network.split(":")[0].endswith(".py"):
-                    digest.update(Path(network.rsplit(":", 1)[0]).read_bytes())
+                place, _, factory = (network or "").rpartition(":")
+                if place.endswith(".py"):  # wherever it lies
+                    digest.update(Path(place).read_bytes())
+                    place = ".py"
+                arguments = json.dumps(network_args or {}, sort_keys=True)
+                digest.update(f"{place}:{factory} {arguments}".encode())
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, BadRequest):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -131,7 +132,30 @@ def _check_types(options: Options) -> None:
         whole = isinstance(sizes, tuple | list) and all(type(n) is int for n in sizes)
         if sizes is not None and not whole:
             raise BadRequest(f"{name} (={sizes!r}) must be whole numbers, as in (64, 128, 128)")
+    if not _is_json(options.network_args):
+        raise BadRequest(
+            f"network_args (={options.network_args!r}) must be what JSON holds, names with numbers"
+            ' that are finite, text, lists and the like, as in {"base": 16}'
+        )
     for name, like in (("memory", 4_000_000_000), ("threads", 2), ("level", 0), ("head", 0)):
         value = getattr(options, name)
         if value is not None and type(value) is not int:
             raise BadRequest(f"{name} (={value!r}) must be a whole number, as in {like}")
+
+
+def _is_json(arguments: object) -> bool:
+    """Whether JSON gives the arguments back as they are, or tuples as lists."""
+    if arguments is None:
+        return True
+    if not isinstance(arguments, dict):
+        return False
+    try:
+        return bool(json.loads(json.dumps(arguments, allow_nan=False)) == _listed(arguments))
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _listed(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _listed(item) for name, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

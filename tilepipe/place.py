@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -126,16 +125,6 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def remove_all(place: Place) -> None:
-    """Remove a file, or a folder and all that it holds; a link, not what it leads to."""
-    if isinstance(place, Key):
-        place.remove_all()
-    elif place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-    else:
-        place.unlink()
 
 
 def check_writable(folder: Place) -> None:
@@ -282,6 +271,8 @@ class _Appended:
     """A file of a file system that grows."""
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and path.stat().st_nlink > 1:  # a copy of hard links would grow, too
+            replace(path, path.read_bytes())
         self._file: BinaryIO = path.open("ab")
         self._synced = time.monotonic()
 

@@ -20,6 +20,7 @@ from tilepipe.bucket import Key
 from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
+from tilepipe.identity import check_same, ground, identity, plain
 from tilepipe.model import load_model
 from tilepipe.network import Graph, NotExported, export
 from tilepipe.normalize import Normalization, parse, resolve
@@ -61,6 +62,8 @@ class Source:
     kind: str
     axes: str
     """Without channels; the order of all sizes in the plan."""
+    dimensions: str
+    """Axes as stored, channels among them; - for one of length 1 that is left out."""
     shape: Shape
     channels: int
     dtype: str
@@ -182,24 +185,11 @@ class Plan:
 
     def identity(self) -> dict[str, object]:
         """Return all that the result's bytes depend on: the ground of the ledger's fingerprint."""
-        options = self.options
-        return {
-            "source": self.source.identity,
-            "model": self.model.digest,
-            "write": options.write,
-            "threshold": options.threshold,
-            "normalize": self.normalize,
-            "boundary": options.boundary,
-            "precision": options.precision,
-            "inexact": options.inexact,
-            "ome_version": options.ome_version,
-            "strategy": self.strategy,
-            "sizes": _plain(asdict(self.sizes)),
-        }
+        return identity(self)
 
     def asdict(self) -> dict[str, object]:
         """Return the plan as plain values for JSON."""
-        return cast("dict[str, object]", _plain({"tilepipe": __version__, **asdict(self)}))
+        return cast("dict[str, object]", plain({"tilepipe": __version__, **asdict(self)}))
 
     def provenance(self) -> dict[str, object]:
         """Return with what an output was made, as plain values for its attributes."""
@@ -243,14 +233,19 @@ def plan(
     """Decide how a volume is segmented; touches nothing.
 
     ``earlier`` is the `Plan.identity` of a run that may go on: sizes that its machine chose and
-    that ``options`` leave open are kept. ``elsewhere``: on other machines, whose devices are not
-    looked for here. Raises `BadRequest` for what cannot work.
+    that ``options`` leave open are kept; another source, model or option is refused.
+    ``elsewhere``: on other machines, whose devices are not looked for here. Raises
+    `BadRequest` for what cannot work.
     """
     options = options or Options()
     volume = open_volume(source, axes=options.axes, level=options.level)
     network = load_model(
         model, network=options.network, network_args=options.network_args, head=options.head
     )
+    target = str(output) if output is not None else default_target(source)
+    normalize = options.normalize or network.normalize or "none"
+    asked = ground(options, _source(volume), _network(network), normalize)
+    check_same(target, earlier or {}, asked)
     checks.check_rank(volume, options)
     checks.check_match(volume, network)
     profile = find_profile(network)
@@ -278,13 +273,12 @@ def plan(
     )
     checks.check_sweep(options, tiling)
     sizes, why = _sizes(tiling, volume, options, workers, earlier)
-    normalize = options.normalize or network.normalize or "none"
     rule = parse(normalize)
     return Plan(
         options=options,
         source=_source(volume),
         model=_network(network),
-        target=str(output) if output is not None else default_target(source),
+        target=target,
         profile=profile,
         limit=limit,
         answer=answer,
@@ -336,13 +330,6 @@ def default_target(source: str | Path) -> str:
     return str(path.with_name(f"{name}-segmented.zarr"))
 
 
-def _plain(value: object) -> object:
-    """Return the value as JSON gives it back: tuples as lists."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _answer(profile: Profile, options: Options) -> Answer:
     if options.write == "labels":
         return Answer(1, str(label_type(profile.classes)).removeprefix("torch."))
@@ -355,6 +342,7 @@ def _source(volume: Volume) -> Source:
         identity=volume.identity,
         kind=volume.kind,
         axes=volume.axes,
+        dimensions=volume.dimensions,
         shape=volume.shape,
         channels=volume.channels,
         dtype=str(volume.dtype),

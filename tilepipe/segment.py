@@ -13,13 +13,13 @@ from tilepipe import cluster
 from tilepipe.begin import (
     agree,
     check_intact,
-    check_same,
     find_earlier,
     normalized,
     open_ledger,
 )
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import BadRequest
+from tilepipe.identity import check_same
 from tilepipe.options import ENGINES, Options, Shard
 from tilepipe.plan import Plan, default_target, plan
 from tilepipe.progress import Share
@@ -203,7 +203,7 @@ def _plan(
     )
     check_same(target, kept, made.identity())
     if earlier is not None:
-        check_intact(made)
+        check_intact(made, finished=bool(earlier["finished"]))
     return made, earlier
 
 

@@ -16,10 +16,11 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from tilepipe.bucket import Key, explain, told
+from tilepipe.contents import LEDGER, check_ours, check_ways, clear
 from tilepipe.errors import BadRequest, TileError
 from tilepipe.guarded import Granted, GuardedStore
 from tilepipe.ome import image_attributes, parse_multiscale, read_node
-from tilepipe.place import check_writable, folders, locate, remove_all
+from tilepipe.place import check_writable, folders, locate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,11 +37,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OURS = "tilepipe"
 """The group attribute under which our own attributes lie; it marks an output as ours."""
-LEDGER = ".tilepipe"
-"""The folder of the ledger inside an output; with its plan it marks an output as ours, too."""
-_MARKS = ("zarr.json", ".zgroup", ".zattrs")
-_PARTS = (*_MARKS, "0", LEDGER)
-"""All that we put into an output."""
 _LARGEST_CHUNK = 2**31 - 1
 
 
@@ -153,7 +149,7 @@ def create_target(
     )
     try:
         check_free(path, overwrite=overwrite)
-        _clear(target)
+        clear(target)
         with _told(target):
             _create(target, axes, whole, kind, chunk, shard, {**described, OURS: dict(attributes)})
     except OSError as error:
@@ -242,11 +238,6 @@ def _is_ours(path: Place) -> bool:
     return node is not None and node.kind == "group" and isinstance(node.attributes.get(OURS), dict)
 
 
-def _is_foreign(entry: Place) -> bool:
-    """Whether we did not make it; a write that was killed leaves ``*.partial``."""
-    return entry.name not in _PARTS and not entry.name.endswith(".partial")
-
-
 def is_empty(folder: Place) -> bool:
     """Whether a folder holds nothing but claims of who is about to write there."""
     inner = {path.name for path in folders(folder)}  # a bucket may show one that holds nothing
@@ -275,25 +266,7 @@ def check_free(path: str | Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise BadRequest(f"output (={target}) exists; overwrite it or name another path")
-    if foreign := sorted(entry.name for entry in target.iterdir() if _is_foreign(entry)):
-        raise BadRequest(
-            f"output (={target}) holds {foreign[0]}, which tilepipe did not write and never"
-            " removes; move it away or name another path"
-        )
-
-
-def _clear(target: Place) -> None:
-    """Empty the folder, the group's metadata last: an interrupted removal stays ours."""
-    if not target.exists():
-        return
-    entries: list[Place] = list(target.iterdir())
-    for entry in sorted(entries, key=lambda entry: (entry.name in _MARKS, entry.name)):
-        if entry.name == LEDGER and entry.is_dir():
-            for path in entry.iterdir():
-                if not path.name.startswith("lock"):  # of who is about to write here: us
-                    remove_all(path)
-        else:
-            remove_all(entry)
+    check_ours(target)
 
 
 def check_target(path: str | Path, source_path: str | Path, *, touch: bool = True) -> None:
@@ -314,6 +287,7 @@ def check_target(path: str | Path, source_path: str | Path, *, touch: bool = Tru
     if isinstance(target, Path) and target.exists() and not target.is_dir():
         raise BadRequest(f"output (={path}) is an existing file; name another path")
     _check_parent(target, path)
+    check_ways(target)
     if touch or isinstance(target, Path):
         _check_writable(target, path)
     for folder in target.parents:

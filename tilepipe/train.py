@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tilepipe.bucket import local_path
+from tilepipe.contents import FILES
 from tilepipe.errors import BadRequest
 from tilepipe.learner import Learner, check_recipe, check_sources, rate
 from tilepipe.loader import Loader
@@ -47,6 +48,8 @@ LEFT = (
     *("objects-*.partial", "state.pt.*.partial", "last.pt.*.partial"),
 )
 """What a training leaves in its folder."""
+SUFFIX, MARK = ".training", ".tilepipe-training"
+"""How the folder's name ends that a training chooses; a file in it, whatever it is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def train(
     or memory that fails.
     """
     output = local_path(output, "output")
-    folder = Path(f"{output}.training" if folder is None else folder)
+    folder = Path(f"{output}{SUFFIX}" if folder is None else folder)
     preview = None if preview is None else Path(preview)
     if tensorboard:
         check_tensorboard()
@@ -121,6 +124,8 @@ def train(
     with _told_in_a_line(), joined(recipe.device) as team:
         if not team.first:
             team.wait()  # for what the first one leaves in the folder
+        elif not resume:
+            _begin(folder)
         study = prepare(material, recipe, folder, resume=resume, first=team.first, scanned=scanned)
         if team.first:
             team.wait()
@@ -288,14 +293,50 @@ def _check_place(
             f"output (={there[0]}) is there already; go on with --resume, or replace it with"
             " --overwrite"
         )
-    else:
-        _clear(folder)
+    _check_left(folder, resume=resume)
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier training left in a folder, and nothing else."""
-    for place in [place for name in LEFT for place in folder.glob(name)]:
-        if place.is_dir() and not place.is_symlink():
+def _left(folder: Path) -> list[Path]:
+    """Return what an earlier training has left in a folder, by its names."""
+    return [place for name in LEFT for place in folder.glob(name)]
+
+
+def _check_left(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder in which names of ours are something else: it would be lost."""
+    left = _left(folder)
+    if left and not resume and folder.suffix != SUFFIX and not (folder / MARK).is_file():
+        raise BadRequest(
+            f"log (={folder}) holds {left[0].name}, and no training of tilepipe made that folder;"
+            " name another"
+        )
+    for place in left:
+        inner = [place, *place.rglob("*")] if place.is_dir() else [place]
+        for path in inner:
+            name = str(path.relative_to(place))
+            is_file = path.is_symlink() or not path.is_dir()
+            if path.is_symlink() or (is_file and path != place and not _is_ours(name, place.name)):
+                raise BadRequest(
+                    f"log (={folder}) holds {path.relative_to(folder)}, which tilepipe did not"
+                    " write and never removes; move it away or name another folder"
+                )
+
+
+def _is_ours(name: str, above: str) -> bool:
+    """Whether a file is of an array, of an output, or of TensorBoard."""
+    if above == "tensorboard":
+        return name.startswith("events.out.tfevents.")
+    return any(FILES.fullmatch(path) for path in (name, f"0/{name}"))
+
+
+def _begin(folder: Path) -> None:
+    """Remove what an earlier training left in a folder, and nothing else; mark it as a training's.
+
+    The state goes last, without which nothing goes on.
+    """
+    for place in sorted(_left(folder), key=lambda place: place.name == "state.pt"):
+        if place.is_dir():
             shutil.rmtree(place)
         else:
             place.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()

@@ -101,6 +101,11 @@ class Volume:
         return _reopen, (self.path, self.requested_axes, self.level)
 
     @property
+    def dimensions(self) -> str:
+        """Axes as stored, channels among them; - for one of length 1 that was left out."""
+        return "".join(letter or "-" for letter in self._letters)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all voxels and channels, uncompressed."""
         return math.prod(self.shape) * self.channels * self.dtype.itemsize
