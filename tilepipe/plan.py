@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zarr
 
-from tilepipe import __version__, checks
+from tilepipe import __version__, checks, machine
 from tilepipe.bucket import Key
 from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
@@ -379,7 +379,7 @@ def _sizes(
     kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
     device = tiling.device
     threads = options.threads or cast("int", kept.get("threads") or 0)
-    threads = threads or max(1, checks.cores() // workers)
+    threads = threads or max(1, machine.cores() // workers)
     tile = options.tile and tuple(
         min(edge, ceil_to(n, multiple))
         for edge, n, multiple in zip(options.tile, volume.shape, tiling.multiple, strict=True)
