@@ -17,9 +17,10 @@ ORDER = [
     "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog", "loader",
     "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
     "segment", "begin", "cluster", "worker", "ledger", "claim", "progress", "engines", "plan",
-    "units", "tiling", "checks", "machine", "options", "cache", "slices", "normalize", "predict",
-    "regions", "feed", "windows", "profile", "probe", "model", "checkpoint", "cost", "sweep", "course",
-    "compute", "transfer", "allocator", "kernels", "rows", "network", "operations", "rules",
+    "units", "tiling", "checks", "options", "cache", "slices", "normalize", "predict", "regions",
+    "machine", "feed", "windows", "profile", "probe", "model", "factory", "checkpoint", "cost",
+    "sweep", "course", "compute", "transfer", "allocator", "kernels", "rows", "network",
+    "operations", "rules",
     "program", "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances",
     "warping", "scores", "target", "volume", "ome", "tiff", "place", "bucket", "geometry", "errors",
 ]  # fmt: skip

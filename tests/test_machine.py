@@ -13,7 +13,6 @@ from dask.system import CPU_COUNT
 from distributed.system import MEMORY_LIMIT
 
 from tilepipe import machine
-from tilepipe.checks import default_memory
 from tilepipe.recipe import Recipe
 
 if TYPE_CHECKING:

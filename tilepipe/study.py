@@ -14,8 +14,9 @@ from tilepipe import __version__, machine
 from tilepipe.cache import ChunkCache
 from tilepipe.checkpoint import save_checkpoint
 from tilepipe.errors import BadRequest
+from tilepipe.factory import build_network
 from tilepipe.material import count, default_patch, hold_out, kind_of, make_patches
-from tilepipe.model import build_network, wrap
+from tilepipe.model import wrap
 from tilepipe.options import Options
 from tilepipe.patches import frame as frame_of
 from tilepipe.profile import find_profile

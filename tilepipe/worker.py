@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +47,8 @@ class SegmentJob:
     plan: Plan
     key: str
     """The plan's fingerprint: the same key is the same work."""
+    folder: str = field(default_factory=os.getcwd)
+    """Where the run was begun: the network's own code may lie there, wherever a worker is."""
 
     @property
     def slots(self) -> int:
@@ -58,7 +60,7 @@ class SegmentJob:
 
     def open(self) -> Callable[[int], TileResult]:
         """Load the model, open source and target; return what processes a tile by its index."""
-        return Worker(self.plan)
+        return Worker(self.plan, self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Worker:
     Reads and writes in the threads that call it, and computes in one of its own.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, folder: str) -> None:
         options = plan.options
         if plan.sizes.device == "cpu":
             keep_memory()
@@ -86,7 +88,7 @@ class Worker:
         else:
             self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
         _bound_reads()
-        self._plan = plan
+        self._plan, self._folder = plan, folder
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
         self._target = open_target(plan.target)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
@@ -106,6 +108,7 @@ class Worker:
             network=options.network,
             network_args=options.network_args,
             head=options.head,
+            folder=self._folder,
         )
         if model.digest != self._plan.model.digest:
             raise TileError(f"model (={model.path}) has changed since the plan was made")
