@@ -39,6 +39,11 @@ def UNet(base):
 """
 
 
+def save_unet(folder: Path, *, depth: int) -> None:
+    torch.manual_seed(0)
+    torch.save(UNet(ndim=2, base=2, depth=depth).state_dict(), folder / "weights.pt")
+
+
 @pytest.fixture
 def clone(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
     """A clone like milesial/Pytorch-UNet, its package of a name of its own, and its weights."""
@@ -49,8 +54,7 @@ def clone(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path
     (package / "model.py").write_text(MODEL.format(name=name))
     (package / f"{name}_parts.py").write_text(PARTS)
     (tmp_path / "clone" / f"{name}_evil.py").write_text("raise SystemError('imported')\n")
-    torch.manual_seed(0)
-    torch.save(UNet(ndim=2, base=2, depth=2).state_dict(), tmp_path / "weights.pt")
+    save_unet(tmp_path, depth=2)
     yield tmp_path / "clone", name
     for loaded in [module for module in sys.modules if module.split(".")[0].startswith(name)]:
         del sys.modules[loaded]
@@ -90,13 +94,16 @@ def test_changed_neighbours_are_another_model(clone: tuple[Path, str], tmp_path:
     folder, name = clone
     digests = set()
     parts, other = folder / name / f"{name}_parts.py", folder / name / "other.py"
-    for change in (lambda: None, lambda: parts.write_text(PARTS + "# changed\n")):
-        change()
+    for depth in (2, 3):
+        parts.write_text(PARTS.replace("= 2", f"= {depth}"))
+        save_unet(tmp_path, depth=depth)
         for network in (f"{name}:UNet", f"{folder}/{name}/model.py:UNet"):
             model = load_model(
                 tmp_path / "weights.pt", network=network, network_args=SMALL, folder=folder
             )
             digests.add(model.digest)
+            plain = UNet(ndim=2, base=2, depth=depth)  # it is the changed code that is used
+            assert len(model.module.state_dict()) == len(plain.state_dict())
     assert len(digests) == 4
     other.write_text("# what is not imported says nothing\n")
     assert other not in code_of(find_factory(f"{name}:UNet", folder))

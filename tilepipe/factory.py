@@ -6,6 +6,7 @@ Only what ``--network`` names is imported, with what that imports itself.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -22,8 +23,13 @@ from tilepipe.network import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from types import ModuleType
 
 INIT = "__init__.py"
+_run: dict[tuple[Path, str], ModuleType] = {}
+"""Files that were run, by the digest of their code: a second copy would take its memory twice."""
+_imported: dict[Path, str] = {}
+"""Digest of each file as it was when it was imported: code that has changed is imported anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +76,10 @@ def build_network(
     folder = folder or Path.cwd()
     factory = find_factory(network, folder)
     _check_loaded(network, factory)
+    _forget_changed(factory)
     try:
         with _importable(factory.roots):
-            code = _load(factory.file, factory.module)
+            code = _load(factory)
             build = cast("Callable[..., object]", getattr(code, factory.name))
             module = build(**arguments)
     except Exception as error:  # whatever the user's code raises
@@ -116,6 +123,14 @@ def code_of(factory: Factory) -> dict[Path, str]:
     return {file: found[file] for file in first + sorted(set(found) - set(first))}
 
 
+def digest_of(factory: Factory) -> str:
+    """Return a digest of a factory's code; that of installed code is empty."""
+    digest = hashlib.sha256()
+    for file in code_of(factory):
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if factory.roots else ""
+
+
 def _lies_in(folder: Path, top: str, network: str) -> bool:
     """Whether a package is to be taken from a folder; one that is installed, too, is refused."""
     file, package = folder / f"{top}.py", folder / top
@@ -139,17 +154,31 @@ def _lies_in(folder: Path, top: str, network: str) -> bool:
     return False
 
 
-def _load(file: Path | None, name: str) -> object:
-    """Import a module; a named file is run anew each time."""
+def _load(factory: Factory) -> ModuleType:
+    """Import a module, or run a named file, anew if any of its code has changed."""
+    file, name = factory.file, factory.module
     if file is None:
         return importlib.import_module(name)
-    inside = [str(file.parent)] if file.name == INIT else None
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=inside)
-    if spec is None or spec.loader is None:
-        raise ImportError(str(file))
-    code = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(code)
-    return code
+    key = file, digest_of(factory)
+    if key not in _run:
+        inside = [str(file.parent)] if file.name == INIT else None
+        spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=inside)
+        if spec is None or spec.loader is None:
+            raise ImportError(str(file))
+        code = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(code)
+        _run[key] = code
+    return _run[key]
+
+
+def _forget_changed(factory: Factory) -> None:
+    """Let code be imported anew of which any file has changed since it was imported."""
+    code = code_of(factory)
+    digests = {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in code}
+    if any(_imported.get(file, digest) != digest for file, digest in digests.items()):
+        for name in code.values():
+            sys.modules.pop(name, None)
+    _imported.update(digests)
 
 
 @contextmanager

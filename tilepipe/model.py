@@ -26,7 +26,7 @@ from tilepipe.bucket import local_path
 from tilepipe.checkpoint import Checkpoint, needs_code, read_checkpoint
 from tilepipe.cost import Cost, measure_cost
 from tilepipe.errors import BadRequest
-from tilepipe.factory import build_network, code_of, find_factory
+from tilepipe.factory import build_network, digest_of, find_factory
 from tilepipe.network import first_line
 from tilepipe.program import load_program, load_tensors
 from tilepipe.unet import UNet
@@ -235,8 +235,8 @@ def load_model(
                 module = _load_state_dict(path, saved, network, network_args or {}, folder)
             if takes_network:
                 digest.update(f"{network} {json.dumps(network_args, sort_keys=True)}".encode())
-                for file in code_of(find_factory(network, folder)) if network else ():
-                    digest.update(file.read_bytes())
+                if network:
+                    digest.update(digest_of(find_factory(network, folder)).encode())
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, BadRequest):
             raise

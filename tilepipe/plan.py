@@ -19,6 +19,7 @@ from tilepipe import __version__, checks, machine
 from tilepipe.bucket import Key
 from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
+from tilepipe.footprint import VARIES, process_memory
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
 from tilepipe.model import load_model
 from tilepipe.network import Graph, NotExported, export
@@ -28,15 +29,7 @@ from tilepipe.options import Options
 from tilepipe.place import locate
 from tilepipe.predict import PRECISIONS, find_device, label_type
 from tilepipe.profile import Profile, find_profile
-from tilepipe.tiling import (
-    Tiling,
-    Work,
-    choose,
-    describe_bytes,
-    floor_work,
-    sweep_work,
-    work,
-)
+from tilepipe.tiling import Tiling, Work, choose, describe_bytes, floor_work, sweep_work, work
 from tilepipe.units import choose_chunks, choose_shards
 from tilepipe.volume import Volume, open_volume
 from tilepipe.windows import whole
@@ -275,6 +268,7 @@ def plan(
         graph=graph,
         ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
         device=_device(options, earlier, elsewhere=elsewhere),
+        process=process_memory(options.network, options.network_args),
     )
     checks.check_sweep(options, tiling)
     sizes, why = _sizes(tiling, volume, options, workers, earlier)
@@ -406,7 +400,7 @@ def _sizes(
         tile, window, chunks, shards, threads, device, cast("int | None", kept.get("sweep"))
     )
     need = _work(tiling, volume, sizes).memory
-    if options.memory is not None and need > options.memory:
+    if options.memory is not None and need > options.memory + VARIES:
         raise BadRequest(
             f"memory (={describe_bytes(options.memory)}) must hold a tile of the run that goes"
             f" on (={describe_bytes(need)}); give more, or begin anew with --overwrite"
