@@ -22,7 +22,8 @@ ORDER = [
     "cost", "sweep", "course", "compute", "transfer", "allocator", "kernels", "rows", "network",
     "operations", "rules",
     "program", "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances",
-    "warping", "scores", "target", "volume", "ome", "tiff", "place", "bucket", "geometry", "errors",
+    "warping", "scores", "target", "volume", "ome", "tiff", "place", "bucket", "geometry",
+    "process", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

@@ -20,6 +20,7 @@ from torch import nn
 
 from tilepipe.errors import BadRequest
 from tilepipe.network import first_line
+from tilepipe.process import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -72,13 +73,17 @@ def find_factory(network: str, folder: Path) -> Factory:
 def build_network(
     network: str, arguments: Mapping[str, object], folder: Path | None = None
 ) -> nn.Module:
-    """Call the user's factory; ``folder`` is the working directory that the user named it in."""
+    """Call the user's factory; ``folder`` is the working directory that the user named it in.
+
+    What it changes of the process while it builds the network, such as torch's default type or a
+    random state, is put back.
+    """
     folder = folder or Path.cwd()
     factory = find_factory(network, folder)
     _check_loaded(network, factory)
     _forget_changed(factory)
     try:
-        with _importable(factory.roots):
+        with undisturbed(), _importable(factory.roots):
             code = _load(factory)
             build = cast("Callable[..., object]", getattr(code, factory.name))
             module = build(**arguments)
@@ -184,15 +189,13 @@ def _forget_changed(factory: Factory) -> None:
 @contextmanager
 def _importable(roots: tuple[Path, ...]) -> Iterator[None]:
     """Let imports find what lies in these folders, before all else, as Python does for a script."""
-    added = [str(root) for root in roots]
-    sys.path[:0] = added
+    before = list(sys.path)
+    sys.path[:0] = [str(root) for root in roots]
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        for root in added:
-            if root in sys.path:
-                sys.path.remove(root)
+        sys.path[:] = before
 
 
 def _check_loaded(network: str, factory: Factory) -> None:

@@ -28,6 +28,7 @@ from tilepipe.cost import Cost, measure_cost
 from tilepipe.errors import BadRequest
 from tilepipe.factory import build_network, digest_of, find_factory
 from tilepipe.network import first_line
+from tilepipe.process import borrowed
 from tilepipe.program import load_program, load_tensors
 from tilepipe.unet import UNet
 
@@ -179,6 +180,7 @@ class Model:
         return next(kinds, torch.float32)
 
 
+@borrowed()
 def load_model(
     path: str | Path,
     *,

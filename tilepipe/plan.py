@@ -28,6 +28,7 @@ from tilepipe.operations import NoRule
 from tilepipe.options import Options
 from tilepipe.place import locate
 from tilepipe.predict import PRECISIONS, find_device, label_type
+from tilepipe.process import borrowed
 from tilepipe.profile import Profile, find_profile
 from tilepipe.tiling import Tiling, Work, choose, describe_bytes, floor_work, sweep_work, work
 from tilepipe.units import choose_chunks, choose_shards
@@ -223,6 +224,7 @@ class Plan:
         )
 
 
+@borrowed()
 def plan(
     source: str | Path,
     *,

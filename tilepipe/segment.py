@@ -23,6 +23,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.ledger import Ledger, fingerprint
 from tilepipe.options import ENGINES, Options, Shard
 from tilepipe.plan import Plan, default_target, plan
+from tilepipe.process import borrowed
 from tilepipe.progress import Share
 from tilepipe.target import check_free, check_target, update_attributes
 from tilepipe.worker import SegmentJob
@@ -87,6 +88,7 @@ class Report:
         return sum(share.seconds for share in self.workers.values())
 
 
+@borrowed()
 def segment(
     source: str | Path,
     *,
@@ -144,6 +146,7 @@ def segment(
     return report
 
 
+@borrowed()
 def plan_segment(
     source: str | Path,
     *,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zarr
 
-from tilepipe.allocator import compute_thread, keep_memory
+from tilepipe.allocator import compute_thread
 from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
 from tilepipe.feed import Feed, Store, blocks
@@ -82,11 +82,7 @@ class Worker:
 
     def __init__(self, plan: Plan, folder: str) -> None:
         options = plan.options
-        if plan.sizes.device == "cpu":
-            keep_memory()
-            self._compute = compute_thread()
-        else:
-            self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
+        self._compute = compute_thread()
         _bound_reads()
         self._plan, self._folder = plan, folder
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
