@@ -1,8 +1,10 @@
 # make demo: install into .venv and segment the embedded example.  make test: all checks and tests.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := $(addprefix tests/test_,interfaces.py cli.py checkpoint.py volume.py target.py model.py \
+	segment.py)
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long test-oldest lint clean
 
 demo: .venv/installed
 	$(BIN)/tilepipe demo --output demo
@@ -13,6 +15,10 @@ test: .venv/installed-test lint
 test-long: .venv/installed-test
 	$(BIN)/python -m pytest -m long
 
+# A part of the suite with the oldest releases that are allowed, in an environment of its own.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(OLDEST)
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -20,6 +26,12 @@ lint: .venv/installed-test
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-oldest.txt -e '.[cloud,slurm,tensorboard]' pytest pytest-xdist hypothesis
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -30,4 +42,4 @@ lint: .venv/installed-test
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import tempfile
 import time
 from contextlib import closing
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from tilepipe import machine
 from tilepipe.learner import Learner
 from tilepipe.loader import Loader
 from tilepipe.material import open_material
@@ -39,7 +39,7 @@ def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[floa
     shape, options = CASES[name]
     image, labels = folder / f"{name}.zarr", folder / f"{name}-labels.zarr"
     write_synthetic(image, shape, seed=0, labels_path=labels)
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     recipe = Recipe(**{**COMMON, "loaders": cores, **options})
     material = open_material([(str(image), str(labels))], (), recipe)
     with joined("auto") as team:
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores, {device}\n")
+    print(f"torch {torch.__version__}, {machine.cores()} cores, {device}\n")
     print("| case | loader, patches/s | network, patches/s | ratio |\n|---|---|---|---|")
     for name in options.cases:
         with tempfile.TemporaryDirectory() as folder:

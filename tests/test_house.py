@@ -18,12 +18,11 @@ ORDER = [
     "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
     "segment", "begin", "cluster", "worker", "ledger", "fence", "claim", "progress", "engines",
     "plan", "identity", "units", "tiling", "checks", "options", "cache", "slices", "normalize",
-    "predict", "regions", "feed", "windows", "profile", "probe", "model", "checkpoint", "cost",
-    "sweep", "course", "compute", "transfer", "allocator", "kernels", "rows", "network",
-    "operations", "rules", "program", "unet", "losses", "targets", "augment", "overlay",
-    "synthetic", "instances", "warping", "scores", "target", "guarded", "contents", "volume", "ome",
-    "tiff", "place", "bucket",
-    "geometry", "errors",
+    "predict", "regions", "machine", "feed", "windows", "footprint", "profile", "probe", "model",
+    "factory", "checkpoint", "cost", "sweep", "course", "compute", "transfer", "allocator",
+    "kernels", "rows", "network", "operations", "rules", "program", "unet", "losses", "targets",
+    "augment", "overlay", "synthetic", "instances", "warping", "scores", "target", "guarded",
+    "contents", "volume", "ome", "tiff", "place", "bucket", "geometry", "process", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

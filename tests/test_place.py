@@ -50,7 +50,7 @@ def test_what_is_written_is_found(folder: Place) -> None:
     (folder / "in" / "c").unlink()
     (folder / "in").rmdir()
     (folder / "b").unlink()
-    assert [path.name for path in find(folder, "")] == ["aa", "ab"]
+    assert [path.name for path in find(folder, "a")] == ["aa", "ab"]
     (folder / "aa").unlink(missing_ok=True)
     (folder / "aa").unlink(missing_ok=True)
     assert [path.name for path in find(folder, "")] == ["ab"]

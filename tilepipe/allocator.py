@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distributed import Worker
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 """Parameters of ``mallopt``, as ``malloc.h`` numbers them."""
 IN_OTHER_ARENA = 4
 """The bit of a block's size, which lies before the block, that is not set in the main arena."""
+_kept = threading.Event()
+"""Set where `keep_memory` was called in this process."""
 TRIES = 64
 """Threads that are begun at most to find one in the main arena; there are 8 arenas a core."""
 
@@ -22,8 +29,12 @@ TRIES = 64
 def keep_memory() -> None:
     """Let glibc keep the memory that a layer frees for the next one.
 
-    For the whole process. Elsewhere than on glibc nothing is changed.
+    For the whole process and until its end: what glibc was told before cannot be asked, and its
+    number of arenas cannot be put back. So no function of the library calls this, but the command
+    line and the workers that it starts do; call it once at the beginning of a program of your own
+    that computes on a CPU. Elsewhere than on glibc nothing is changed.
     """
+    _kept.set()
     if (libc := _glibc()) is not None:
         libc.mallopt(ARENA_MAX, 1)
         libc.mallopt(MMAP_MAX, 0)
@@ -33,17 +44,24 @@ def keep_memory() -> None:
 def compute_thread() -> ThreadPoolExecutor:
     """Return a thread for what `keep_memory` was called for: its memory is the main arena's.
 
+    Any thread where it was not called.
+
     No arena more is made from then on, and new threads are given in turn those that there are:
     of libraries that began threads before. So threads are begun until one has the main arena.
     """
     begun: list[ThreadPoolExecutor] = []
-    for _ in range(TRIES):
+    for _ in range(TRIES if _kept.is_set() else 1):
         begun.append(ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute"))
         if begun[-1].submit(in_main_arena).result():
             break
     for other in begun[:-1]:
         other.shutdown()
     return begun[-1]
+
+
+def dask_setup(worker: Worker) -> None:
+    """Do so in a worker of Dask: it calls this where it is given ``--preload``."""
+    keep_memory()
 
 
 def in_main_arena() -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
+from tilepipe import machine
 from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Shape, ceil_to
 from tilepipe.network import export, lattice
@@ -194,18 +193,12 @@ def notices(
         yield f"INEXACT: windows show seams where there are several, since {why[0]}"
 
 
-def cores() -> int:
-    """Return the CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def default_memory(workers: int, device: str = "cpu") -> int:
     """Return the bytes a worker may use where nothing is said: 4 GB, or its share of half.
 
-    On a CUDA device that is here, nine tenths of what is free on it.
+    Half of what this process may use: of the machine, its container or its job. On a CUDA device
+    that is here, nine tenths of what is free on it.
     """
     if device == "cuda" and torch.cuda.is_available():
         return int(0.9 * torch.cuda.mem_get_info()[0])
-    return min(4 << 30, int(psutil.virtual_memory().total) // (2 * workers))
+    return min(4 << 30, machine.memory() // (2 * workers))

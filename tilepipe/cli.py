@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import click
 
 from tilepipe import __version__
+from tilepipe.allocator import keep_memory
 from tilepipe.arguments import (
     Arguments,
     Numbers,
@@ -31,6 +32,7 @@ from tilepipe.errors import BadRequest, TileError
 from tilepipe.options import COMPONENTS, KINDS
 
 if TYPE_CHECKING:
+    from tilepipe.plan import Plan
     from tilepipe.segment import Report
     from tilepipe.train import Progress as Training
 
@@ -124,6 +126,11 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
     from tilepipe.describe import describe_plan, describe_report
     from tilepipe.segment import segment as run
 
+    def planned(plan: Plan) -> None:
+        if plan.sizes.device == "cpu":
+            keep_memory()
+        click.echo(describe_plan(plan))
+
     options, jobs = segment_options(values), segment_jobs(values)
     shown = _Progress()
     report = run(
@@ -132,7 +139,7 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
         output=output,
         options=options,
         jobs=jobs,
-        planned=lambda plan: click.echo(describe_plan(plan)),
+        planned=planned,
         scanned=shown.scan,
         progress=shown,
         **values,  # type: ignore[arg-type]
@@ -189,8 +196,11 @@ def train(
     beside it, in FILE.training. Interrupted, it goes on with --resume.
     """
     from tilepipe.describe import describe_study, describe_training
+    from tilepipe.predict import find_device
     from tilepipe.train import train as run
 
+    if find_device(str(values["device"])) == "cpu":
+        keep_memory()
     shown = _Training()
     report = run(
         paired(volumes),
@@ -279,6 +289,7 @@ def demo(size: int, output: str) -> None:
 
     if "://" in output:
         raise BadRequest(f"output (={output}) must be a folder of this machine")
+    keep_memory()
     shown = _Progress()
     for line in run(Path(output), size=size, progress=shown):
         shown.end()

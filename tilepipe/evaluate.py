@@ -18,6 +18,7 @@ from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Region, TileGrid
 from tilepipe.instances import block_of, grow_objects, label_components
 from tilepipe.options import COMPONENTS, KINDS
+from tilepipe.process import borrowed
 from tilepipe.scores import (
     Table,
     add,
@@ -164,6 +165,7 @@ class _Pair:
         return lambda done, blocks: self.progress(what, done, blocks) if self.progress else None
 
 
+@borrowed()
 def evaluate(
     prediction: str | Path,
     labels: str | Path,

@@ -11,6 +11,7 @@ from tilepipe.describe import describe_live, describe_model, describe_volume
 from tilepipe.errors import BadRequest
 from tilepipe.ledger import Ledger, folder_of
 from tilepipe.place import locate
+from tilepipe.process import borrowed
 from tilepipe.progress import read_progress
 from tilepipe.target import read_attributes
 from tilepipe.volume import open_volume
@@ -22,6 +23,7 @@ MODELS = (".pt", ".pth", ".pt2", ".ckpt", ".ts")
 """Names of model files; everything else is looked at as a volume first."""
 
 
+@borrowed()
 def inspect(
     path: str | Path,
     *,

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tilepipe.allocator import keep_memory
 from tilepipe.checkpoint import save_whole
 from tilepipe.errors import BadRequest
 from tilepipe.losses import LOSSES
@@ -82,8 +81,6 @@ class Learner:
         frame = study.frame
         inner = [slice(s, s + n) for s, n in zip(frame.skip, frame.answer, strict=True)]
         self._inner = (slice(None), slice(None), *inner)
-        if device.type == "cpu":
-            keep_memory()
 
     @property
     def kept(self) -> nn.Module:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import importlib.util
 import io
 import json
 import logging
@@ -16,7 +14,7 @@ import math
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -28,7 +26,9 @@ from tilepipe.bucket import local_path
 from tilepipe.checkpoint import Checkpoint, needs_code, read_checkpoint
 from tilepipe.cost import Cost, measure_cost
 from tilepipe.errors import BadRequest
+from tilepipe.factory import build_network, digest_of, find_factory
 from tilepipe.network import first_line
+from tilepipe.process import borrowed
 from tilepipe.program import load_program, load_tensors
 from tilepipe.unet import UNet
 
@@ -180,19 +180,22 @@ class Model:
         return next(kinds, torch.float32)
 
 
+@borrowed()
 def load_model(
     path: str | Path,
     *,
     network: str | None = None,
     network_args: Mapping[str, object] | None = None,
     head: int = 0,
+    folder: str | Path | None = None,
 ) -> Model:
     """Load a model file, as any of the four kinds that the README lists.
 
     ``network`` (``package.module:factory`` or ``file.py:factory``) builds the architecture of a
     plain state dict, with ``network_args``, or that of a checkpoint of one's own network, whose
-    saved arguments are the default. No code is imported that ``network`` does not name. Raises
-    `BadRequest` with one line otherwise.
+    saved arguments are the default. ``folder``, by default the working directory, is where its
+    file, or a package that is not installed, is looked for. No code is imported that ``network``
+    does not name. Raises `BadRequest` with one line otherwise.
     """
     if not isinstance(path, str | Path):
         raise BadRequest(
@@ -209,7 +212,7 @@ def load_model(
         raise BadRequest(f"head (={head}) must not be negative")
     content = path.read_bytes()
     _check_magic(path, content)
-    digest = hashlib.sha256(content)
+    digest, folder = hashlib.sha256(content), Path(folder or Path.cwd())
     names = _archive_names(content)
     said: Checkpoint | None = None
     shape: Shape | None = None
@@ -228,17 +231,17 @@ def load_model(
             if "tilepipe" in saved:
                 kind, said = "checkpoint", read_checkpoint(path, saved)
                 takes_network = said.network is not None
-                module = _load_checkpoint(path, said, network, network_args)
+                module = _load_checkpoint(path, said, network, network_args, folder)
             else:
                 kind, takes_network = "state dict", True
-                module = _load_state_dict(path, saved, network, network_args or {})
+                module = _load_state_dict(path, saved, network, network_args or {}, folder)
             if takes_network:
-                place, _, factory = (network or "").rpartition(":")
-                if place.endswith(".py"):  # wherever it lies
-                    digest.update(Path(place).read_bytes())
-                    place = ".py"
+                place, _, name = (network or "").rpartition(":")
+                where = ".py" if place.endswith(".py") else place  # wherever the file lies
                 arguments = json.dumps(network_args or {}, sort_keys=True)
-                digest.update(f"{place}:{factory} {arguments}".encode())
+                digest.update(f"{where}:{name} {arguments}".encode())
+                if network:
+                    digest.update(digest_of(find_factory(network, folder)).encode())
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, BadRequest):
             raise
@@ -299,7 +302,11 @@ def _load_script(path: str | Path, device: str) -> nn.Module:
 
 
 def _load_checkpoint(
-    path: Path, said: Checkpoint, network: str | None, arguments: Mapping[str, object] | None
+    path: Path,
+    said: Checkpoint,
+    network: str | None,
+    arguments: Mapping[str, object] | None,
+    folder: Path,
 ) -> nn.Module:
     """Build the paper's network, or by the user's factory, never by what the file names."""
     module: nn.Module
@@ -316,13 +323,17 @@ def _load_checkpoint(
         return module.float()
     if network is None:
         raise needs_code(path, said)
-    module = build_network(network, said.arguments if arguments is None else arguments)
+    module = build_network(network, said.arguments if arguments is None else arguments, folder)
     _fill(path, module, said.weights)
     return module
 
 
 def _load_state_dict(
-    path: Path, saved: Mapping[str, object], network: str | None, arguments: Mapping[str, object]
+    path: Path,
+    saved: Mapping[str, object],
+    network: str | None,
+    arguments: Mapping[str, object],
+    folder: Path,
 ) -> nn.Module:
     for key in ("state_dict", "model_state_dict", "model", "weights"):
         inner = saved.get(key)
@@ -337,38 +348,8 @@ def _load_state_dict(
             " give it with --network package.module:factory or file.py:factory"
         )
     torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
-    module = build_network(network, arguments)
+    module = build_network(network, arguments, folder)
     _fill(path, module, weights)
-    return module
-
-
-def build_network(network: str, arguments: Mapping[str, object]) -> nn.Module:
-    """Call the user's factory."""
-    place, _, name = network.rpartition(":")
-    if not place or not name:
-        raise BadRequest(
-            f"network (={network}) must read package.module:factory or file.py:factory"
-        )
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            if spec is None or spec.loader is None:
-                raise ImportError(place)
-            package = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(package)
-        else:
-            package = importlib.import_module(place)
-        factory = cast("Callable[..., object]", getattr(package, name))
-        module = factory(**arguments)
-    except Exception as error:  # whatever the user's code raises
-        beside = Path(f"{place}.py")
-        hint = f"; did you mean {beside}:{name}?" if beside.is_file() else ""
-        raise BadRequest(
-            f"network (={network}) cannot be built:"
-            f" {type(error).__name__}: {first_line(error)}{hint}"
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise BadRequest(f"network (={network}) gave {type(module).__name__}, not an nn.Module")
     return module
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import zarr
 
-from tilepipe import __version__, checks
+from tilepipe import __version__, checks, machine
 from tilepipe.bucket import Key
 from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
+from tilepipe.footprint import VARIES, process_memory
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
 from tilepipe.identity import check_same, ground, identity, plain
 from tilepipe.model import load_model
@@ -28,16 +29,9 @@ from tilepipe.operations import NoRule
 from tilepipe.options import Options
 from tilepipe.place import locate
 from tilepipe.predict import PRECISIONS, find_device, label_type
+from tilepipe.process import borrowed
 from tilepipe.profile import Profile, find_profile
-from tilepipe.tiling import (
-    Tiling,
-    Work,
-    choose,
-    describe_bytes,
-    floor_work,
-    sweep_work,
-    work,
-)
+from tilepipe.tiling import Tiling, Work, choose, describe_bytes, floor_work, sweep_work, work
 from tilepipe.units import choose_chunks, choose_shards
 from tilepipe.volume import Volume, open_volume
 from tilepipe.windows import whole
@@ -220,6 +214,7 @@ class Plan:
         )
 
 
+@borrowed()
 def plan(
     source: str | Path,
     *,
@@ -270,6 +265,7 @@ def plan(
         graph=graph,
         ratio=PRECISIONS[options.precision].itemsize / network.dtype.itemsize,
         device=_device(options, earlier, elsewhere=elsewhere),
+        process=process_memory(options.network, options.network_args),
     )
     checks.check_sweep(options, tiling)
     sizes, why = _sizes(tiling, volume, options, workers, earlier)
@@ -368,7 +364,7 @@ def _sizes(
     kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
     device = tiling.device
     threads = options.threads or cast("int", kept.get("threads") or 0)
-    threads = threads or max(1, checks.cores() // workers)
+    threads = threads or max(1, machine.cores() // workers)
     tile = options.tile and tuple(
         min(edge, ceil_to(n, multiple))
         for edge, n, multiple in zip(options.tile, volume.shape, tiling.multiple, strict=True)
@@ -395,7 +391,7 @@ def _sizes(
         tile, window, chunks, shards, threads, device, cast("int | None", kept.get("sweep"))
     )
     need = _work(tiling, volume, sizes).memory
-    if options.memory is not None and need > options.memory:
+    if options.memory is not None and need > options.memory + VARIES:
         raise BadRequest(
             f"memory (={describe_bytes(options.memory)}) must hold a tile of the run that goes"
             f" on (={describe_bytes(need)}); give more, or begin anew with --overwrite"

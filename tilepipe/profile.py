@@ -14,6 +14,7 @@ from tilepipe.model import Model, load_model, wrap
 from tilepipe.network import Graph, NotExported, activation, export, lattice, walk
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
+from tilepipe.process import borrowed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,6 +109,7 @@ def find_profile(model: Model) -> Profile:
     return _smallest(model, best, place)
 
 
+@borrowed()
 def context(model: str | Path | Model | nn.Module, *, network: str | None = None) -> Context:
     """Return the context of a network: voxels before and after, and step, for each axis.
 
@@ -115,9 +117,16 @@ def context(model: str | Path | Model | nn.Module, *, network: str | None = None
     dict's. Raises `BadRequest` where the network has no finite context.
     """
     if isinstance(model, nn.Module):
-        model = wrap(model)
-    loaded = model if isinstance(model, Model) else load_model(model, network=network)
-    profile = find_profile(loaded)
+        modes = [(part, part.training) for part in model.modules()]
+        try:
+            loaded = wrap(model)
+            profile = find_profile(loaded)
+        finally:
+            for part, training in modes:
+                part.training = training
+    else:
+        loaded = model if isinstance(model, Model) else load_model(model, network=network)
+        profile = find_profile(loaded)
     if why := profile.troubles or profile.off_lattice:
         raise BadRequest(f"model (={loaded.path}) has no fixed context: {why[0]}")
     return profile.context

@@ -22,6 +22,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.identity import check_same
 from tilepipe.options import ENGINES, Options, Shard
 from tilepipe.plan import Plan, default_target, plan
+from tilepipe.process import borrowed
 from tilepipe.progress import Share
 from tilepipe.target import check_free, check_target, update_attributes
 from tilepipe.worker import SegmentJob
@@ -87,6 +88,7 @@ class Report:
         return sum(share.seconds for share in self.workers.values())
 
 
+@borrowed()
 def segment(
     source: str | Path,
     *,
@@ -145,6 +147,7 @@ def segment(
     return report
 
 
+@borrowed()
 def plan_segment(
     source: str | Path,
     *,

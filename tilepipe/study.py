@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
-from tilepipe import __version__
+from tilepipe import __version__, machine
 from tilepipe.cache import ChunkCache
 from tilepipe.checkpoint import save_checkpoint
 from tilepipe.errors import BadRequest
+from tilepipe.factory import build_network
 from tilepipe.material import count, default_patch, hold_out, kind_of, make_patches
-from tilepipe.model import build_network, wrap
+from tilepipe.model import wrap
 from tilepipe.options import Options
 from tilepipe.patches import frame as frame_of
 from tilepipe.profile import find_profile
@@ -246,4 +246,4 @@ def _listed(sizes: object) -> object:
 
 def cores(recipe: Recipe) -> int:
     """Return the threads that compute on a CPU."""
-    return recipe.threads or len(os.sched_getaffinity(0))
+    return recipe.threads or machine.cores()

@@ -24,7 +24,9 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of TIFF and BigTIFF files, little- and big-endian."""
 SUFFIXES = (".tif", ".tiff", ".svs", ".btf")
 LETTERS = tuple("tzyxc")
-_BROKEN = re.compile(r"invalid page offset|corrupt|failed to reshape|TiffTag 2\d\d .*invalid")
+_BROKEN = re.compile(
+    r"invalid (page offset|offset to page)|corrupt|failed to reshape|TiffTag 2\d\d .*invalid"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tilepipe.cost import Cost
 from tilepipe.errors import BadRequest
 from tilepipe.feed import blocks
+from tilepipe.footprint import PROCESS
 from tilepipe.geometry import Region, Shape, ceil_to
 from tilepipe.regions import Regions, regions_of
 from tilepipe.windows import Span, Windows
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from tilepipe.rows import Rows
     from tilepipe.sweep import Step
 
-PROCESS = 420_000_000
-"""Bytes of a process that has loaded torch, zarr and dask and does nothing yet."""
 KERNELS = 150_000_000
 """Bytes that the library of kernels keeps for itself."""
 SPREAD = 1.25
@@ -78,6 +77,8 @@ class Tiling:
     """Bytes of a number in the network, over those of the model's own type."""
     device: str = "cpu"
     """Where the network runs: ``cpu`` or ``cuda``."""
+    process: int = PROCESS
+    """Bytes of a process that does nothing yet, with the network's own code."""
     costs: dict[Shape, Cost] = field(default_factory=dict)
     known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
     schedules: dict[tuple[int, int, int, int], list[Step]] = field(default_factory=dict)
@@ -149,7 +150,7 @@ def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
     decoding = min(READS, touched) * math.prod(chunks) * tiling.voxel_bytes
     buffers = SLOTS * (widest * tiling.voxel_bytes + math.prod(tile) * tiling.answer_bytes)
     weights = sum(p.nbytes for p in tiling.model.module.parameters())
-    memory = PROCESS + KERNELS + int(SPREAD * peak) + buffers + decoding + 2 * weights
+    memory = tiling.process + KERNELS + int(SPREAD * peak) + buffers + decoding + 2 * weights
     other = BYTE_WORK * decoded * tiling.voxel_bytes + CALL_WORK * number
     time = total + FASTER[tiling.device] * other
     time += TOUCH_WORK * peak if tiling.device == "cpu" else 0
@@ -188,7 +189,7 @@ def sweep_work(
     weights = sum(p.nbytes for p in tiling.model.module.parameters())
     here = 2 * slab * across * 4 * tiling.profile.classes  # one slab's answer, and that before
     peak = int(SWEPT[tiling.profile.axes] * cost.peak * tiling.ratio) + here
-    memory = PROCESS + KERNELS + peak + source + decoding * tiling.voxel_bytes + answer
+    memory = tiling.process + KERNELS + peak + source + decoding * tiling.voxel_bytes + answer
     begun = STEP_WORK * len(cuts.graph.nodes) * number
     reread = cuts.reread(spans, axis) * len(spans[axis]) * slabs // 3
     reading = BYTE_WORK * decoded * tiling.voxel_bytes

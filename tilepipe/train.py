@@ -23,6 +23,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.learner import Learner, check_recipe, check_sources, rate
 from tilepipe.loader import Loader
 from tilepipe.material import open_material
+from tilepipe.process import borrowed, seeded
 from tilepipe.stop import stopping
 from tilepipe.study import cores, prepare
 from tilepipe.team import is_first, joined
@@ -80,6 +81,8 @@ class Progress:
         return self.seconds * (1 - self.done) / max(self.done, 1e-9)
 
 
+@borrowed()
+@seeded()
 def train(
     pairs: Sequence[tuple[str, str]],
     *,

@@ -35,6 +35,7 @@ from tilepipe.ome import (
     read_node,
 )
 from tilepipe.place import locate, zarr_store
+from tilepipe.process import borrowed
 
 if TYPE_CHECKING:
     import tifffile
@@ -201,6 +202,7 @@ def read_zero_padded(volume: Volume, region: Region) -> NDArray[np.generic]:
     return voxels
 
 
+@borrowed()
 def open_volume(path: str | Path, *, axes: str | None = None, level: int = 0) -> Volume:
     """Open a Zarr array, an OME-Zarr image, a TIFF or an SVS file for reading.
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 import numpy as np
 import zarr
 
-from tilepipe.allocator import compute_thread, keep_memory
+from tilepipe.allocator import compute_thread
 from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
 from tilepipe.feed import Feed, Store, blocks
@@ -50,6 +50,8 @@ class SegmentJob:
     """Of the run to write to the plan's target."""
     key: str = field(default_factory=lambda: uuid4().hex)
     """Of this run's work alone: others of the same plan, to another target, have another."""
+    folder: str = field(default_factory=os.getcwd)
+    """Where the run was begun: the network's own code may lie there, wherever a worker is."""
 
     @property
     def slots(self) -> int:
@@ -61,7 +63,7 @@ class SegmentJob:
 
     def open(self) -> Worker:
         """Load the model, open source and target; return what processes a tile by its index."""
-        return Worker(self.plan, self.right)
+        return Worker(self.plan, self.right, self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,11 @@ class Worker:
     Reads and writes in the threads that call it, and computes in one of its own.
     """
 
-    def __init__(self, plan: Plan, right: Right) -> None:
+    def __init__(self, plan: Plan, right: Right, folder: str) -> None:
         options = plan.options
-        if plan.sizes.device == "cpu":
-            keep_memory()
-            self._compute = compute_thread()
-        else:
-            self._compute = ThreadPoolExecutor(1, thread_name_prefix="tilepipe-compute")
+        self._compute = compute_thread()
         _bound_reads()
-        self._plan = plan
+        self._plan, self._folder = plan, folder
         self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
         self._fence = Fence(right)
         self._target = open_target(plan.target, leave=self._fence, durable=options.durable)
@@ -110,6 +108,7 @@ class Worker:
             network=options.network,
             network_args=options.network_args,
             head=options.head,
+            folder=self._folder,
         )
         if model.digest != self._plan.model.digest:
             raise TileError(f"model (={model.path}) has changed since the plan was made")

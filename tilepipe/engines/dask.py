@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -276,7 +277,7 @@ def local_client(
             "memory_limit": 0,
             "host": "127.0.0.1",
             "dashboard_address": local,
-            "preload": [__name__],  # calls dask_setup
+            "preload": [__name__, *["tilepipe.allocator"] * (not gpus)],  # calls dask_setup
             "env": env,
             "silence_logs": logging.CRITICAL,
         }
@@ -297,8 +298,13 @@ def local_client(
 
 @contextmanager
 def _kept_environment() -> Iterator[None]:
-    """Take back what Dask puts into this process's environment for its workers to inherit."""
+    """Take back what Dask puts into this process's environment for its workers to inherit.
+
+    And the way of starting processes: Dask asks for it, which decides it for good.
+    """
+    method = multiprocessing.get_start_method(allow_none=True)
     names = (*dask.config.get("distributed.nanny.pre-spawn-environ"), "PYTHONHASHSEED")
+    names += ("__DASK_PARENT_PID",)
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -308,6 +314,8 @@ def _kept_environment() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        if method is None:
+            multiprocessing.set_start_method(None, force=True)
 
 
 @contextmanager

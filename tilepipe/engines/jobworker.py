@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from tilepipe.allocator import keep_memory
 from tilepipe.engines.walltime import SPAN
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def job_end() -> float | None:
 
 
 def dask_setup(worker: Worker) -> None:
-    """Let the job's log tell of tiles; Dask calls this in the worker process."""
+    """Keep memory between layers, and let the job's log tell of tiles; Dask calls this."""
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        keep_memory()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     told = logging.getLogger("tilepipe")
