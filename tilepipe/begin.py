@@ -17,7 +17,7 @@ from tilepipe.ledger import (
     is_claimed,
     lay_plan,
 )
-from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.normalize import parse, resolve, restore
 from tilepipe.place import locate
 from tilepipe.target import (
     check_free,
@@ -102,7 +102,7 @@ def normalized(
         return made
     known = cast("Mapping[str, list[float]] | None", (earlier or {}).get("normalization"))
     if known:
-        found = Normalization(tuple(known["center"]), tuple(known["scale"]))
+        found = restore(known)
     else:
         volume = open_volume(made.source.path, axes=made.options.axes, level=made.options.level)
         try:

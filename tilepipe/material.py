@@ -17,7 +17,7 @@ from tilepipe.census import Blocks, Census, Kind, Labels
 from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Region, Shape
 from tilepipe.instances import label_components
-from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.normalize import Normalization, parse, resolve, restore
 from tilepipe.patches import Frame, Learning, Pair, Patches
 from tilepipe.slices import outside, parse_region
 from tilepipe.targets import balance_weights, class_count
@@ -345,8 +345,7 @@ def _normalization(
 ) -> Normalization:
     """Return the normalization of an image, which is read for it once in a training."""
     if place.is_file():
-        said = json.loads(place.read_text())
-        return Normalization(tuple(said["center"]), tuple(said["scale"]))
+        return restore(json.loads(place.read_text()))
     found = resolve(parse(recipe.normalize), image, _named(scanned, "grey values"))
     place.write_text(json.dumps(asdict(found)))
     return found
