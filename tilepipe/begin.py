@@ -19,6 +19,7 @@ from tilepipe.ledger import (
 )
 from tilepipe.normalize import parse, resolve, restore
 from tilepipe.place import locate
+from tilepipe.source import open_source
 from tilepipe.target import (
     check_free,
     create_target,
@@ -27,7 +28,6 @@ from tilepipe.target import (
     read_attributes,
     update_attributes,
 )
-from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -104,7 +104,7 @@ def normalized(
     if known:
         found = restore(known)
     else:
-        volume = open_volume(made.source.path, axes=made.options.axes, level=made.options.level)
+        volume = open_source(made.source.path, made.options)
         try:
             found = resolve(parse(made.normalize), volume, scanned)
         except OSError as error:
@@ -198,6 +198,7 @@ def _create(made: Plan, *, overwrite: bool) -> None:
         shards=made.sizes.shards,
         scale=made.source.scale,
         units=made.source.units,
+        translation=made.source.translation,
         attributes={"state": "created", **made.provenance()},
         ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
         overwrite=overwrite or begun,

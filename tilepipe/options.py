@@ -71,6 +71,10 @@ class Options:
     """Axes of the source, such as ``czyx``, where its file does not say them."""
     level: int = 0
     """Resolution of an OME-Zarr or TIFF pyramid; 0 is the full one."""
+    series: int | None = None
+    """Image of a TIFF or a Zarr group that holds several."""
+    channels: tuple[int | str, ...] | None = None
+    """Channels of the source that the network is given, in this order, by number or by name."""
     network: str | None = None
     """``package.module:factory`` or ``file.py:factory`` that builds a state dict's network."""
     network_args: Mapping[str, object] | None = None
@@ -129,7 +133,18 @@ def _check_types(options: Options) -> None:
         whole = isinstance(sizes, tuple | list) and all(type(n) is int for n in sizes)
         if sizes is not None and not whole:
             raise BadRequest(f"{name} (={sizes!r}) must be whole numbers, as in (64, 128, 128)")
-    for name, like in (("memory", 4_000_000_000), ("threads", 2), ("level", 0), ("head", 0)):
+    check_channels(options.channels)
+    numbers = {"memory": 4_000_000_000, "threads": 2, "level": 0, "series": 1, "head": 0}
+    for name, like in numbers.items():
         value = getattr(options, name)
         if value is not None and type(value) is not int:
             raise BadRequest(f"{name} (={value!r}) must be a whole number, as in {like}")
+
+
+def check_channels(channels: object) -> None:
+    """Refuse channels that are neither numbers nor names."""
+    listed = isinstance(channels, tuple | list) and all(
+        type(channel) is int or isinstance(channel, str) for channel in channels
+    )
+    if channels is not None and not (listed and channels):
+        raise BadRequest(f"channels (={channels!r}) must be numbers or names, as in (0, 'DAPI')")

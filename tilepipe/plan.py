@@ -28,6 +28,7 @@ from tilepipe.options import Options
 from tilepipe.place import locate
 from tilepipe.predict import PRECISIONS, find_device, label_type
 from tilepipe.profile import Profile, find_profile
+from tilepipe.source import open_source
 from tilepipe.tiling import (
     Tiling,
     Work,
@@ -38,13 +39,13 @@ from tilepipe.tiling import (
     work,
 )
 from tilepipe.units import choose_chunks, choose_shards
-from tilepipe.volume import Volume, open_volume
 from tilepipe.windows import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tilepipe.model import Model
+    from tilepipe.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Source:
     dtype: str
     scale: tuple[float, ...]
     units: tuple[str | None, ...]
+    translation: tuple[float, ...]
     chunks: Shape
     nbytes: int
 
@@ -247,7 +249,7 @@ def plan(
     looked for here. Raises `BadRequest` for what cannot work.
     """
     options = options or Options()
-    volume = open_volume(source, axes=options.axes, level=options.level)
+    volume = open_source(source, options)
     network = load_model(
         model, network=options.network, network_args=options.network_args, head=options.head
     )
@@ -269,7 +271,7 @@ def plan(
         profile=profile,
         shape=volume.shape,
         limit=limit,
-        voxel_bytes=volume.dtype.itemsize * volume.channels,
+        voxel_bytes=volume.dtype.itemsize * volume.decoded_channels,
         answer_bytes=answer.itemsize * answer.channels,
         box=box,
         graph=graph,
@@ -359,6 +361,7 @@ def _source(volume: Volume) -> Source:
         dtype=str(volume.dtype),
         scale=volume.scale,
         units=volume.units,
+        translation=volume.translation,
         chunks=volume.chunks,
         nbytes=volume.nbytes,
     )
