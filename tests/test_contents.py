@@ -334,6 +334,7 @@ def test_what_lies_beside_an_image_is_said(tmp_path: Path) -> None:
 def test_images_of_a_bioformats2raw_layout_are_chosen(tmp_path: Path, version: str) -> None:
     root = zarr.create_group(tmp_path / "v.zarr", zarr_format=3 if version == "0.5" else 2)
     layout = {"bioformats2raw.layout": 3}
+    named = root.create_group("OME").attrs
     root.attrs.update({"ome": {"version": "0.5", **layout}} if version == "0.5" else layout)
     images = [noise(20, 30, seed=seed) for seed in range(3)]
     for number, image in enumerate(images):
@@ -343,6 +344,8 @@ def test_images_of_a_bioformats2raw_layout_are_chosen(tmp_path: Path, version: s
         )  # fmt: skip
         if number == 0:  # the only one is read
             np.testing.assert_array_equal(whole(open_volume(tmp_path / "v.zarr"))[0], image)
+    series = {"series": ["0", "1", "2"]}
+    named.update({"ome": series} if version == "0.5" else series)
     with pytest.raises(BadRequest, match="holds 3 images, 0 to 2; choose one with series"):
         open_volume(tmp_path / "v.zarr")
     chosen = open_volume(tmp_path / "v.zarr", series=2)
@@ -485,3 +488,16 @@ def test_a_prediction_is_compared_where_it_lies(tmp_path: Path) -> None:
     # A part that does not say where it lies is laid on the region, as it always was.
     plain = write_volume(tmp_path / "p.zarr", truth[10:30, 20:45], "yx")
     assert evaluate(plain, labels, region="10:30,20:45", kind="classes").voxels == 500
+    # Of two whole volumes one may have lost its place; both with one are compared where they meet.
+    lost = write_multiscale(tmp_path / "f.zarr", truth, "yx", transformations=[[scale(2, 0.5)]])
+    assert evaluate(lost, labels, kind="classes").voxels == truth.size
+
+
+def test_objects_of_64_bits_are_told_apart(tmp_path: Path) -> None:
+    labels = np.full((4, 6), 2**53 + 1, "uint64")
+    labels[:, :2] = 2**53
+    path = write_volume(tmp_path / "l.zarr", labels, "yx")
+    mask = write_volume(tmp_path / "m.zarr", (labels == 2**53).astype("uint8"), "yx")
+    scores = evaluate(mask, path, kind="mask", label_objects=[2**53])
+    assert scores.pixels is not None
+    assert scores.pixels.pixel_error == 0

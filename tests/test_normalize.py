@@ -13,6 +13,7 @@ from tests.support import noise, write_volume
 from tilepipe import quantiles
 from tilepipe.errors import BadRequest
 from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.overlay import stretch
 from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
@@ -200,3 +201,38 @@ def test_wide_types_keep_their_digits(tmp_path: Path) -> None:
     volume = open_volume(write_volume(tmp_path / "v.zarr", image, "yx"))
     found = resolve(parse("zscore"), volume).apply(image[None])
     np.testing.assert_allclose(found[0], (image - image.mean()) / image.std(), atol=1e-4)
+
+
+def test_a_value_too_large_for_float32_is_not_taken_for_infinite() -> None:
+    image = np.array([[1e300, -1e300, np.inf, np.nan, 2.0]])
+    found = Normalization((0.0,), (1.0,)).apply(image)[0]
+    limit = np.finfo(np.float32).max
+    np.testing.assert_array_equal(found, np.float32([limit, -limit, np.inf, np.nan, 2]))
+
+
+def test_float32_far_from_zero_keeps_its_digits(tmp_path: Path) -> None:
+    image = (1e4 + noise(16, 16, dtype="float32") / 10).astype(np.float32)
+    volume = open_volume(write_volume(tmp_path / "v.zarr", image, "yx"))
+    found = resolve(parse("zscore"), volume).apply(image[None])[0]
+    wide = image.astype(float)
+    np.testing.assert_allclose(found, (wide - wide.mean()) / wide.std(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.where(np.arange(400) == 7, np.nan, np.arange(400.0)),
+        np.where(np.arange(400) == 7, np.inf, np.arange(400.0)),
+        np.full(400, np.nan),
+        np.full(400, 3, "uint8"),
+        np.where(np.arange(400) == 7, 200, 0).astype("uint8"),
+        np.array([-1.7e308, 1.7e308] * 200),
+    ],
+)
+def test_a_picture_is_drawn_of_any_values(image: NDArray[np.generic]) -> None:
+    grey = stretch(image.reshape(20, 20)).ravel()
+    order = np.argsort(np.where(np.isfinite(image), image, 0).astype(float), kind="stable")
+    known = order[np.isfinite(image[order])]
+    assert (np.diff(grey[known].astype(int)) >= 0).all()
+    if len(known) and image[known].min() < image[known].max():
+        assert (grey[known[0]], grey[known[-1]]) == (0, 255)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from contextlib import suppress
@@ -78,6 +79,11 @@ def find_images(path: Place, node: Node) -> list[tuple[Place, int]]:
     ome = node.attributes.get("ome")
     if LAYOUT not in node.attributes and not (isinstance(ome, dict) and LAYOUT in ome):
         return []
+    listed = read_node(path / "OME")
+    said = {} if listed is None else listed.attributes.get("ome", listed.attributes)
+    names = said.get("series") if isinstance(said, dict) else None
+    if isinstance(names, list) and all(re.fullmatch(r"\w+", str(name)) for name in names):
+        return [(path / str(name), 0) for name in names]
     found: list[tuple[Place, int]] = []
     while True:
         group = path / str(len(found))

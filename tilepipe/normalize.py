@@ -53,11 +53,18 @@ class Normalization:
             wide = np.stack([_above(*pair) for pair in zip(image, self.base, strict=True)])
         else:
             wide = image.astype(kind)
-        if any(self.center):
-            np.subtract(wide, np.asarray(self.center, kind).reshape(across), out=wide)
-        if any(s != 1 for s in self.scale):
-            np.multiply(wide, np.asarray(self.scale, kind).reshape(across), out=wide)
-        return wide.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            if any(self.center):
+                np.subtract(wide, np.asarray(self.center, kind).reshape(across), out=wide)
+            if any(s != 1 for s in self.scale):
+                np.multiply(wide, np.asarray(self.scale, kind).reshape(across), out=wide)
+            grey = wide.astype(np.float32, copy=False)
+        large = np.isinf(grey)
+        if large.any() and image.dtype.kind == "f":
+            large &= np.isfinite(image)  # what is infinite in the source stays so
+        if large.any():
+            grey[large] = np.copysign(np.finfo(np.float32).max, grey[large])
+        return grey
 
 
 def restore(plain: Mapping[str, Sequence[float]]) -> Normalization:

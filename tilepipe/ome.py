@@ -251,12 +251,14 @@ def parent_image(path: Place) -> tuple[Multiscale | None, int]:
     """Return the image of which the array ``path`` is a resolution, and which; else None."""
     try:
         node = read_node(path.parent)
-        image = None if node is None else parse_multiscale(node.attributes)
+        count = 0 if node is None else count_multiscales(node.attributes)
+        for number in range(count):
+            image = None if node is None else parse_multiscale(node.attributes, number)
+            if image is not None and path.name in image.paths:
+                return image, image.paths.index(path.name)
     except (OSError, ValueError):
         return None, 0
-    if image is None or path.name not in image.paths:
-        return None, 0
-    return image, image.paths.index(path.name)
+    return None, 0
 
 
 def no_array(path: Place) -> str:

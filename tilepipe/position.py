@@ -45,8 +45,9 @@ def _offset(mine: Volume, theirs: Volume) -> tuple[int, ...]:
     same = (0,) * len(mine.shape)
     if not (mine.is_placed and theirs.is_placed) or len(mine.shape) != len(theirs.shape):
         return same
-    if mine.translation == theirs.translation:
-        return same
+    stated = any(mine.translation), any(theirs.translation)
+    if mine.translation == theirs.translation or (mine.shape == theirs.shape and not all(stated)):
+        return same  # of two whole volumes one may have lost its place
     sizes = zip(mine.scale, theirs.scale, strict=True)
     alike = all(math.isclose(one, other, rel_tol=1e-3) for one, other in sizes)
     if not alike or mine.units != theirs.units:

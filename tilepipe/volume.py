@@ -85,7 +85,7 @@ class Volume:
     translation: tuple[float, ...]
     """Where the first voxel lies along ``axes``, in ``units``; 0.0 where nothing says it."""
     is_placed: bool
-    """Whether the source says how large its voxels are and so where it lies."""
+    """Whether its metadata can say where it lies: an OME-Zarr's that say how large voxels are."""
     channel_names: tuple[str, ...]
     """What the channels are called, in the order in which they are read; empty if not said."""
     notices: tuple[str, ...]
@@ -411,7 +411,7 @@ def _volume(
         requested_axes=asked.axes,
         level=asked.level,
         translation=tuple(0.0 if translation is None else translation[place] for place in dims),
-        is_placed=scale is not None,
+        is_placed=scale is not None and file is None,
         channel_names=tuple(names[n] for n in picked or range(count)) if any(names) else (),
         notices=tuple(notices),
         series=asked.series,
