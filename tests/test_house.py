@@ -21,7 +21,7 @@ ORDER = [
     "quantiles", "predict", "regions", "feed", "windows", "profile", "probe", "model", "checkpoint",
     "cost", "sweep", "course", "compute", "transfer", "allocator", "kernels", "rows", "network",
     "operations", "rules", "program", "unet", "losses", "targets", "augment", "overlay",
-    "synthetic", "instances", "warping", "scores", "target", "volume", "contents", "dimensions",
+    "synthetic", "instances", "warping", "scores", "target", "volume", "images", "dimensions",
     "ome", "tiff", "calibration", "place", "bucket", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tilepipe.contents import count_images, lying_beside
+from tilepipe.images import count_images, lying_beside
 from tilepipe.errors import BadRequest
 from tilepipe.volume import open_volume
 

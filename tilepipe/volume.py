@@ -19,7 +19,7 @@ import numpy as np
 
 from tilepipe import tiff
 from tilepipe.bucket import explain, is_of_store
-from tilepipe.contents import check_dtype, choose_image, open_array
+from tilepipe.images import check_dtype, choose_image, open_array
 from tilepipe.dimensions import name_axes, pick_channels
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, mirror
