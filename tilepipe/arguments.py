@@ -54,6 +54,22 @@ class Numbers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} must be whole numbers with commas, as in 1,2", param, ctx)
 
 
+class Channels(click.ParamType[tuple[int | str, ...]]):
+    """Channels by number or by name."""
+
+    name = "N,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | str, ...]:
+        """Return numbers, and names of what is no number."""
+        parts = value if isinstance(value, tuple | list) else str(value).split(",")
+        named = [str(part).strip() for part in parts]
+        if "" in named:
+            self.fail(f"{value!r} must be numbers or names with commas, as in 0,2", param, ctx)
+        return tuple(int(part) if part.isdecimal() else part for part in named)
+
+
 class Names(click.ParamType[tuple[str, ...]]):
     """Names of classes."""
 
@@ -140,6 +156,8 @@ _SEGMENT = (
     click.option("--head", type=int, default=0, metavar="N", help="Which of several outputs."),
     click.option("--axes", metavar="ZYX", help="Axes of SOURCE, where it does not say them."),
     click.option("--level", type=int, default=0, metavar="N", help="Of a pyramid; 0 is finest."),
+    click.option("--series", type=int, metavar="N", help="Which of several images; 0 is first."),
+    click.option("--channels", type=Channels(), help="Of SOURCE, in this order. [all]"),
     click.option(
         "--normalize",
         metavar="HOW",
@@ -285,6 +303,8 @@ _TRAIN = (
     ),
     _asked("axes", "Axes of the images, where they do not say them.", kind=str),
     _asked("level", "Of a pyramid; 0 is finest."),
+    _asked("series", "Which of several images, where a file holds them; 0 is first.", kind=int),
+    _asked("channels", "Of the images, in this order. [all]", kind=Channels()),
     _asked("normalize", "none, scale:A,B, percentile:LO,HI or zscore, over each whole volume."),
     _asked("ndim", "Axes of the network, 2 or 3. [the volume's]", kind=int),
     _asked("base", "Channels of the first level."),

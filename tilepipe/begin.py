@@ -24,9 +24,10 @@ from tilepipe.ledger import (
     is_claimed,
     lay_plan,
 )
-from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.normalize import parse, resolve, restore
 from tilepipe.place import locate
 from tilepipe.place import replace as write_whole
+from tilepipe.source import open_source
 from tilepipe.target import (
     check_free,
     create_target,
@@ -35,7 +36,6 @@ from tilepipe.target import (
     read_attributes,
     update_attributes,
 )
-from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,7 +74,7 @@ def find_earlier(target: str) -> dict[str, object] | None:
 def check_intact(made: Plan, *, finished: bool) -> None:
     """Refuse an earlier output whose array is not the one that its run created.
 
-    Metadata that a crash has spoiled can be made anew from the plan, see `restore`; that of an
+    Metadata that a crash has spoiled can be made anew from the plan, see `restore_metadata`; that of an
     array is not looked for where it is gone with ``finished`` tiles, since its voxels may be, too.
     """
     if _spoiled(made, finished=finished):
@@ -93,7 +93,7 @@ def check_intact(made: Plan, *, finished: bool) -> None:
         )
 
 
-def restore(made: Plan, ledger: Ledger) -> None:
+def restore_metadata(made: Plan, ledger: Ledger) -> None:
     """Make metadata anew that a crash of the machine has emptied or cut off: as the plan has it."""
     place = locate(made.target, "output")
     spoiled = _spoiled(made, finished=ledger.done > 0)
@@ -140,9 +140,9 @@ def normalized(
         return made
     known = cast("Mapping[str, list[float]] | None", (earlier or {}).get("normalization"))
     if known:
-        found = Normalization(tuple(known["center"]), tuple(known["scale"]))
+        found = restore(known)
     else:
-        volume = open_volume(made.source.path, axes=made.options.axes, level=made.options.level)
+        volume = open_source(made.source.path, made.options)
         try:
             found = resolve(parse(made.normalize), volume, scanned)
         except OSError as error:
@@ -161,7 +161,7 @@ def open_ledger(
     opened = Ledger.open(made.target, shard=shard) if there else None
     if opened is not None:
         try:
-            restore(made, opened)
+            restore_metadata(made, opened)
         except BaseException:
             opened.close()
             raise
@@ -244,6 +244,7 @@ def _create(made: Plan, target: str, attributes: Mapping[str, object], *, overwr
         shards=made.sizes.shards,
         scale=made.source.scale,
         units=made.source.units,
+        translation=made.source.translation,
         attributes=attributes,
         ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
         overwrite=overwrite,

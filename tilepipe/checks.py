@@ -10,6 +10,7 @@ from tilepipe import machine
 from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Shape, ceil_to
 from tilepipe.network import export, lattice
+from tilepipe.source import source_notices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +42,7 @@ def check_match(volume: Volume, model: Model) -> None:
             f"model (={model.path}) reads {counted(model.channels, 'channel')}; the volume (axes"
             f" {volume.axes}{assumed}, shape {shape}) has {found}: "
             + ("" if known else "say which axis is c with --axes, or ")
+            + ("choose some with --channels, or " if volume.channels > model.channels else "")
             + "use a network for it"
         )
 
@@ -179,6 +181,7 @@ def notices(
     volume: Volume, model: Model, profile: Profile, options: Options, strategy: str
 ) -> Iterator[str]:
     """Yield what the user should know although nothing is refused."""
+    yield from source_notices(volume)
     if volume.axes_assumed:
         yield f"the source does not say its axes: {volume.axes} is assumed (--axes overrides)"
     if options.normalize is None and model.normalize is None:

@@ -226,6 +226,7 @@ def train(
 @click.option("--network-args", type=Arguments(), help="Arguments of the factory.")
 @click.option("--head", type=int, default=0, metavar="N", help="Which of several outputs.")
 @click.option("--axes", metavar="ZYX", help="Axes of a volume that does not say them.")
+@click.option("--series", type=int, metavar="N", help="Which of several images.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @_refusing
 def inspect(
@@ -234,12 +235,15 @@ def inspect(
     network_args: dict[str, object] | None,
     head: int,
     axes: str | None,
+    series: int | None,
     as_json: bool,
 ) -> None:
     """Describe a model, a volume, or an output and how far it is."""
     from tilepipe.inspect import inspect as describe
 
-    found, text = describe(file, network=network, network_args=network_args, head=head, axes=axes)
+    found, text = describe(
+        file, network=network, network_args=network_args, head=head, axes=axes, series=series
+    )
     click.echo(json.dumps(found, indent=1) if as_json else text)
 
 
@@ -256,6 +260,7 @@ def inspect(
 @click.option("--instances", "kind", flag_value="instances", help="Short for --kind instances.")
 @click.option("--membrane", "kind", flag_value="membrane", help="Short for --kind membrane.")
 @click.option("--axes", metavar="ZYX", help="Axes of a file that does not say them.")
+@click.option("--series", type=int, metavar="N", help="Of a file that holds several images.")
 @click.option("--region", metavar="START:STOP,...", help="Of the labels, as in 20:24,:,:.")
 @click.option("--threshold", type=float, metavar="X", help="Makes a mask of probabilities.")
 @click.option("--channel", type=int, metavar="N", help="Of PREDICTION, counted from 0.")

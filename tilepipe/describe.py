@@ -97,8 +97,8 @@ def describe_model(model: Model, profile: Profile) -> str:
     return _table(rows)
 
 
-def describe_volume(volume: Volume) -> str:
-    """Return shape, type and storage of a volume."""
+def describe_volume(volume: Volume, notices: Iterable[str] = ()) -> str:
+    """Return shape, type and storage of a volume, and what there is to say of it besides."""
     units = [
         f"{size:g} {unit or ''}".strip()
         for size, unit in zip(volume.scale, volume.units, strict=True)
@@ -112,7 +112,11 @@ def describe_volume(volume: Volume) -> str:
         ("chunks", comma(volume.chunks) + shards),
         ("voxel", " x ".join(units)),
     ]
-    return _table(rows)
+    if any(volume.translation):
+        rows.append(("lies at", ", ".join(f"{place:g}" for place in volume.translation)))
+    if volume.channel_names:
+        rows.append(("channels", ", ".join(name or "?" for name in volume.channel_names)))
+    return _table(rows) + "".join(f"\nnote: {notice}" for notice in notices)
 
 
 def describe_report(report: Report) -> str:
@@ -351,7 +355,7 @@ def describe_study(study: Study) -> str:
              f" loss {recipe.loss_name}"),
             ("folder", str(study.folder)),
         ]
-    )  # fmt: skip
+    ) + "".join(f"\nnote: {notice}" for notice in study.notices)  # fmt: skip
 
 
 def describe_progress(report: Training) -> str:

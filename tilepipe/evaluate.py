@@ -18,6 +18,7 @@ from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Region, TileGrid
 from tilepipe.instances import block_of, grow_objects, label_components
 from tilepipe.options import COMPONENTS, KINDS
+from tilepipe.position import place_on
 from tilepipe.process import borrowed
 from tilepipe.scores import (
     Table,
@@ -28,6 +29,7 @@ from tilepipe.scores import (
     tabulate,
 )
 from tilepipe.slices import parse_region
+from tilepipe.source import open_named
 from tilepipe.volume import open_volume
 from tilepipe.warping import LARGEST_PLANE, warping_mismatches
 
@@ -115,7 +117,9 @@ class _Side:
 
     def is_object(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Return which values are objects."""
-        found = values != 0 if self.objects is None else np.isin(values, self.objects)
+        found = values != 0 if self.objects is None else np.zeros(values.shape, bool)
+        for value in self.objects or ():  # numpy.isin rounds integers of 64 bits
+            found |= values == value
         return found if self.ignore is None else found & (values != self.ignore)
 
 
@@ -172,6 +176,7 @@ def evaluate(
     *,
     kind: Kind = "auto",
     axes: str | None = None,
+    series: int | None = None,
     region: str | Region | None = None,
     threshold: float | None = None,
     channel: int | None = None,
@@ -184,6 +189,9 @@ def evaluate(
 ) -> Scores:
     """Compare a prediction with labels of the same shape, or with a ``region`` of labels.
 
+    Where the metadata of both say that the prediction lies elsewhere, by whole voxels, the labels
+    there are compared.
+
     What is compared, by ``kind``: ``classes``, each value being a class; ``mask``, objects against
     the rest; ``instances``, both numbering objects; ``membrane``, a mask of cell interiors whose
     connected components (faces connect) are the predicted objects. ``auto`` is ``mask`` where
@@ -193,7 +201,8 @@ def evaluate(
     In masks ``objects`` and ``label_objects`` are the values that are objects, by default all but
     0. A ``threshold`` turns the probabilities of one ``channel`` into 1 above it and 0. Several
     channels without one: the number of the largest is the value. Voxels labelled ``ignore`` do
-    not count. ``axes`` name the axes of a file that does not say them.
+    not count. ``axes`` name the axes of a file that does not say them, ``series`` is the image of
+    each file that holds several.
 
     ``components`` are taken, and ``instances`` numbered, within each ``plane`` or the ``volume``;
     by default planes for ``membrane``, as the ISBI 2012 challenge does for sections, and the
@@ -206,8 +215,8 @@ def evaluate(
     scores are is told in `tilepipe.scores`, `tilepipe.warping` and docs/scores.md.
     """
     pair = _open_pair(
-        _open(prediction, axes),
-        _open(labels, axes),
+        open_named(prediction, axes, series),
+        open_named(labels, axes, series),
         region=region,
         threshold=threshold,
         channel=channel,
@@ -265,17 +274,6 @@ def _told(pair: _Pair) -> str:
     return str(Region.whole(pair.shape).shift(pair.labels.origin))
 
 
-def _open(path: str | Path, axes: str | None) -> Volume:
-    """Open a volume; ``axes`` are for a file that does not say them."""
-    try:
-        volume = open_volume(path)
-    except BadRequest:
-        if axes is None:
-            raise
-        return open_volume(path, axes=axes)
-    return open_volume(path, axes=axes) if axes and volume.axes_assumed else volume
-
-
 def _open_pair(
     mine: Volume,
     theirs: Volume,
@@ -294,7 +292,10 @@ def _open_pair(
     box = whole if region is None else region
     if box.size == 0 or box.intersect(whole) != box:
         raise BadRequest(f"region (={box}) must hold voxels, all inside the labels' {whole}")
-    if mine.shape not in (theirs.shape, box.shape):
+    start = box.start if mine.shape == theirs.shape else (0,) * len(box.start)
+    if placed := place_on(mine, theirs, None if region is None else box):
+        box, start = placed
+    elif mine.shape not in (theirs.shape, box.shape):
         hint = "" if region is None else f", or the region's, {comma(box.shape)}"
         raise BadRequest(
             f"prediction (={mine.path}) of shape {comma(mine.shape)} must have the labels' shape,"
@@ -319,7 +320,6 @@ def _open_pair(
         raise BadRequest(
             f"prediction (={mine.path}) has {mine.channels} channels; say which one with channel"
         )
-    start = box.start if mine.shape == theirs.shape else (0,) * len(box.start)
     return _Pair(
         _Side(mine, start, channel, threshold, objects),
         _Side(theirs, box.start, objects=label_objects, ignore=ignore),

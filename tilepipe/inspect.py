@@ -13,6 +13,7 @@ from tilepipe.ledger import Ledger, folder_of
 from tilepipe.place import locate
 from tilepipe.process import borrowed
 from tilepipe.progress import read_progress
+from tilepipe.source import source_notices
 from tilepipe.target import read_attributes
 from tilepipe.volume import open_volume
 
@@ -31,6 +32,7 @@ def inspect(
     network_args: Mapping[str, object] | None = None,
     head: int = 0,
     axes: str | None = None,
+    series: int | None = None,
 ) -> tuple[dict[str, object], str]:
     """Return a model, a volume or an output as plain values and as text."""
     place = locate(path, "file")
@@ -48,15 +50,17 @@ def inspect(
                  "labels": list(model.labels), "answer": model.answer,
                  "provenance": dict(model.provenance), "trained": model.trained}  # fmt: skip
         return {**facts, **asdict(profile)}, describe_model(model, profile)
-    volume = open_volume(path, axes=axes)
+    volume = open_volume(path, axes=axes, series=series)
+    notices = source_notices(volume)
     values: dict[str, object] = {
         "volume": volume.path, "kind": volume.kind, "axes": volume.axes,
         "axes_assumed": volume.axes_assumed, "shape": volume.shape, "channels": volume.channels,
         "dtype": str(volume.dtype), "chunks": volume.chunks, "shards": volume.shards,
-        "scale": volume.scale, "units": volume.units, "nbytes": volume.nbytes,
+        "scale": volume.scale, "units": volume.units, "translation": volume.translation,
+        "channel_names": volume.channel_names, "nbytes": volume.nbytes, "notices": notices,
     }  # fmt: skip
     made, text = _output(str(path))
-    return {**values, **made}, "\n".join(filter(None, [describe_volume(volume), text]))
+    return {**values, **made}, "\n".join(filter(None, [describe_volume(volume, notices), text]))
 
 
 def _output(path: str) -> tuple[dict[str, object], str]:

@@ -67,7 +67,7 @@ def label_components(
     if region.size == 0 or region.intersect(Region.whole(volume.shape)) != region:
         raise BadRequest(f"region (={region}) must hold voxels, all inside {volume.shape}")
     structure = _structure(len(volume.axes), _along(volume, per_plane), full=full)
-    with _created(volume, path, region.shape, block) as target:
+    with _created(volume, path, region, block) as target:
         ids = open_volume(path, axes=volume.axes)
         unit = tuple(map(max, target.chunks, volume.chunks)) if block is None else block
         grid = TileGrid(region.shape, block_of(region.shape, target.chunks, unit, block is None))
@@ -120,7 +120,7 @@ def grow_objects(
         while not finished:
             passes += 1
             there = place.with_name(f"{place.name}.{passes}")
-            with _created(objects, there, objects.shape, block) as target:
+            with _created(objects, there, Region.whole(objects.shape), block) as target:
                 finished = _grow_once(source, target, _along(objects, per_plane), block, progress)
             if passes > 1:
                 shutil.rmtree(source.path)
@@ -237,9 +237,10 @@ def _check_free(path: str | Path, source: Volume) -> None:
 
 @contextmanager
 def _created(
-    volume: Volume, path: str | Path, shape: Shape, block: Shape | None
+    volume: Volume, path: str | Path, region: Region, block: Shape | None
 ) -> Iterator[Target]:
-    """Create a target for ids of this shape; remove it where what follows fails."""
+    """Create a target for ids of a region; remove it where what follows fails."""
+    shape, start = region.shape, region.start
     _check_free(path, volume)
     edges = [min(32, n) for n in volume.chunks[:-2]] + [CHUNK] * 2 if block is None else block
     try:
@@ -252,6 +253,9 @@ def _created(
             shards=None,
             scale=volume.scale,
             units=volume.units,
+            translation=[
+                t + a * s for t, a, s in zip(volume.translation, start, volume.scale, strict=True)
+            ],
             attributes={"objects": {"source": volume.path}},
         )
         yield open_target(path, durable=False)  # it is removed where what follows fails

@@ -17,9 +17,10 @@ from tilepipe.census import Blocks, Census, Kind, Labels
 from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Region, Shape
 from tilepipe.instances import label_components
-from tilepipe.normalize import Normalization, parse, resolve
+from tilepipe.normalize import Normalization, parse, resolve, restore
 from tilepipe.patches import Frame, Learning, Pair, Patches
 from tilepipe.slices import outside, parse_region
+from tilepipe.source import series_for, source_notices
 from tilepipe.targets import balance_weights, class_count
 from tilepipe.volume import Volume, open_volume
 
@@ -52,6 +53,8 @@ class HeldOut:
     mask: Volume | None
     region: Region
     """Of the labels; the image has just this size."""
+    series: int | None
+    channels: tuple[int | str, ...] | None
     normalize: str | None
     """None where grey values are yet to be normalized, as the model does it."""
 
@@ -81,6 +84,14 @@ class Material:
         masks = [mask for mask in self.masks if mask is not None]
         apart = [volume for pair in self.apart for volume in pair]
         return tuple(v.path for v in (*self.images, *self.labels, *masks, *apart))
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """How the volumes were understood, and what they hold beyond what is read."""
+        masks = [mask for mask in self.masks if mask is not None]
+        apart = [volume for pair in self.apart for volume in pair]
+        volumes = (*self.images, *self.labels, *masks, *apart)
+        return tuple(f"{v.path}: {said}" for v in volumes for said in source_notices(v))
 
     @property
     def held_out_voxels(self) -> int:
@@ -141,10 +152,21 @@ def open_material(
 
 
 def _open_pair(image_path: str, labels_path: str, recipe: Recipe) -> tuple[Volume, Volume]:
-    image = open_volume(image_path, axes=recipe.axes, level=recipe.level)
+    image = open_volume(
+        image_path,
+        axes=recipe.axes,
+        level=recipe.level,
+        series=recipe.series,
+        channels=recipe.channels,
+    )
     plain = recipe.axes and recipe.axes.replace("c", "")
     values = recipe.target == "values"
-    labels = open_volume(labels_path, axes=None if values else plain, level=recipe.level)
+    labels = open_volume(
+        labels_path,
+        axes=None if values else plain,
+        level=recipe.level,
+        series=series_for(labels_path, recipe.series),
+    )
     if labels.shape != image.shape:
         raise BadRequest(
             f"labels (={labels_path}) of {comma(labels.shape)} voxels must have the image's"
@@ -177,7 +199,8 @@ def _open_masks(
         )
     opened: list[Volume | None] = []
     for path, said in zip(masks, labels, strict=True):
-        mask = open_volume(path, axes=said.requested_axes, level=recipe.level)
+        series = series_for(path, recipe.series)
+        mask = open_volume(path, axes=said.requested_axes, level=recipe.level, series=series)
         if mask.shape != said.shape or mask.channels != 1:
             raise BadRequest(
                 f"mask (={path}) of {comma(mask.shape)} voxels must have the labels'"
@@ -216,10 +239,21 @@ def hold_out(material: Material, patches: Patches, folder: Path, *, resumed: boo
         if not (resumed and place.exists()):
             _copy(image, region, patches.pairs[index].normalization, place)
         labels, mask = material.labels[index], material.masks[index]
-        found.append(HeldOut(str(place), None, 0, labels, mask, region, "none"))
+        found.append(HeldOut(str(place), None, 0, labels, mask, region, None, None, "none"))
     for image, labels in material.apart:
-        whole, axes = Region.whole(image.shape), image.requested_axes
-        found.append(HeldOut(image.path, axes, image.level, labels, None, whole, None))
+        found.append(
+            HeldOut(
+                image.path,
+                image.requested_axes,
+                image.level,
+                labels,
+                None,
+                Region.whole(image.shape),
+                image.series,
+                image.requested_channels,
+                None,
+            )
+        )
     return found
 
 
@@ -345,8 +379,7 @@ def _normalization(
 ) -> Normalization:
     """Return the normalization of an image, which is read for it once in a training."""
     if place.is_file():
-        said = json.loads(place.read_text())
-        return Normalization(tuple(said["center"]), tuple(said["scale"]))
+        return restore(json.loads(place.read_text()))
     found = resolve(parse(recipe.normalize), image, _named(scanned, "grey values"))
     place.write_text(json.dumps(asdict(found)))
     return found

@@ -13,16 +13,19 @@ import numpy as np
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import TileGrid
+from tilepipe.quantiles import order_statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from tilepipe.volume import Volume
 
-BINS = 65536
-"""Of the histogram from which percentiles are read; exact for integers of up to 16 bits."""
+PIECE = 2**20
+"""Values whose moments are taken at once."""
+ROUGH = 256
+"""Grey values this many spreads from 0 lose digits that count when they are cut to float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +34,56 @@ class Normalization:
 
     center: tuple[float, ...]
     scale: tuple[float, ...]
+    base: tuple[int, ...] = ()
+    """Whole numbers taken off first of integers of 64 bits, of which a float holds 53; of other
+    types none."""
 
     def apply(self, image: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Return ``(image - center) * scale`` for an image of shape (channels, ...)."""
+        """Return ``(image - base - center) * scale`` for an image of shape (channels, ...)."""
         across = (-1,) + (1,) * (image.ndim - 1)
         # Wide types lose digits if they are cut to float32 before the centre is taken off.
         narrow = image.dtype.itemsize <= 2 or image.dtype == np.float32
+        narrow = narrow and all(
+            abs(c * s) <= ROUGH and 1e-30 < abs(s) < 1e30
+            for c, s in zip(self.center, self.scale, strict=True)
+        )
         kind = np.dtype(np.float32 if narrow else np.float64)
-        wide: NDArray[np.floating] = image.astype(kind)
-        if any(self.center):
-            np.subtract(wide, np.asarray(self.center, kind).reshape(across), out=wide)
-        if any(s != 1 for s in self.scale):
-            np.multiply(wide, np.asarray(self.scale, kind).reshape(across), out=wide)
-        return wide.astype(np.float32, copy=False)
+        wide: NDArray[np.floating]
+        if self.base:
+            wide = np.stack([_above(*pair) for pair in zip(image, self.base, strict=True)])
+        else:
+            wide = image.astype(kind)
+        with np.errstate(over="ignore"):
+            if any(self.center):
+                np.subtract(wide, np.asarray(self.center, kind).reshape(across), out=wide)
+            if any(s != 1 for s in self.scale):
+                np.multiply(wide, np.asarray(self.scale, kind).reshape(across), out=wide)
+            grey = wide.astype(np.float32, copy=False)
+        large = np.isinf(grey)
+        if large.any() and image.dtype.kind == "f":
+            large &= np.isfinite(image)  # what is infinite in the source stays so
+        if large.any():
+            grey[large] = np.copysign(np.finfo(np.float32).max, grey[large])
+        return grey
+
+
+def restore(plain: Mapping[str, Sequence[float]]) -> Normalization:
+    """Return a normalization that was kept as JSON of its fields."""
+    base = tuple(int(n) for n in plain.get("base", ()))
+    return Normalization(tuple(plain["center"]), tuple(plain["scale"]), base)
+
+
+def _above(values: NDArray[np.generic], base: int) -> NDArray[np.float64]:
+    """Return integers less a whole number, of which no digit is lost that a float can hold."""
+    whole: NDArray[np.integer] = values.astype(values.dtype, copy=False)
+    number = whole.dtype.type(base)
+    unsigned = f"u{whole.dtype.itemsize}"
+    below = whole < number
+    # Differences wrap round at the type's end; taken without a sign they are right again.
+    found = np.where(below, (number - whole).view(unsigned), (whole - number).view(unsigned))
+    offsets: NDArray[np.float64] = found.astype(np.float64)
+    np.negative(offsets, out=offsets, where=below)
+    return offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +125,66 @@ def parse(text: str) -> Rule:
 def resolve(
     rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None = None
 ) -> Normalization:
-    """Return the normalization of a volume, reading it once or twice where the rule needs it.
+    """Return the normalization of a volume, reading it as often as the rule needs it.
 
-    ``progress`` is called with the blocks done and their number. Voxels that are not finite do
-    not count. Bounded memory: one storage chunk, or about 16 MB, at a time.
+    zscore takes one pass, percentiles one for types of up to 16 bits, two for those of 32 and up
+    to four for those of 64 (see `tilepipe.quantiles`). Law: equals ``numpy.percentile``, or
+    ``numpy.mean`` and ``numpy.std``, of the whole in float64, and of integers of 64 bits what
+    these would be without rounding. ``progress`` is called with the blocks done and their number,
+    in each pass. Voxels that are not finite do not count. Bounded memory: one storage chunk, or
+    about 16 MB, at a time. Raises BadRequest where grey values do not vary as the rule needs.
     """
     channels = volume.channels
     if rule.kind == "none":
         return Normalization((0.0,) * channels, (1.0,) * channels)
     if rule.kind == "scale":
         return Normalization((-rule.second / rule.first,) * channels, (rule.first,) * channels)
-    if rule.kind == "zscore":
-        mean, deviation = _moments(volume, progress)
-        return _checked(rule, mean, deviation)
-    low, high = _percentiles(volume, (rule.first, rule.second), progress)
-    return _checked(rule, low, [b - a for a, b in zip(low, high, strict=True)])
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        found = (_moments if rule.kind == "zscore" else _percentiles)(rule, volume, progress)
+    base = tuple(int(known.base) for known in found) if _is_wide(volume.dtype) else ()
+    center = [known.center if base else known.base + known.center for known in found]
+    return Normalization(tuple(map(float, center)), tuple(1 / k.spread for k in found), base)
 
 
-def _checked(rule: Rule, center: list[float], spread: list[float]) -> Normalization:
-    flat = [channel for channel, width in enumerate(spread) if not width > 0]
-    if flat:
-        raise BadRequest(
-            f"normalize (={rule.kind}) needs a volume whose grey values vary; channel {flat[0]}"
-            " is constant: use none or scale:A,B"
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Statistics of one channel."""
+
+    base: float
+    """A value from which the centre is taken, so that no digit is lost; whole of integers."""
+    center: float
+    spread: float
+
+
+def _is_wide(dtype: np.dtype[np.generic]) -> bool:
+    return dtype.kind in "iu" and dtype.itemsize == 8
+
+
+def _checked(known: _Known, about: str) -> _Known:
+    """Refuse a spread that cannot be divided by; ``about`` begins the message."""
+    if not math.isfinite(known.spread):
+        why = "lie too far apart for a float of 64 bits"
+    elif known.spread == 0 or not math.isfinite(1 / known.spread):
+        why = "lie too close together for a float of 64 bits"
+    else:
+        return known
+    raise BadRequest(f"{about} has grey values that {why}: use none or scale:A,B")
+
+
+def _about(rule: Rule, channel: int) -> str:
+    numbers = f":{rule.first:g},{rule.second:g}" if rule.kind == "percentile" else ""
+    asked = f"normalize (={rule.kind}{numbers})"
+    return f"{asked} needs a volume whose grey values vary; channel {channel}"
+
+
+def _uniform(rule: Rule, channel: int, count: int, value: float) -> BadRequest:
+    """Return the refusal of a channel that has one value, or none."""
+    if not count:
+        return BadRequest(
+            f"{_about(rule, channel)} holds no finite value: mend the source, or choose other"
+            " channels"
         )
-    return Normalization(tuple(center), tuple(1 / width for width in spread))
+    return BadRequest(f"{_about(rule, channel)} is constant, {value}: use none or scale:A,B")
 
 
 def _blocks(
@@ -133,63 +208,75 @@ def _blocks(
 
 
 def _moments(
-    volume: Volume, progress: Callable[[int, int], None] | None
-) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel (Chan's pairwise update)."""
-    count = np.zeros(volume.channels)
-    mean, square = np.zeros(volume.channels), np.zeros(volume.channels)
+    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None
+) -> list[_Known]:
+    """Return mean and standard deviation of each channel (Chan's pairwise update).
+
+    Both are taken of the differences to the channel's first value: those of a constant are 0.
+    """
+    count = [0] * volume.channels
+    first: list[float] = [0.0] * volume.channels
+    mean, square, varies = (np.zeros(volume.channels) for _ in range(3))
     for block in _blocks(volume, progress):
         for channel, values in enumerate(block):
-            if not values.size:
-                continue
-            n, m = values.size, float(values.mean(dtype=np.float64))
-            s = float(values.var(dtype=np.float64)) * n
-            total = count[channel] + n
-            delta = m - mean[channel]
-            square[channel] += s + delta**2 * count[channel] * n / total
-            mean[channel] += delta * n / total
-            count[channel] = total
-    return mean.tolist(), np.sqrt(square / np.maximum(count, 1)).tolist()
+            if values.size and not count[channel]:
+                first[channel] = values[0].item()
+            for start in range(0, values.size, PIECE):
+                piece = _offsets(values[start : start + PIECE], first[channel])
+                n, m = piece.size, float(piece.mean())
+                total = count[channel] + n
+                delta = m - mean[channel]
+                square[channel] += float(piece.var()) * n + delta**2 * count[channel] * n / total
+                mean[channel] += delta * n / total
+                count[channel] = total
+                varies[channel] += piece.any()
+    found = []
+    for channel in range(volume.channels):
+        if not varies[channel]:
+            raise _uniform(rule, channel, count[channel], first[channel])
+        spread = math.sqrt(square[channel] / count[channel])
+        known = _Known(first[channel], float(mean[channel]), spread)
+        found.append(_checked(known, _about(rule, channel)))
+    return found
+
+
+def _offsets(values: NDArray[np.generic], first: float) -> NDArray[np.float64]:
+    """Return values less the first of them."""
+    if _is_wide(values.dtype):
+        return _above(values, int(first))
+    offsets: NDArray[np.float64] = values.astype(np.float64)
+    offsets -= first
+    return offsets
 
 
 def _percentiles(
-    volume: Volume, wanted: tuple[float, float], progress: Callable[[int, int], None] | None
-) -> tuple[list[float], list[float]]:
-    """Return two percentiles of each channel from a histogram of `BINS` bins."""
-    kind = volume.dtype
-    if kind.kind in "iu" and kind.itemsize <= 2:
-        bins = 2 ** (8 * kind.itemsize)
-        first = -bins / 2 if kind.kind == "i" else 0.0
-        edges = [(first, first + bins)] * volume.channels
-    else:
-        low, high = np.full(volume.channels, np.inf), np.full(volume.channels, -np.inf)
-        for block in _blocks(volume, progress):
-            for channel, values in enumerate(block):
-                if values.size:
-                    low[channel] = min(low[channel], float(values.min()))
-                    high[channel] = max(high[channel], float(values.max()))
-        edges = [(a, b) if b > a else (a, a + 1) for a, b in zip(low, high, strict=True)]
-        edges = [(a, b) if math.isfinite(a) else (0.0, 1.0) for a, b in edges]
-        bins = BINS
-    counts = np.zeros((volume.channels, bins), dtype=np.int64)
-    for block in _blocks(volume, progress):
-        for channel, values in enumerate(block):
-            counts[channel] += np.histogram(values, bins=bins, range=edges[channel])[0]
-    found = [
-        [_quantile(counts[channel], edges[channel], percent / 100) for percent in wanted]
-        for channel in range(volume.channels)
-    ]
-    if kind.kind in "iu" and kind.itemsize <= 2:
-        found = [[math.floor(value) for value in pair] for pair in found]
-    return [pair[0] for pair in found], [pair[1] for pair in found]
+    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None
+) -> list[_Known]:
+    """Return the lower percentile of each channel, and how far the upper one lies from it."""
+    orders = order_statistics(
+        lambda: _blocks(volume, progress),
+        volume.dtype,
+        volume.channels,
+        (rule.first / 100, rule.second / 100),
+    )
+    found = []
+    for channel, order in enumerate(orders):
+        if not order.count or order.least == order.greatest:
+            raise _uniform(rule, channel, order.count, order.least)
+        (base, *_), (other, *_) = order.neighbours
+        low, high = (_between(*neighbours) for neighbours in order.neighbours)
+        known = _Known(base, low, (other - base) + (high - low))
+        if base == other and known.spread == 0:
+            raise BadRequest(
+                f"normalize (=percentile:{rule.first:g},{rule.second:g}) needs percentiles that"
+                f" differ; those of channel {channel} are both {base + low:g}, although its values"
+                f" go from {order.least:g} to {order.greatest:g}: take percentiles further apart,"
+                " or zscore, or scale:A,B"
+            )
+        found.append(_checked(known, _about(rule, channel)))
+    return found
 
 
-def _quantile(counts: NDArray[np.int64], edges: tuple[float, float], fraction: float) -> float:
-    """Return where a fraction of the counted values lies below, linear within a bin."""
-    total = np.cumsum(counts)
-    rank = fraction * max(int(total[-1]) - 1, 0)
-    place = int(np.searchsorted(total, rank, side="right"))
-    place = min(place, len(counts) - 1)
-    before = int(total[place - 1]) if place else 0
-    within = (rank - before) / max(int(counts[place]), 1)
-    return edges[0] + (place + within) * (edges[1] - edges[0]) / len(counts)
+def _between(first: float, second: float, within: float) -> float:
+    """Return how far above the first of two values a place between them lies."""
+    return (second - first) * within

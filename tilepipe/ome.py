@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.place import can_list, folders
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tilepipe.place import Place
 
@@ -54,6 +55,10 @@ class Multiscale:
     """The arrays, full resolution first, relative to the group."""
     scales: tuple[tuple[float, ...] | None, ...]
     """Per array, the size of a voxel per dimension, in ``units``; None where it is not said."""
+    translations: tuple[tuple[float, ...] | None, ...] = ()
+    """Per array, where its first voxel lies, in ``units``; None where it is not said."""
+    channel_names: tuple[str, ...] = ()
+    """What the channels are called, "" for one without a name; empty where nothing says it."""
 
 
 def read_node(folder: Place) -> Node | None:
@@ -100,35 +105,63 @@ def _mapping(value: object, path: Place) -> dict[str, object]:
     return value
 
 
-def parse_multiscale(attributes: Mapping[str, object]) -> Multiscale | None:
-    """Return the first image of a group's attributes; None where they hold no image.
+def count_multiscales(attributes: Mapping[str, object]) -> int:
+    """Return how many images a group's attributes hold."""
+    images = _holder(attributes).get("multiscales", [])
+    return len(images) if isinstance(images, list) else 0
 
-    Scales of the dataset and of the whole multiscale are multiplied. Raises ValueError for
-    metadata that breaks the specification, saying what.
-    """
+
+def _holder(attributes: Mapping[str, object]) -> Mapping[str, object]:
     ome = attributes.get("ome")
-    holder = ome if isinstance(ome, dict) else attributes
+    return ome if isinstance(ome, dict) else attributes
+
+
+def parse_multiscale(attributes: Mapping[str, object], number: int = 0) -> Multiscale | None:
+    """Return an image of a group's attributes, the first or another; None where there is none.
+
+    Transformations of the dataset come before those of the whole multiscale. Raises ValueError
+    for metadata that breaks the specification, saying what.
+    """
+    holder = _holder(attributes)
     if "multiscales" not in holder:
         return None
     images = holder["multiscales"]
-    if not isinstance(images, list) or not images or not isinstance(images[0], dict):
+    if not isinstance(images, list) or not images or not isinstance(images[number], dict):
         raise ValueError("multiscales must be a list of images")
-    image = images[0]
+    image = images[number]
     datasets = image.get("datasets")
     if not isinstance(datasets, list) or not datasets:
         raise ValueError("datasets must be a list of arrays")
     axes, units = _parse_axes(image.get("axes"))
-    common = _parse_scale(image.get("coordinateTransformations"), axes)
-    paths, scales = [], []
+    common = image.get("coordinateTransformations")
+    paths, scales, translations = [], [], []
     for dataset in datasets:
         path = dataset.get("path") if isinstance(dataset, dict) else None
         if not isinstance(path, str):
             raise ValueError("each dataset must have a path")
         paths.append(_inside(path))
-        own = _parse_scale(dataset.get("coordinateTransformations"), axes)
-        scales.append(_multiply(own, common))
-    version = str(holder.get("version", image.get("version", "?")))
-    return Multiscale(version, axes, units, tuple(paths), tuple(scales))
+        own = dataset.get("coordinateTransformations")
+        scale, translation = _parse_transformations((own, common), axes)
+        scales.append(scale)
+        translations.append(translation)
+    return Multiscale(
+        str(holder.get("version", image.get("version", "?"))),
+        axes,
+        units,
+        tuple(paths),
+        tuple(scales),
+        tuple(translations),
+        _parse_channels(holder.get("omero")),
+    )
+
+
+def _parse_channels(omero: object) -> tuple[str, ...]:
+    channels = omero.get("channels") if isinstance(omero, dict) else None
+    if not isinstance(channels, list):
+        return ()
+    return tuple(
+        str(channel.get("label") or "") if isinstance(channel, dict) else "" for channel in channels
+    )
 
 
 def _parse_axes(
@@ -153,41 +186,57 @@ def _parse_axes(
     return tuple(names), tuple(units)
 
 
-def _parse_scale(value: object, axes: tuple[str, ...] | None) -> tuple[float, ...] | None:
-    """Return the product of all scale transformations; None where there is none."""
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise ValueError("coordinateTransformations must be a list")
+def _parse_transformations(
+    lists: Sequence[object], axes: tuple[str, ...] | None
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return scale and translation of transformations one after the other; None for none.
+
+    A scale after a translation scales that, too.
+    """
     scale: tuple[float, ...] | None = None
-    for entry in value:
-        if not isinstance(entry, dict):
-            raise ValueError("each coordinate transformation must be an object")
-        numbers = entry.get("scale")
-        if entry.get("type") != "scale" or numbers is None:
+    translation: tuple[float, ...] | None = None
+    for value in lists:
+        if value is None:
             continue
-        if (
-            not isinstance(numbers, list)
-            or (axes is not None and len(numbers) != len(axes))
-            or not all(
-                isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)
-                for n in numbers
-            )
-            or not all(n > 0 for n in numbers)
-        ):
-            raise ValueError(f"scale (={numbers}) must be one positive number per axis")
-        scale = _multiply(scale, tuple(float(n) for n in numbers))
-    return scale
+        if not isinstance(value, list):
+            raise ValueError("coordinateTransformations must be a list")
+        for entry in value:
+            if not isinstance(entry, dict):
+                raise ValueError("each coordinate transformation must be an object")
+            kind = entry.get("type")
+            if kind not in ("scale", "translation") or entry.get(kind) is None:
+                continue
+            numbers = _parse_numbers(kind, entry[kind], axes)
+            if kind == "scale":
+                scale = _combine(operator.mul, scale, numbers)
+                if translation is not None:
+                    translation = _combine(operator.mul, translation, numbers)
+            else:
+                translation = _combine(operator.add, translation, numbers)
+    return scale, translation
 
 
-def _multiply(
-    first: tuple[float, ...] | None, second: tuple[float, ...] | None
-) -> tuple[float, ...] | None:
-    if first is None or second is None:
-        return second if first is None else first
+def _parse_numbers(kind: str, value: object, axes: tuple[str, ...] | None) -> tuple[float, ...]:
+    right = isinstance(value, list) and (axes is None or len(value) == len(axes))
+    if right and isinstance(value, list):
+        right = all(
+            isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)
+            for n in value
+        ) and (kind == "translation" or all(n > 0 for n in value))
+    if not right or not isinstance(value, list):
+        sort = "positive number" if kind == "scale" else "number"
+        raise ValueError(f"{kind} (={value}) must be one {sort} per axis")
+    return tuple(float(n) for n in value)
+
+
+def _combine(
+    how: Callable[[float, float], float], first: tuple[float, ...] | None, second: tuple[float, ...]
+) -> tuple[float, ...]:
+    if first is None:
+        return second
     if len(first) != len(second):
-        raise ValueError("all scales must have one number per axis")
-    return tuple(a * b for a, b in zip(first, second, strict=True))
+        raise ValueError("all scales and translations must have one number per axis")
+    return tuple(map(how, first, second))
 
 
 def _inside(path: str) -> str:
@@ -202,12 +251,14 @@ def parent_image(path: Place) -> tuple[Multiscale | None, int]:
     """Return the image of which the array ``path`` is a resolution, and which; else None."""
     try:
         node = read_node(path.parent)
-        image = None if node is None else parse_multiscale(node.attributes)
+        count = 0 if node is None else count_multiscales(node.attributes)
+        for number in range(count):
+            image = None if node is None else parse_multiscale(node.attributes, number)
+            if image is not None and path.name in image.paths:
+                return image, image.paths.index(path.name)
     except (OSError, ValueError):
         return None, 0
-    if image is None or path.name not in image.paths:
-        return None, 0
-    return image, image.paths.index(path.name)
+    return None, 0
 
 
 def no_array(path: Place) -> str:
@@ -256,16 +307,24 @@ def image_attributes(
     units: Sequence[str | None],
     name: str,
     version: Literal["0.4", "0.5"],
+    translation: Sequence[float] = (),
 ) -> dict[str, object]:
     """Return the OME attributes of a group whose only resolution is the array ``0``.
 
-    ``axes``, ``scale`` and ``units`` are per dimension, the channel axis among them.
+    ``axes``, ``scale``, ``units`` and ``translation`` are per dimension, the channel axis among
+    them; a translation of zeros is left out.
     """
     described = []
     for letter, unit in zip(axes, units, strict=True):
         axis = {"name": letter, "type": _TYPES.get(letter, "space")}
         described.append(axis if unit is None or letter == "c" else {**axis, "unit": unit})
-    transformations = [{"type": "scale", "scale": [float(n) for n in scale]}]
+    transformations: list[dict[str, object]] = [
+        {"type": "scale", "scale": [float(n) for n in scale]}
+    ]
+    if any(translation):
+        transformations.append(
+            {"type": "translation", "translation": [float(n) for n in translation]}
+        )
     image: dict[str, object] = {
         "name": name,
         "axes": described,

@@ -72,6 +72,10 @@ class Options:
     """Axes of the source, such as ``czyx``, where its file does not say them."""
     level: int = 0
     """Resolution of an OME-Zarr or TIFF pyramid; 0 is the full one."""
+    series: int | None = None
+    """Image of a TIFF or a Zarr group that holds several."""
+    channels: tuple[int | str, ...] | None = None
+    """Channels of the source that the network is given, in this order, by number or by name."""
     network: str | None = None
     """``package.module:factory`` or ``file.py:factory`` that builds a state dict's network."""
     network_args: Mapping[str, object] | None = None
@@ -137,7 +141,9 @@ def _check_types(options: Options) -> None:
             f"network_args (={options.network_args!r}) must be what JSON holds, names with numbers"
             ' that are finite, text, lists and the like, as in {"base": 16}'
         )
-    for name, like in (("memory", 4_000_000_000), ("threads", 2), ("level", 0), ("head", 0)):
+    check_channels(options.channels)
+    numbers = {"memory": 4_000_000_000, "threads": 2, "level": 0, "series": 1, "head": 0}
+    for name, like in numbers.items():
         value = getattr(options, name)
         if value is not None and type(value) is not int:
             raise BadRequest(f"{name} (={value!r}) must be a whole number, as in {like}")
@@ -159,3 +165,12 @@ def _listed(value: object) -> object:
     if isinstance(value, dict):
         return {name: _listed(item) for name, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def check_channels(channels: object) -> None:
+    """Refuse channels that are neither numbers nor names."""
+    listed = isinstance(channels, tuple | list) and all(
+        type(channel) is int or isinstance(channel, str) for channel in channels
+    )
+    if channels is not None and not (listed and channels):
+        raise BadRequest(f"channels (={channels!r}) must be numbers or names, as in (0, 'DAPI')")

@@ -71,12 +71,21 @@ def dice(prediction: Image, truth: Image) -> float:
 def stretch(image: Image) -> NDArray[np.uint8]:
     """Return the image as grey values, its 0.5 % darkest black and its 0.2 % brightest white.
 
+    What is not finite does not count, and NaN is black.
+
     >>> stretch(np.array([[0.0, 5.0, 10.0]]))[0].tolist()
     [0, 127, 255]
     """
-    low, high = np.percentile(image, (0.5, 99.8))
-    scaled = (image.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
-    grey: NDArray[np.uint8] = np.clip(scaled, 0, 255).astype(np.uint8)
+    wide = image.astype(np.float64)
+    finite = wide[np.isfinite(wide)]
+    low, high = np.percentile(finite, (0.5, 99.8)) if finite.size else (0.0, 1.0)
+    if finite.size and not high > low:  # nearly all is background
+        low, high = finite.min(), finite.max()
+    span = high / 2 - low / 2  # halves: their differences cannot overflow
+    if not span > 0:
+        return np.zeros(image.shape, np.uint8)
+    shares = np.nan_to_num(np.clip((wide / 2 - low / 2) / span, 0, 1))
+    grey: NDArray[np.uint8] = (shares * 255).astype(np.uint8)
     return grey
 
 

@@ -31,15 +31,16 @@ from tilepipe.place import locate
 from tilepipe.predict import PRECISIONS, find_device, label_type
 from tilepipe.process import borrowed
 from tilepipe.profile import Profile, find_profile
+from tilepipe.source import open_source
 from tilepipe.tiling import Tiling, Work, choose, describe_bytes, floor_work, sweep_work, work
 from tilepipe.units import choose_chunks, choose_shards
-from tilepipe.volume import Volume, open_volume
 from tilepipe.windows import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tilepipe.model import Model
+    from tilepipe.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Source:
     dtype: str
     scale: tuple[float, ...]
     units: tuple[str | None, ...]
+    translation: tuple[float, ...]
     chunks: Shape
     nbytes: int
 
@@ -233,7 +235,7 @@ def plan(
     `BadRequest` for what cannot work.
     """
     options = options or Options()
-    volume = open_volume(source, axes=options.axes, level=options.level)
+    volume = open_source(source, options)
     network = load_model(
         model, network=options.network, network_args=options.network_args, head=options.head
     )
@@ -259,7 +261,7 @@ def plan(
         profile=profile,
         shape=volume.shape,
         limit=limit,
-        voxel_bytes=volume.dtype.itemsize * volume.channels,
+        voxel_bytes=volume.dtype.itemsize * volume.decoded_channels,
         answer_bytes=answer.itemsize * answer.channels,
         box=box,
         graph=graph,
@@ -344,6 +346,7 @@ def _source(volume: Volume) -> Source:
         dtype=str(volume.dtype),
         scale=volume.scale,
         units=volume.units,
+        translation=volume.translation,
         chunks=volume.chunks,
         nbytes=volume.nbytes,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from tilepipe.errors import BadRequest
+from tilepipe.options import check_channels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,6 +47,10 @@ class Recipe:
     """Axes of the images, such as ``czyx``, where their files do not say them."""
     level: int = 0
     """Resolution of the images' and the labels' pyramids; 0 is the full one."""
+    series: int | None = None
+    """Image of each file that holds several."""
+    channels: tuple[int | str, ...] | None = None
+    """Channels of the images that are learned from, in this order, by number or by name."""
     train_region: tuple[str, ...] = ()
     """Regions of each volume that are learned from, such as ``0:20,:,:``."""
     val_region: tuple[str, ...] = ()
@@ -133,6 +138,7 @@ class Recipe:
             value = getattr(self, name)
             if value not in choices and not (name == "loss" and value is None):
                 raise BadRequest(f"{name} (={value}) must be one of {', '.join(choices)}")
+        check_channels(self.channels)
         for name in ("batch", "accumulate", "base", "depth", "loaders", "cache"):
             _at_least(name, getattr(self, name), 1)
         for name in ("steps", "validate_every", "patience", "threads", "classes"):

@@ -58,6 +58,8 @@ class Study:
     held_out: tuple[HeldOut, ...]
     held_out_voxels: int
     sources: tuple[str, ...]
+    notices: tuple[str, ...]
+    """How the volumes were understood, and what they hold beyond what is read."""
 
     def save(self, path: Path, network: nn.Module, measured: Mapping[str, object]) -> None:
         """Write a checkpoint with what it was made from; whole or not at all."""
@@ -179,6 +181,7 @@ def prepare(
         held_out=tuple(hold_out(material, patches, folder, resumed=resume)) if first else (),
         held_out_voxels=material.held_out_voxels,
         sources=material.sources,
+        notices=material.notices,
     )
 
 

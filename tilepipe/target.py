@@ -114,14 +114,16 @@ def create_target(
     scale: Sequence[float],
     units: Sequence[str | None],
     attributes: Mapping[str, object],
+    translation: Sequence[float] | None = None,
     ome_version: Literal["0.4", "0.5"] = "0.5",
     overwrite: bool = False,
 ) -> None:
     """Create an OME-Zarr group whose array ``0`` is all zeros.
 
     ``axes`` are ``zyx`` and the like, with ``c`` in front for channels; ``shape`` is per axis of
-    ``axes``. ``chunks``, ``shards``, ``scale`` and ``units`` may leave out the channel axis: then
-    a chunk holds one channel, a shard all of them. ``attributes`` are JSON, kept for us.
+    ``axes``. ``chunks``, ``shards``, ``scale``, ``units`` and ``translation``, where it lies,
+    may leave out the channel axis: then a chunk holds one channel, a shard all of them.
+    ``attributes`` are JSON, kept for us.
 
     ``overwrite`` removes an earlier output of ours; nothing else is ever removed. Raises
     BadRequest where something else lies at or in ``path``, or the sizes do not fit.
@@ -146,6 +148,9 @@ def create_target(
         units=_per_axis("units", tuple(units), None, axes),
         name=target.stem,
         version=ome_version,
+        translation=()
+        if translation is None
+        else _per_axis("translation", tuple(float(n) for n in translation), 0.0, axes),
     )
     try:
         check_free(path, overwrite=overwrite)

@@ -64,7 +64,14 @@ def validate(
             held.source,
             model=model,
             output=place,
-            options=replace(options, normalize=held.normalize, axes=held.axes, level=held.level),
+            options=replace(
+                options,
+                normalize=held.normalize,
+                axes=held.axes,
+                level=held.level,
+                series=held.series,
+                channels=held.channels,
+            ),
             engine="serial",  # this process has the device, and others of the team have theirs
             overwrite=True,
         )

@@ -10,44 +10,38 @@ import hashlib
 import itertools
 import json
 import math
-import threading
-import warnings
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import zarr
 
 from tilepipe import tiff
 from tilepipe.bucket import explain, is_of_store
+from tilepipe.dimensions import name_axes, pick_channels
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, mirror
+from tilepipe.images import check_dtype, choose_image, open_array
 from tilepipe.ome import (
-    AXES,
     Multiscale,
-    Node,
     dimension_names,
     no_array,
     parent_image,
-    parse_multiscale,
     read_node,
 )
-from tilepipe.place import locate, zarr_store
+from tilepipe.place import locate
 from tilepipe.process import borrowed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import tifffile
     from numpy.typing import NDArray
     from zarr.types import AnyArray
 
     from tilepipe.bucket import Key
     from tilepipe.place import Place
-
-_ASSUMED = {2: "yx", 3: "zyx", 4: "czyx", 5: "tczyx"}
-_ORDERS = ("yx", "zyx", "tyx", "tzyx")
-_warnings_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -89,17 +83,34 @@ class Volume:
     """The axes asked for; None where they were left to the file."""
     level: int
     """The resolution asked for; 0 is the full one."""
+    translation: tuple[float, ...]
+    """Where the first voxel lies along ``axes``, in ``units``; 0.0 where nothing says it."""
+    is_placed: bool
+    """Whether its metadata can say where it lies: an OME-Zarr's that say how large voxels are."""
+    channel_names: tuple[str, ...]
+    """What the channels are called, in the order in which they are read; empty if not said."""
+    notices: tuple[str, ...]
+    """What is to be said of how the source was understood, and of what it holds besides."""
+    series: int | None
+    """The image asked for, of several; None where it was left to the source."""
+    requested_channels: tuple[int | str, ...] | None
+    """The channels asked for; None for all."""
+    decoded_channels: int
+    """Channels that are decoded where those that were asked for are read: whole chunks."""
     _array: AnyArray = field(repr=False)
     _letters: tuple[str | None, ...] = field(repr=False)
     """Axis of each dimension of ``_array``; None for one of length 1 that was dropped."""
+    _picked: tuple[int, ...] | None = field(repr=False)
+    """The channels that are read, in that order; None for all."""
     _file: tifffile.TiffFile | None = field(repr=False)
 
     def __post_init__(self) -> None:
         if self._file is not None:
             weakref.finalize(self, self._file.close)
 
-    def __reduce__(self) -> tuple[object, tuple[str, str | None, int]]:
-        return _reopen, (self.path, self.requested_axes, self.level)
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        asked = self.requested_axes, self.level, self.series, self.requested_channels
+        return _reopen, (self.path, *asked)
 
     @property
     def dimensions(self) -> str:
@@ -119,12 +130,16 @@ class Volume:
         """
         if region.intersect(Region.whole(self.shape)) != region:
             raise ValueError(f"region (={region}) must lie inside the volume {self.shape}")
-        along = dict(zip(self.axes, region.slices, strict=True))
+        along: dict[str, slice | NDArray[np.intp]] = dict(
+            zip(self.axes, region.slices, strict=True)
+        )
+        if self._picked is not None:
+            along["c"] = np.asarray(self._picked, np.intp)
         index = tuple(
             0 if letter is None else along.get(letter, slice(None)) for letter in self._letters
         )
-        try:
-            voxels = np.asarray(self._array[index])
+        try:  # orthogonally: channels may be in any order
+            voxels = np.asarray(self._array.get_orthogonal_selection(index))
         except MemoryError:
             raise
         except Exception as error:
@@ -135,6 +150,8 @@ class Volume:
             ) from error
         kept = [letter for letter in self._letters if letter is not None]
         voxels = np.moveaxis(voxels, kept.index("c"), 0) if self.has_channels else voxels[None]
+        if self._picked is not None and not self.has_channels:
+            voxels = voxels[list(self._picked)]  # the one, as often as it was asked for
         return np.ascontiguousarray(voxels, dtype=self.dtype)
 
     def _culprit(self, region: Region) -> str:
@@ -157,8 +174,14 @@ class Volume:
         return ""
 
 
-def _reopen(path: str, axes: str | None, level: int) -> Volume:
-    return open_volume(path, axes=axes, level=level)
+def _reopen(
+    path: str,
+    axes: str | None,
+    level: int,
+    series: int | None,
+    channels: tuple[int | str, ...] | None,
+) -> Volume:
+    return open_volume(path, axes=axes, level=level, series=series, channels=channels)
 
 
 class Readable(Protocol):
@@ -203,73 +226,86 @@ def read_zero_padded(volume: Volume, region: Region) -> NDArray[np.generic]:
 
 
 @borrowed()
-def open_volume(path: str | Path, *, axes: str | None = None, level: int = 0) -> Volume:
+def open_volume(
+    path: str | Path,
+    *,
+    axes: str | None = None,
+    level: int = 0,
+    series: int | None = None,
+    channels: Sequence[int | str] | None = None,
+) -> Volume:
     """Open a Zarr array, an OME-Zarr image, a TIFF or an SVS file for reading.
 
     ``path`` may lead into a store (``volume.zarr/em/raw``). ``axes`` names the dimensions as
     they are stored, with letters of ``t z y x c``; without it the file says them, or they are
-    assumed from their number. ``level`` chooses the resolution, 0 being the full one.
+    assumed from their number. ``level`` chooses the resolution, 0 being the full one, ``series``
+    the image where a file or a group holds several, ``channels`` those that are read, in that
+    order, by number or by the name that the source gives them.
 
     Raises BadRequest for whatever is no volume of at least two dimensions of integers or floats.
     """
     if not str(path):
         raise BadRequest("source is empty; name a Zarr, an OME-Zarr or a TIFF")
     resolved = locate(path, "source")
+    asked = _Asked(axes, level, series, None if channels is None else tuple(channels))
     try:
         if not isinstance(resolved, Path):
-            return _open_remote(resolved, axes=axes, level=level)
+            return _open_remote(resolved, asked)
         if not resolved.exists():
             raise BadRequest(f"source (={path}) does not exist")
         if resolved.is_dir():
-            return _open_zarr(resolved, axes=axes, level=level)
+            return _open_zarr(resolved, asked)
         if not resolved.is_file():
             raise BadRequest(f"source (={path}) must be a file or a folder")
-        return _open_tiff(resolved, axes=axes, level=level)
+        return _open_tiff(resolved, asked)
     except BadRequest:
         raise
     except (OSError, ValueError) as error:
         raise BadRequest(f"source (={path}) cannot be opened: {error}") from error
 
 
-def _open_remote(key: Key, *, axes: str | None, level: int) -> Volume:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of a source; see `open_volume`."""
+
+    axes: str | None
+    level: int
+    series: int | None
+    channels: tuple[int | str, ...] | None
+
+
+def _open_remote(key: Key, asked: _Asked) -> Volume:
     if key.suffix.lower() in tiff.SUFFIXES:
         raise BadRequest(
             f"source (={key}) must be a Zarr store, or a file here; copy or convert it"
         )
-    return _open_zarr(key, axes=axes, level=level)
+    return _open_zarr(key, asked)
 
 
-def _open_tiff(path: Path, *, axes: str | None, level: int) -> Volume:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if not magic:
-        raise BadRequest(f"source (={path}) is an empty file")
-    if magic not in tiff.MAGIC:
-        raise BadRequest(
-            f"source (={path}) must be a Zarr store, a TIFF or an SVS file; "
-            + (
-                "this one is damaged at its start: copy it again"
-                if path.suffix.lower() in tiff.SUFFIXES
-                else "convert it"
-            )
-        )
-    image = tiff.open_tiff(path, level=level)
+def _open_tiff(path: Path, asked: _Asked) -> Volume:
+    tiff.check_start(path)
+    image = tiff.open_tiff(path, level=asked.level, series=asked.series)
     try:
-        stated = None
-        if axes is None:
+        stated, notices = None, list(image.notices)
+        if asked.axes is None:
             try:
                 stated = tiff.plain_axes(image.axes, image.array.shape)
             except ValueError as error:
                 raise BadRequest(f"{error} in {path}; name them with axes") from error
-        status = path.stat()
+            notices += tiff.renamed(image.axes, stated)
+        letters = tuple(asked.axes or ()) if stated is None else stated
+        known = [image.sizes.get(letter or "") for letter in letters]
         return _volume(
             path,
             image.array,
-            axes=axes,
-            level=level,
+            asked,
             stated=stated,
             kind="TIFF",
-            storage=[status.st_size, status.st_mtime_ns],
+            storage=image.storage,
+            scale=tuple(1.0 if size is None else size[0] for size in known) if any(known) else None,
+            units=tuple(None if size is None else size[1] for size in known),
+            channel_names=image.channel_names,
+            notices=notices,
             file=image.file,
         )
     except BaseException:
@@ -277,161 +313,121 @@ def _open_tiff(path: Path, *, axes: str | None, level: int) -> Volume:
         raise
 
 
-def _open_zarr(path: Place, *, axes: str | None, level: int) -> Volume:
-    node = read_node(path)
+def _open_zarr(path: Place, asked: _Asked) -> Volume:
+    node, level = read_node(path), asked.level
+    notices: list[str] = []
+    image: Multiscale | None
     if node is None or node.kind == "group":
-        image = None if node is None else _image(path, node)
-        if image is None:
+        if node is None or (found := choose_image(path, node, asked.series)) is None:
             raise BadRequest(no_array(path))
+        image, group = found.image, found.group
+        notices += found.notices
         if not 0 <= level < len(image.paths):
             raise BadRequest(
                 f"level (={level}) must be one of {', '.join(map(str, range(len(image.paths))))}, "
                 f"the resolutions of {path}"
             )
-        folder = path / image.paths[level]
+        folder = group / image.paths[level]
         node = read_node(folder)
         if node is None or node.kind != "array":
             raise BadRequest(f"source (={path}) lacks its array {image.paths[level]}")
         kind, place = f"OME-Zarr {image.version}", level
+        if len(image.paths) > 1:
+            notices.append(f"the source has {len(image.paths)} resolutions: level {level} is read")
     else:
         if level != 0:
             raise BadRequest(f"level (={level}) must be 0; {path} is one array, not an image group")
+        if asked.series not in (None, 0):
+            raise BadRequest(f"series (={asked.series}) must be 0; {path} is one array")
         folder, kind = path, f"zarr v{node.zarr_format}"
         image, place = parent_image(path)
-    array = _open_array(folder, node)
+    array = open_array(folder, node)
     stated: tuple[str | None, ...] | None = None
     if image is not None and image.axes is not None:
         stated = image.axes
-    elif axes is None:
+    elif asked.axes is None:
         stated = dimension_names(node, folder)
     return _volume(
         path,
         array,
-        axes=axes,
-        level=level,
+        asked,
         stated=stated,
         kind=kind,
-        storage=node.metadata,
+        storage=[node.metadata, str(folder)],
         scale=None if image is None else image.scales[place],
         units=None if image is None else image.units,
+        translation=None if image is None else image.translations[place],
+        channel_names=() if image is None else image.channel_names,
+        notices=notices,
     )
-
-
-def _image(path: Place, node: Node) -> Multiscale | None:
-    try:
-        return parse_multiscale(node.attributes)
-    except ValueError as error:
-        raise BadRequest(
-            f"source (={path}) has wrong OME metadata: {error}; name one of its arrays instead"
-        ) from error
-
-
-def _open_array(path: Place, node: Node) -> AnyArray:
-    """Open the array and check what can be checked before zarr warns or fails on it."""
-    stated = node.metadata.get("data_type", node.metadata.get("dtype"))
-    if isinstance(stated, dict):
-        stated = stated.get("name")
-    try:
-        dtype = np.dtype(stated if isinstance(stated, str) else "O")
-    except TypeError:
-        dtype = np.dtype("O")
-    _check_dtype(dtype, str(stated), path)
-    try:
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of codecs outside the specification, and the like
-            return zarr.open_array(
-                zarr_store(path, read_only=True), mode="r", zarr_format=node.zarr_format
-            )
-    except Exception as error:
-        cause = f"{type(error).__name__}: {explain(error)}"[:200]
-        raise BadRequest(f"source (={path}) cannot be opened by zarr: {cause}") from error
-
-
-def _check_dtype(dtype: np.dtype[np.generic], stated: str, path: Place) -> None:
-    if dtype.kind not in "iuf":
-        remedy = "uint8" if dtype.kind == "b" else "float32"
-        raise BadRequest(
-            f"source (={path}) has voxels of type {stated}; they must be integers or floats: "
-            f"convert it, for example to {remedy}"
-        )
-
-
-def _letters(
-    axes: str | None, stated: tuple[str | None, ...] | None, shape: Shape, path: Place
-) -> tuple[tuple[str | None, ...], bool]:
-    """Return the axis of each dimension (None: dropped), and whether they were assumed."""
-    letters: tuple[str | None, ...]
-    if axes is not None:
-        letters = tuple(axes.lower())
-    elif stated is not None:
-        letters = tuple(
-            None if letter == "t" and length == 1 else letter
-            for letter, length in zip(stated, shape, strict=False)
-        )
-    elif len(shape) in _ASSUMED:
-        letters = tuple(_ASSUMED[len(shape)])
-    else:
-        raise BadRequest(f"source (={path}) of shape {shape} must have 2 to 5 dimensions")
-    given = axes if axes is not None else "".join(letter or "t" for letter in letters)
-    kept = [letter for letter in letters if letter is not None]
-    if len(letters) != len(shape) or (stated is not None and len(stated) != len(shape)):
-        raise BadRequest(
-            f"axes (={given}) must name the {len(shape)} dimensions of {path}, shape {shape}"
-        )
-    if len(set(kept)) != len(kept) or not all(letter in tuple(AXES) for letter in kept):
-        raise BadRequest(f"axes (={given}) must be letters of {AXES}, each once; name them anew")
-    if not {"y", "x"} <= set(kept):
-        raise BadRequest(f"axes (={given}) must contain y and x; name them with axes")
-    if "".join(kept).replace("c", "") not in _ORDERS:
-        raise BadRequest(f"axes (={given}) must end in (z)yx; transpose the array")
-    return letters, axes is None and stated is None
 
 
 def _volume(
     path: Place,
     array: AnyArray,
+    asked: _Asked,
     *,
-    axes: str | None,
-    level: int,
     stated: tuple[str | None, ...] | None,
     kind: str,
     storage: object,
     scale: tuple[float, ...] | None = None,
     units: tuple[str | None, ...] | None = None,
+    translation: tuple[float, ...] | None = None,
+    channel_names: tuple[str, ...] = (),
+    notices: Sequence[str] = (),
     file: tifffile.TiffFile | None = None,
 ) -> Volume:
-    """Return the handle; ``scale`` and ``units`` are per dimension of ``array``."""
-    _check_dtype(array.dtype, str(array.dtype), path)
+    """Return the handle; ``scale`` and the like are per dimension of ``array``."""
+    check_dtype(array.dtype, str(array.dtype), path)
     if 0 in array.shape:
         raise BadRequest(f"source (={path}) of shape {array.shape} must have no axis of length 0")
-    letters, assumed = _letters(axes, stated, array.shape, path)
+    letters, assumed = name_axes(asked.axes, stated, array.shape, path)
     dims = [place for place, letter in enumerate(letters) if letter not in (None, "c")]
     channel = letters.index("c") if "c" in letters else None
     try:
         chunks, shards = array.chunks, array.shards
     except NotImplementedError as error:
         raise BadRequest(f"source (={path}) must have chunks of one size: {error}") from error
-    if scale is not None and len(scale) != array.ndim:
-        raise BadRequest(f"scale (={scale}) in the metadata of {path} must have one per dimension")
-    described = json.dumps([str(path), level, storage], sort_keys=True)
+    for name, said in (("scale", scale), ("translation", translation)):
+        if said is not None and len(said) != array.ndim:
+            raise BadRequest(
+                f"{name} (={said}) in the metadata of {path} must have one per dimension"
+            )
+    count, chunk = (1, 1) if channel is None else (array.shape[channel], chunks[channel])
+    picked = None
+    if asked.channels is not None:
+        picked = pick_channels(asked.channels, count, channel_names, path)
+    names = channel_names if len(channel_names) == count else ()
+    decoded = {n // chunk for n in (range(count) if picked is None else picked)}
+    described = json.dumps([str(path), asked.level, storage, picked], sort_keys=True)
     return Volume(
         path=str(path),
         axes="".join(letters[place] or "" for place in dims),
         shape=tuple(array.shape[place] for place in dims),
-        channels=1 if channel is None else array.shape[channel],
+        channels=count if picked is None else len(picked),
         has_channels=channel is not None,
         dtype=array.dtype.newbyteorder("="),
         scale=tuple(1.0 if scale is None else scale[place] for place in dims),
         units=tuple(None if units is None else units[place] for place in dims),
         chunks=tuple(chunks[place] for place in dims),
-        channel_chunk=1 if channel is None else chunks[channel],
+        channel_chunk=chunk,
         shards=None if shards is None else tuple(shards[place] for place in dims),
         identity=hashlib.sha256(described.encode()).hexdigest(),
         axes_assumed=assumed,
         kind=kind,
-        requested_axes=axes,
-        level=level,
+        requested_axes=asked.axes,
+        level=asked.level,
+        translation=tuple(0.0 if translation is None else translation[place] for place in dims),
+        is_placed=scale is not None and file is None,
+        channel_names=tuple(names[n] for n in picked or range(count)) if any(names) else (),
+        notices=tuple(notices),
+        series=asked.series,
+        requested_channels=asked.channels,
+        decoded_channels=max(
+            sum(min(chunk, count - n * chunk) for n in decoded), len(picked or ())
+        ),
         _array=array,
         _letters=letters,
+        _picked=picked,
         _file=file,
     )

@@ -25,10 +25,11 @@ from tilepipe.model import load_model
 from tilepipe.plan import whole_graph
 from tilepipe.predict import Predictor
 from tilepipe.regions import Regions, regions_of
+from tilepipe.source import open_source
 from tilepipe.target import open_target
 from tilepipe.tiling import READS, SLOTS, block_rows
 from tilepipe.transfer import is_out_of_memory
-from tilepipe.volume import open_volume, read_mirrored, read_zero_padded
+from tilepipe.volume import read_mirrored, read_zero_padded
 from tilepipe.windows import Window, Windows, cut, read_box
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Worker:
         self._compute = compute_thread()
         _bound_reads()
         self._plan, self._folder = plan, folder
-        self._volume = open_volume(plan.source.path, axes=options.axes, level=options.level)
+        self._volume = open_source(plan.source.path, options)
         self._fence = Fence(right)
         self._target = open_target(plan.target, leave=self._fence, durable=options.durable)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
