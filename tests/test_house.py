@@ -14,14 +14,15 @@ import tilepipe
 
 ROOT = Path(tilepipe.__file__).parent
 ORDER = [
-    "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog", "loader",
-    "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
-    "segment", "begin", "cluster", "worker", "ledger", "claim", "progress", "engines", "plan",
-    "units", "tiling", "checks", "options", "cache", "slices", "normalize", "predict", "regions",
-    "feed", "windows", "profile", "probe", "model", "checkpoint", "cost", "sweep", "course",
-    "compute", "transfer", "allocator", "kernels", "rows", "network", "operations", "rules",
-    "program", "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances",
-    "warping", "scores", "target", "volume", "ome", "tiff", "place", "bucket", "geometry", "errors",
+    "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog",
+    "loader", "learner", "study", "material", "validate", "recipe", "patches", "census", "team",
+    "stop", "segment", "begin", "cluster", "worker", "ledger", "claim", "progress", "engines",
+    "plan", "units", "tiling", "checks", "activation", "options", "cache", "slices",
+    "normalize", "predict", "regions", "feed", "windows", "profile", "probe", "meaning",
+    "channels", "ranges", "calls", "model", "checkpoint", "cost", "sweep", "course", "compute",
+    "transfer", "allocator", "kernels", "rows", "network", "operations", "rules", "program",
+    "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances", "warping",
+    "scores", "target", "volume", "ome", "tiff", "place", "bucket", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

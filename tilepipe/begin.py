@@ -81,8 +81,11 @@ def check_intact(made: Plan) -> None:
     damage = ""
     try:
         found = open_target(made.target)
-        stored = found.shape, found.chunks, found.shards, str(found.dtype)
-        if stored != (made.source.shape, made.sizes.chunks, made.sizes.shards, made.answer.dtype):
+        stored = found.shape, found.channels, found.chunks, found.shards, str(found.dtype)
+        channels = made.answer.channels if made.answer.stacked else None
+        sizes = made.sizes
+        wanted = made.source.shape, channels, sizes.chunks, sizes.shards, made.answer.dtype
+        if stored != wanted:
             damage = "its array 0 is another than was created"
     except BadRequest as error:
         damage = str(error)
@@ -187,7 +190,7 @@ def _begin(
 
 
 def _create(made: Plan, *, overwrite: bool) -> None:
-    many = made.options.write != "labels"
+    many = made.answer.stacked
     begun = _begun(made.target)
     create_target(
         made.target,
