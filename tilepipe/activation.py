@@ -136,7 +136,8 @@ def _check_values(model: Model, profile: Profile, volume: Volume, options: Optio
     """Refuse a network whose logits are none: on the volume they all lie in 0 to 1.
 
     Logits may do so by chance, of weights that are small. So they must fill much of 0 to 1, or not
-    leave it for noise that is a thousand times stronger than what networks are used to. Of labels
+    leave it for noise that is a thousand times stronger than what networks are used to, and yet
+    vary with it. A volume that is empty where it is looked at says nothing. Of labels
     of several channels the largest decides, with a softmax and without one: they are refused only
     where the channels do not add up to 1, so that classes may overlap.
     """
@@ -155,8 +156,8 @@ def _check_values(model: Model, profile: Profile, volume: Volume, options: Optio
     spread = float(max(map(np.max, real)) - min(map(np.min, real))) if real else 0.0
     if largest or spread < WIDE:
         noise = list(_of_noise(model, profile))
-        if not noise or not all(map(_within, noise)) or max(map(np.ptp, noise)) < ROUNDING:
-            return
+        if not noise or not all(map(_within, noise)) or np.ptp(noise[-1]) < ROUNDING:
+            return  # or it is constant, as what lies behind layers that let nothing through
         if largest and all(map(_adds_up, (*real, *noise))):
             return
     choice = "sigmoid or softmax" if several else "sigmoid"

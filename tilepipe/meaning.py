@@ -259,11 +259,14 @@ class _Walk:
                 if keeps and dims[0] % axis[1] == axis[0]:
                     return replace(WITHIN, total=1.0, softmax=True)
         if other.low < 0:
-            return replace(Range(), known=one.known and other.known)
-        edges = [a / b if b else math.copysign(math.inf, a) for a in (one.low, one.high)
-                 for b in (other.low, other.high)]  # fmt: skip
+            return UNKNOWN
+        edges = [
+            a / b if b else math.copysign(math.inf, a)
+            for a in (one.low, one.high)
+            for b in (other.low, other.high)
+        ]
         edges = [0.0 if math.isnan(edge) else edge for edge in edges]
-        return replace(one.bounded(min(edges), max(edges)), known=one.known and other.known)
+        return replace(one.bounded(min(edges), max(edges)), known=False)
 
     def _part(self, call: Call, axis: Axis) -> Range:
         """Read a part of the rows or of the channels."""

@@ -176,7 +176,7 @@ class Plan:
             "model": self.model.digest,
             "write": options.write,
             "threshold": options.threshold,
-            "activation": str(self.activation),
+            "activation": asdict(self.activation),
             "normalize": self.normalize,
             "boundary": options.boundary,
             "precision": options.precision,
