@@ -74,7 +74,7 @@ def find_earlier(target: str) -> dict[str, object] | None:
 def check_intact(made: Plan, *, finished: bool) -> None:
     """Refuse an earlier output whose array is not the one that its run created.
 
-    Metadata that a crash has spoiled can be made anew from the plan, see `restore_metadata`; that of an
+    Metadata that a crash has spoiled can be made anew, see `restore_metadata`; that of an
     array is not looked for where it is gone with ``finished`` tiles, since its voxels may be, too.
     """
     if _spoiled(made, finished=finished):
@@ -82,8 +82,11 @@ def check_intact(made: Plan, *, finished: bool) -> None:
     damage = ""
     try:
         found = open_target(made.target)
-        stored = found.shape, found.chunks, found.shards, str(found.dtype)
-        if stored != (made.source.shape, made.sizes.chunks, made.sizes.shards, made.answer.dtype):
+        stored = found.shape, found.channels, found.chunks, found.shards, str(found.dtype)
+        channels = made.answer.channels if made.answer.stacked else None
+        sizes = made.sizes
+        wanted = made.source.shape, channels, sizes.chunks, sizes.shards, made.answer.dtype
+        if stored != wanted:
             damage = "its array 0 is another than was created"
     except BadRequest as error:
         damage = str(error)
@@ -234,7 +237,7 @@ def _begin(
 
 
 def _create(made: Plan, target: str, attributes: Mapping[str, object], *, overwrite: bool) -> None:
-    many = made.options.write != "labels"
+    many = made.answer.stacked
     create_target(
         target,
         axes="c" * many + made.source.axes,

@@ -69,16 +69,6 @@ def check_write(model: Model, profile: Profile, options: Options) -> None:
             f"labels (={', '.join(model.labels):.200}) of model (={model.path}) must name each of"
             f" its {counted(profile.classes, 'output channel')}"
         )
-    if options.write == "logits" and profile.activation:
-        raise BadRequest(
-            f"write (=logits) needs a network that ends before its {profile.activation};"
-            f" {model.path} gives probabilities: ask for those"
-        )
-    if options.threshold is not None and profile.classes > 1:
-        raise BadRequest(
-            f"threshold (={options.threshold}) is for networks of one output channel;"
-            f" {model.path} has {profile.classes}, whose largest decides: leave it out"
-        )
 
 
 def find_limit(model: Model, profile: Profile, shape: Shape, options: Options) -> Shape | None:

@@ -36,6 +36,7 @@ def describe_plan(plan: Plan) -> str:
         ("axes", f"{source.axes} = {comma(source.shape)}{_channels(source.channels)}"),
         ("model", f"{plan.model.path} ({plan.model.kind}, {plan.model.parameters:,} weights)"),
         ("grey values", plan.normalize),
+        ("activation", _activation(plan)),
         ("context", f"{comma(context.before)} before, {comma(context.after)} after"),
         ("step", comma(context.step)),
         ("boundary", plan.options.boundary),
@@ -327,7 +328,24 @@ def _channels(count: int) -> str:
 
 
 def _ends(profile: Profile) -> str:
-    return f" after a {profile.activation}" if profile.activation else ""
+    meaning = profile.meaning
+    if not meaning.activation:
+        return f" of {meaning.strange}" if meaning.strange else ""
+    apart = ", each a probability of its own" if meaning.apart and profile.classes > 1 else ""
+    return f" after a {meaning.activation}{apart}"
+
+
+def _activation(plan: Plan) -> str:
+    """Return what makes probabilities, and labels of them."""
+    if plan.options.write in ("logits", "values"):
+        return f"none: {plan.options.write} are written"
+    found = str(plan.activation)
+    if not plan.activation.name:
+        found += ": the network's values are taken for probabilities"
+    if plan.options.write == "labels" and plan.activation.apart:
+        least = 0.5 if plan.options.threshold is None else plan.options.threshold
+        found += f"; a mask for each of {plan.answer.channels} channels, above {least:g}"
+    return found
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

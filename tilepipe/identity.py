@@ -40,6 +40,7 @@ APART = {
     "model.kind": "words",
     "model.parameters": "follow from the model",
     "model.labels": "of the model's content",
+    "options.activation": "`activation` is what it comes to, with what the network does itself",
     "options.axes": "`source.dimensions` says which axis is which, whoever said it",
     "options.network": "`model.digest` is of its code, which may lie elsewhere",
     "options.normalize": "`normalize` is what it comes to with the model's own",

@@ -143,8 +143,9 @@ class Model:
                 warnings.simplefilter("ignore")
                 chosen = cast("_Head", self.module if self._on_cpu else self.on_meta())
                 outputs = tensors_of(chosen.network(image))
-        except NotImplementedError:
-            if self._on_cpu or self.exportable:
+        except (NotImplementedError, RuntimeError) as error:
+            looks = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+            if self._on_cpu or self.exportable or not looks:
                 raise
             self._on_cpu = True  # a script that looks at values does not run on shapes alone
             return self._try(shape)
@@ -164,14 +165,11 @@ class Model:
         image = torch.empty((1, self.channels, *shape), device="meta", dtype=self.dtype)
         return measure_cost(self.on_meta(), image)
 
-    def script_activation(self) -> str:
-        """Return "sigmoid" or "softmax" where a TorchScript network ends in it, else ""."""
-        script = cast("_Head", self.module).network
-        if not isinstance(script, torch.jit.ScriptModule):
-            return ""
-        graph = script.inlined_graph  # which its nodes do not keep alive
-        last = str(next(iter(graph.outputs())).node().kind())
-        return last.removeprefix("aten::") if last in ("aten::sigmoid", "aten::softmax") else ""
+    @property
+    def script(self) -> torch.jit.ScriptModule | None:
+        """The network where it is TorchScript, else None."""
+        network = cast("_Head", self.module).network
+        return network if isinstance(network, torch.jit.ScriptModule) else None
 
     @property
     def dtype(self) -> torch.dtype:

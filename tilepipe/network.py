@@ -222,9 +222,3 @@ def lattice(graph: Graph) -> tuple[Shape, tuple[str, ...]]:
                 step = math.lcm(step, stride.numerator)
         steps.append(step)
     return tuple(steps), tuple(dict.fromkeys(misfits))
-
-
-def activation(graph: Graph) -> str:
-    """Return "sigmoid" or "softmax" where the network ends in it, else an empty string."""
-    name = str(graph.nodes[-1].node.target) if graph.nodes else ""
-    return next((known for known in ("sigmoid", "softmax") if f".{known}" in name), "")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CHOICES = {
     "write": ("labels", "probabilities", "logits", "values"),
+    "activation": ("auto", "none", "sigmoid", "softmax"),
     "boundary": ("mirror", "network"),
     "strategy": ("auto", "sweep", "direct"),
     "precision": ("float32", "tf32", "bfloat16", "float16"),
@@ -84,7 +85,10 @@ class Options:
     write: str = "labels"
     """``labels``, ``probabilities``, ``logits``, or ``values``: the network's output as it is."""
     threshold: float | None = None
-    """Probability above which a network of one output channel says 1; 0.5 by default."""
+    """Probability above which a channel says 1; 0.5 by default."""
+    activation: str = "auto"
+    """What is applied to the network's output: ``none`` where it gives probabilities already,
+    ``sigmoid`` or ``softmax`` where it gives logits; ``auto``: as its graph says."""
     normalize: str | None = None
     """``none``, ``scale:A,B``, ``percentile:LO,HI`` or ``zscore``; by default the model's own."""
     boundary: str = "mirror"
@@ -127,6 +131,11 @@ class Options:
                 raise BadRequest(f"threshold (={self.threshold}) must lie between 0 and 1")
             if self.write != "labels":
                 raise BadRequest(f"threshold (={self.threshold}) is for labels, not {self.write}")
+        if self.activation != "auto" and self.write in ("logits", "values"):
+            raise BadRequest(
+                f"activation (={self.activation}) is for labels and probabilities, not"
+                f" {self.write}: leave it out"
+            )
 
 
 def _check_types(options: Options) -> None:

@@ -16,6 +16,7 @@ import torch
 import zarr
 
 from tilepipe import __version__, checks, machine
+from tilepipe.activation import Activation, Answer, find_activation, find_answer
 from tilepipe.bucket import Key
 from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
@@ -28,7 +29,7 @@ from tilepipe.normalize import Normalization, parse, resolve
 from tilepipe.operations import NoRule
 from tilepipe.options import Options
 from tilepipe.place import locate
-from tilepipe.predict import PRECISIONS, find_device, label_type
+from tilepipe.predict import PRECISIONS, find_device
 from tilepipe.process import borrowed
 from tilepipe.profile import Profile, find_profile
 from tilepipe.source import open_source
@@ -78,20 +79,6 @@ class Network:
     digest: str
     parameters: int
     labels: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What is written for each voxel."""
-
-    channels: int
-    """Values per voxel; labels have one, and no channel axis."""
-    dtype: str
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one value."""
-        return {"uint8": 1, "uint16": 2}.get(self.dtype, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +138,7 @@ class Plan:
     profile: Profile
     limit: Shape | None
     """With the network's own boundary: the size that the network is run on."""
+    activation: Activation
     answer: Answer
     normalize: str
     normalization: Normalization | None
@@ -255,7 +243,8 @@ def plan(
     checks.check_exact(network, profile, options, strategy)
     if graph is None:
         checks.check_limit(network, profile, limit, options)
-    answer = _answer(profile, options)
+    activation = find_activation(network, profile, volume, options, resumed=bool(earlier))
+    answer = find_answer(profile, options, activation)
     tiling = Tiling(
         model=network,
         profile=profile,
@@ -279,6 +268,7 @@ def plan(
         target=target,
         profile=profile,
         limit=limit,
+        activation=activation,
         answer=answer,
         normalize=normalize,
         normalization=None if rule.needs_pass else resolve(rule, volume),
@@ -326,12 +316,6 @@ def default_target(source: str | Path) -> str:
             path = folder
     name = re.sub(r"(\.ome)?\.(zarr|tiff?|svs|btf|n5)$", "", path.name, flags=re.IGNORECASE)
     return str(path.with_name(f"{name}-segmented.zarr"))
-
-
-def _answer(profile: Profile, options: Options) -> Answer:
-    if options.write == "labels":
-        return Answer(1, str(label_type(profile.classes)).removeprefix("torch."))
-    return Answer(profile.classes, "float32")
 
 
 def _source(volume: Volume) -> Source:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tilepipe.activation import Activation
     from tilepipe.geometry import Region
     from tilepipe.model import Model
     from tilepipe.network import Graph
@@ -44,7 +45,7 @@ class Predictor:
         precision: str,
         threads: int,
         write: str,
-        activation: str,
+        activation: Activation,
         threshold: float,
         graph: Graph | None = None,
     ) -> None:
@@ -72,7 +73,8 @@ class Predictor:
         """Return the answer for a window of shape (channels, *axes), normalized, float.
 
         With ``region``, rows of the graph's output, ``image`` is what that region reads. The
-        answer has shape (classes, *axes), or (1, *axes) of unsigned integers for labels.
+        answer has shape (classes, *axes), or (1, *axes) of unsigned integers for labels of classes
+        that exclude one another.
         """
         self._set_threads()
         with torch.inference_mode():
@@ -125,11 +127,11 @@ class Predictor:
         answer = answer.float()
         if self._write in ("logits", "values"):
             return answer
-        single = answer.shape[0] == 1
-        if self._write == "labels" and not single:
+        several, applied = answer.shape[0] > 1, self._activation
+        if self._write == "labels" and several and not applied.apart:
             return answer.argmax(dim=0, keepdim=True).to(label_type(answer.shape[0]))
-        if not self._activation:
-            answer = answer.sigmoid() if single else answer.softmax(dim=0)
+        if applied.by == "tilepipe":
+            answer = answer.sigmoid() if applied.name == "sigmoid" else answer.softmax(dim=0)
         if self._write == "labels":
             return (answer > self._threshold).to(torch.uint8)
         return answer

@@ -102,7 +102,8 @@ def _context(
         half = len(pattern) // 2
         repeats = (t for t in range(1, half + 1) if pattern[t:] == pattern[:-t])
         step = math.lcm(next(repeats, half), period)
-        offset, lead, tail = shrink[axis] // 2, 0, 0
+        offset = shrink[axis] // 2
+        lead, tail = offset, shrink[axis] - offset  # consumed, even if nothing reads it
         for place, (lo, hi) in enumerate(pattern, start=first):
             last_tile = (place + hi) // step
             first_tile = (place + lo) // step

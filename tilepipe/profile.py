@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from tilepipe.calls import graph_calls, script_calls
 from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Context, Shape, ceil_to
+from tilepipe.meaning import Meaning, read_meaning
 from tilepipe.model import Model, load_model, wrap
-from tilepipe.network import Graph, NotExported, activation, export, lattice, walk
+from tilepipe.network import Graph, NotExported, export, lattice, walk
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 from tilepipe.process import borrowed
@@ -53,8 +55,8 @@ class Profile:
     """Why no windows on a lattice are exact, but regions of the whole graph are; else empty."""
     method: str
     """"graph" (index arithmetic) or "probe" (NaN propagation)."""
-    activation: str = ""
-    """"sigmoid" or "softmax" where the network ends in it; else it gives logits."""
+    meaning: Meaning = field(default_factory=Meaning)
+    """What the network's values are, as far as its graph says it."""
 
     @property
     def lead(self) -> Shape:
@@ -164,9 +166,15 @@ def _probed(model: Model) -> Profile:
         troubles=troubles,
         off_lattice=(),
         method="probe",
-        activation=model.script_activation(),
+        meaning=_script_meaning(model),
     )
     return _smallest(model, found, size)
+
+
+def _script_meaning(model: Model) -> Meaning:
+    """Return what a script's graph says of its output, which is read though not run."""
+    call = None if model.script is None else script_calls(model.script, model.head)
+    return Meaning() if call is None else read_meaning(call, model.axes)
 
 
 def _graph_profile(model: Model, shape: Shape) -> Profile:
@@ -185,8 +193,10 @@ def _profile(graph: Graph, shape: Shape, *, fixed: bool) -> Profile:
     shrink = tuple(a - b for a, b in zip(graph.shape[2:], graph.out_shape[2:], strict=True))
     offset = tuple(n // 2 for n in shrink)
     rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step)]
-    before = tuple(max(0, o - lo) for o, (lo, _) in zip(offset, rows, strict=True))
-    after = tuple(max(0, hi - n - o) for o, n, (_, hi) in zip(offset, step, rows, strict=True))
+    before = tuple(max(o, o - lo) for o, (lo, _) in zip(offset, rows, strict=True))
+    after = tuple(  # what is cropped is consumed, even if nothing reads it
+        max(s - o, hi - n - o) for s, o, n, (_, hi) in zip(shrink, offset, step, rows, strict=True)
+    )
     return Profile(
         channels=graph.shape[1],
         classes=graph.out_shape[1],
@@ -198,7 +208,7 @@ def _profile(graph: Graph, shape: Shape, *, fixed: bool) -> Profile:
         troubles=graph.troubles,
         off_lattice=graph.off_lattice or misfits,
         method="graph",
-        activation=activation(graph),
+        meaning=read_meaning(graph_calls(graph), len(shape)),
     )
 
 

@@ -154,10 +154,10 @@ def prepare(
             f" gives {profile.classes}; {material.channels} channels in {axes}D and {classes}"
             f" for target {recipe.target} are needed"
         )
-    if profile.activation and recipe.target != "values":
+    if profile.meaning.activation and recipe.target != "values":
         raise BadRequest(
-            f"network (={recipe.network}) ends in {profile.activation}, which the loss does itself;"
-            " let it give what goes in"
+            f"network (={recipe.network}) ends in {profile.meaning.activation}, which the loss does"
+            " itself; let it give what goes in"
         )
     frame = frame_of(profile, patch)
     if first:

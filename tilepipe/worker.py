@@ -130,7 +130,7 @@ class Worker:
             precision=options.precision,
             threads=self._plan.sizes.threads,
             write=options.write,
-            activation=self._plan.profile.activation,
+            activation=self._plan.activation,
             threshold=0.5 if options.threshold is None else options.threshold,
             graph=graph,
         )
@@ -206,7 +206,7 @@ class Worker:
         ready = time.perf_counter()
         answer, seconds, starved = self._compute.submit(self._timed, part, began, ready).result()
         done = time.perf_counter()
-        self._target.write(write, answer if self._plan.options.write != "labels" else answer[0])
+        self._target.write(write, answer if self._plan.answer.stacked else answer[0])
         return TileResult(
             index=index,
             voxels=write.size,
@@ -261,7 +261,7 @@ class Worker:
             store = Store(self._target, write, axis=axis, unit=unit, pool=self._writes)
             try:
                 while (found := self._compute.submit(next, swept, None).result()) is not None:
-                    store.add(found[1] if plan.options.write != "labels" else found[1][0])
+                    store.add(found[1] if plan.answer.stacked else found[1][0])
             except BaseException:
                 store.finish()  # when the tile is tried again, nobody else may write there
                 raise
