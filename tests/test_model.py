@@ -99,21 +99,28 @@ def test_one_of_several_outputs(tmp_path: Path) -> None:
 
 
 class Choosy(nn.Conv2d):
-    """A network that refuses most sizes, in its own words."""
+    """A network that refuses most sizes, or all, in its own words."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 7) -> None:
         super().__init__(1, 1, 3, padding=1)
+        self.number = number
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Take widths of the multiples of seven."""
-        if image.shape[-1] % 7:
+        """Take widths of the multiples of a number."""
+        if image.shape[-1] % self.number:
             raise ValueError("seven is the number")
         return super().forward(image)
 
 
 def test_what_a_network_says_against_a_size_is_passed_on() -> None:
     with pytest.raises(BadRequest, match="seven is the number"):
-        find_profile(wrap(Choosy()))
+        find_profile(wrap(Choosy(7000)))
+
+
+def test_a_step_is_what_the_network_accepts() -> None:
+    """Its operations would allow a step of 1; deep supervision is often like that."""
+    profile = find_profile(wrap(Choosy()))
+    assert (profile.context.step, profile.smallest, profile.fixed) == ((7, 7), (7, 7), False)
 
 
 def test_a_network_in_memory_is_no_model_file() -> None:

@@ -80,9 +80,11 @@ def test_probing_finds_that_there_is_no_context(
     )
 
 
-def test_an_operation_without_a_rule_is_refused_by_name() -> None:
-    with pytest.raises(BadRequest, match="operation roll has no rule"):
-        find_profile(wrap(zoo.Rolling()))
+def test_an_operation_without_a_rule_is_probed(caplog: pytest.LogCaptureFixture) -> None:
+    profile = find_profile(wrap(zoo.Rolling()))
+    assert "operation roll has no rule" in caplog.text
+    assert (profile.method, profile.troubles) == ("probe", ())
+    assert profile.context == Context((2, 1), (0, 1), (1, 1))
 
 
 def test_another_resolution_is_refused() -> None:
@@ -107,5 +109,7 @@ def test_the_position_in_the_image_must_not_matter() -> None:
             y: torch.Tensor = self.one(x) + self.place
             return y
 
-    with pytest.raises(BadRequest, match="a constant of the image's size"):
-        find_profile(wrap(Placed()))
+    profile = find_profile(wrap(Placed()))
+    assert (profile.fixed, profile.smallest) == (True, (256, 256))
+    assert "a constant of the image's size" in profile.troubles[0]
+    assert "windows differ from one pass" in profile.troubles[0]

@@ -116,6 +116,54 @@ class Upsampling(nn.Module):
         return x
 
 
+class Nested(nn.Module):
+    """A nested U-Net (UNet++), padded by 1 and upsampled, by default with aligned corners."""
+
+    def __init__(self, *, levels: int = 5, convolutions: int = 2, align: bool = True) -> None:
+        super().__init__()
+        self.align = align
+        widths = [3 + level for level in range(levels)]
+        self.first = nn.ModuleList(
+            _block(a, b, convolutions) for a, b in zip([1, *widths], widths, strict=False)
+        )
+        self.others = nn.ModuleList(
+            nn.ModuleList(
+                _block(widths[level] * column + widths[level + 1], widths[level], convolutions)
+                for level in range(levels - column)
+            )
+            for column in range(1, levels)
+        )
+        self.last = nn.Conv2d(widths[0], 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Join each level with all before it and what is upsampled from the one below."""
+        columns: list[list[Tensor]] = [[]]
+        for level, layer in enumerate(self.first):
+            x = layer(F.max_pool2d(x, 2) if level else x)
+            columns[0].append(x)
+        for layers in self.others:
+            column = []
+            for level, layer in enumerate(layers):
+                up = F.interpolate(
+                    columns[-1][level + 1],
+                    scale_factor=2.0,
+                    mode="bilinear",
+                    align_corners=self.align,
+                )
+                column.append(layer(torch.cat([*(c[level] for c in columns), up], dim=1)))
+            columns.append(column)
+        y: Tensor = self.last(columns[-1][0])
+        return y
+
+
+def _block(a: int, b: int, convolutions: int) -> nn.Module:
+    layers = []
+    for _ in range(convolutions):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+        a = b
+    return nn.Sequential(*layers)
+
+
 class Residual(nn.Module):
     """A 7x7 stem of stride 2, padded 3x3 pooling, residual blocks, additive fusion."""
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from tilepipe.operations import Flattened, NoRule, Operation, Reading, read_operation, shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
     from torch.export import ExportedProgram
@@ -61,6 +62,8 @@ class Graph:
     """What reads the whole image, with the layer; empty for a network of finite context."""
     off_lattice: tuple[str, ...]
     """What samples by the size of the whole image, with the layer."""
+    autocast: str = ""
+    """The types that `torch.autocast` sets inside the network, which the operations do not say."""
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -75,13 +78,36 @@ def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            with _AutocastSeen() as autocast:
+                module(example)
             program = torch.export.export(module, (example,), strict=False)
             if not all(_is_plain(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # which takes longer than the export
     except Exception as error:
         # torch.export raises whatever the traced code and its own parts raise.
         raise NotExported(first_line(error)) from error
-    return _read_graph(program, shape)
+    return replace(_read_graph(program, shape), autocast=autocast.types)
+
+
+class _AutocastSeen(TorchFunctionMode):
+    """Sees whether `torch.autocast` is on while a network runs, however it was turned on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = ""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Look at the state, and call the function."""
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                self.types = f"{device}, {str(torch.get_autocast_dtype(device))[6:]}"
+        return func(*args, **(kwargs or {}))
 
 
 def _is_plain(node: fx.Node) -> bool:

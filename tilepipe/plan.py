@@ -249,8 +249,9 @@ def plan(
     options = options or Options()
     volume = open_volume(source, axes=options.axes, level=options.level)
     network = load_model(
-        model, network=options.network, network_args=options.network_args, head=options.head
-    )
+        model, network=options.network, network_args=options.network_args, head=options.head,
+        channels=volume.channels,
+    )  # fmt: skip
     checks.check_rank(volume, options)
     checks.check_match(volume, network)
     profile = find_profile(network)
@@ -304,7 +305,7 @@ def whole_graph(model: Model, profile: Profile, box: Region) -> Graph | None:
     None where that cannot be had: a script, a program of fixed size, a network without finite
     context, or an operation that cannot be computed by regions. Windows are left then.
     """
-    if profile.method != "graph" or profile.fixed or profile.troubles:
+    if not profile.by_regions:
         return None
     key = model.digest, box.shape
     if key not in _graphs:

@@ -14,6 +14,7 @@ import zipfile
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from tilepipe.errors import BadRequest
 
@@ -62,6 +63,11 @@ def load_program(path: Path, content: bytes) -> tuple[nn.Module, tuple[int, ...]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.load(io.BytesIO(content))
+    if autocast := _autocast_of(program.graph_module):
+        raise BadRequest(
+            f"model (={path}) was exported with torch.autocast ({autocast}) inside, which cannot"
+            " be run on other sizes; export it without, and choose with --precision"
+        )
     signature = program.graph_signature
     if len(signature.user_inputs) != 1:
         raise BadRequest(
@@ -70,6 +76,15 @@ def load_program(path: Path, content: bytes) -> tuple[nn.Module, tuple[int, ...]
     inputs = {node.name: node for node in program.graph.nodes}
     shape = inputs[str(signature.user_inputs[0])].meta["val"].shape
     return program.module(), tuple(n if isinstance(n, int) else 0 for n in shape)
+
+
+def _autocast_of(module: nn.Module) -> str:
+    """Return what `torch.autocast` is told inside a program, else an empty string."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]:
+                return f"{node.args[0]}, {str(node.args[1]).removeprefix('torch.')}"
+    return ""
 
 
 def _check_program_json(path: Path, value: object) -> None:
