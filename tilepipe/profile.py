@@ -11,7 +11,7 @@ from torch import nn
 from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Context, Shape, ceil_to
 from tilepipe.model import Model, load_model, wrap
-from tilepipe.network import NotExported, activation, export, lattice, walk
+from tilepipe.network import NotExported, activation, covering, export, lattice, unbound, walk
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 from tilepipe.trial import try_windows
@@ -195,6 +195,13 @@ def _graph_profile(model: Model, shape: Shape) -> Profile:
     own, misfits = lattice(graph)
     shrink = tuple(a - b for a, b in zip(graph.shape[2:], graph.out_shape[2:], strict=True))
     step = None if model.fixed else _step(model, shape, shrink, own)
+    if whole := covering(graph):
+        if step is not None:
+            larger = tuple(n + s for n, s in zip(shape, step, strict=True))
+            whole &= covering(export(model.on_meta(), (1, model.channels, *larger)))
+        graph = unbound(graph, whole)
+        own, misfits = lattice(graph)
+        step = None if step is None else _step(model, shape, shrink, own)
     offset = tuple(n // 2 for n in shrink)
     rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step or own)]
     before = tuple(max(0, o - lo) for o, (lo, _) in zip(offset, rows, strict=True))

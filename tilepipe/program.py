@@ -17,14 +17,13 @@ import torch
 from torch import fx
 
 from tilepipe.errors import BadRequest
+from tilepipe.vocabulary import is_allowed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-_OPERATION = re.compile(r"torch\.ops\.(aten|higher_order|prims|_c10d_functional)\.\w+(\.\w+)?"
-                        r"|_operator\.\w+|math\.\w+|torch\.sym_\w+")  # fmt: skip
 _EXPRESSION = re.compile(r"[\w\s+\-*/%(),<>=!&|~.]*")
 _CALLED = re.compile(
     r"Abs|Add|And|CeilDiv|CeilToInt|CleanDiv|Eq|Float|FloatTrueDiv|FloorDiv|FloorToInt|Ge|Gt|"
@@ -52,13 +51,14 @@ def load_program(path: Path, content: bytes) -> tuple[nn.Module, tuple[int, ...]
     """Load a `torch.export` archive, and its input shape with 0 for each size that may change.
 
     `torch.export.load` unpickles and evaluates parts of its archives, so they are read first:
-    tensors, ATen calls and plain arithmetic are all that they may hold.
+    tensors, the calls of `tilepipe.vocabulary` and arithmetic are all that they may hold.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        _check_members(path, archive.namelist())
         for name in archive.namelist():
-            if name.endswith(".json"):
+            if name.lower().endswith(".json"):
                 _check_program_json(path, json.loads(archive.read(name)))
-            elif name.endswith(".pt") and archive.getinfo(name).file_size:
+            elif name.lower().endswith(".pt") and archive.getinfo(name).file_size:
                 load_tensors(path, archive.read(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,6 +78,17 @@ def load_program(path: Path, content: bytes) -> tuple[nn.Module, tuple[int, ...]
     return program.module(), tuple(n if isinstance(n, int) else 0 for n in shape)
 
 
+def _check_members(path: Path, names: list[str]) -> None:
+    """Refuse compiled code, which loading would run, and members that may be read for others."""
+    refused = ""
+    if any("aotinductor" in name.lower() for name in names):
+        refused = "compiled code"
+    elif len({name.lower() for name in names}) < len(names):  # torch does not look at the case
+        refused = "two members of one name"
+    if refused:
+        raise BadRequest(f"model (={path}) holds {refused}; it is not loaded")
+
+
 def _autocast_of(module: nn.Module) -> str:
     """Return what `torch.autocast` is told inside a program, else an empty string."""
     for part in module.modules():
@@ -88,7 +99,7 @@ def _autocast_of(module: nn.Module) -> str:
 
 
 def _check_program_json(path: Path, value: object) -> None:
-    """Refuse pickles, calls outside ATen and expressions that are more than arithmetic."""
+    """Refuse pickles, calls that do more than compute, and expressions beyond arithmetic."""
     if isinstance(value, list):
         for item in value:
             _check_program_json(path, item)
@@ -100,8 +111,10 @@ def _check_program_json(path: Path, value: object) -> None:
     refused = ""
     if value.get("use_pickle") or stored.startswith(("custom_obj", "opaque_obj")):
         refused = "a pickled tensor or object"
-    elif isinstance(target, str) and "inputs" in value and not _OPERATION.fullmatch(target):
+    elif isinstance(target, str) and "inputs" in value and not is_allowed(target):
         refused = f"a call of {target}"
+    elif isinstance(given := value.get("as_operator"), str) and not is_allowed(given):
+        refused = f"the function {given}"
     elif isinstance(expression, str):
         expression = re.sub(r"'\w+'", "", expression)  # the name of a symbol
         called = re.findall(r"([A-Za-z_]\w*)\s*\(", expression)
