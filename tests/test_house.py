@@ -16,15 +16,17 @@ ROOT = Path(tilepipe.__file__).parent
 ORDER = [
     "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog", "loader",
     "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
+    "cli", "arguments", "demo", "inspect", "describe", "evaluate", "train", "trainlog", "loader",
+    "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
     "segment", "begin", "cluster", "worker", "ledger", "fence", "claim", "progress", "engines",
     "plan", "identity", "units", "tiling", "checks", "activation", "source", "options", "cache",
     "position", "slices", "normalize", "quantiles", "predict", "regions", "machine", "feed",
-    "windows", "footprint", "profile", "probe", "meaning", "channels", "ranges", "calls", "model",
-    "factory", "checkpoint", "cost", "sweep", "course", "compute", "transfer", "allocator",
-    "kernels", "rows", "network", "operations", "rules", "program", "unet", "losses", "targets",
-    "augment", "overlay", "synthetic", "instances", "warping", "scores", "target", "guarded",
-    "contents", "volume", "images", "dimensions", "ome", "tiff", "calibration", "place", "bucket",
-    "geometry", "process", "errors",
+    "footprint", "profile", "trial", "windows", "probe", "meaning", "channels", "ranges", "calls",
+    "model", "intake", "factory", "checkpoint", "cost", "sweep", "course", "compute", "transfer",
+    "allocator", "kernels", "rows", "network", "operations", "rules", "program", "vocabulary",
+    "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances", "warping",
+    "scores", "target", "guarded", "contents", "volume", "images", "dimensions", "ome", "tiff",
+    "calibration", "place", "bucket", "geometry", "process", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from tests import zoo
+from tilepipe import operations
 from tilepipe.checkpoint import save_checkpoint
 from tilepipe.errors import BadRequest
 from tilepipe.model import load_model, wrap
 from tilepipe.profile import find_profile
 from tilepipe.unet import UNet
+from tilepipe.vocabulary import ATEN
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,21 +101,28 @@ def test_one_of_several_outputs(tmp_path: Path) -> None:
 
 
 class Choosy(nn.Conv2d):
-    """A network that refuses most sizes, in its own words."""
+    """A network that refuses most sizes, or all, in its own words."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 7) -> None:
         super().__init__(1, 1, 3, padding=1)
+        self.number = number
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Take widths of the multiples of seven."""
-        if image.shape[-1] % 7:
+        """Take widths of the multiples of a number."""
+        if image.shape[-1] % self.number:
             raise ValueError("seven is the number")
         return super().forward(image)
 
 
 def test_what_a_network_says_against_a_size_is_passed_on() -> None:
     with pytest.raises(BadRequest, match="seven is the number"):
-        find_profile(wrap(Choosy()))
+        find_profile(wrap(Choosy(7000)))
+
+
+def test_a_step_is_what_the_network_accepts() -> None:
+    """Its operations would allow a step of 1; deep supervision is often like that."""
+    profile = find_profile(wrap(Choosy()))
+    assert (profile.context.step, profile.smallest, profile.fixed) == ((7, 7), (7, 7), False)
 
 
 def test_a_network_in_memory_is_no_model_file() -> None:
@@ -176,6 +185,15 @@ def test_a_pickle_in_a_program_is_not_run(tmp_path: Path, harm: Path) -> None:
         {"nodes": [{"target": "torch.os.system", "inputs": [], "outputs": []}]},
         {"size": {"expr_str": "__import__('os').system('true')"}},
         {"size": {"expr_str": "exit()"}},
+        {"nodes": [{"target": "torch.ops.aten.from_file.default", "inputs": []}]},
+        {"nodes": [{"target": "torch.ops.aten.set_.source_Storage", "inputs": []}]},
+        {"nodes": [{"target": "torch.ops.aten.resize_.default", "inputs": []}]},
+        {"nodes": [{"target": "torch.ops.aten.rand.default", "inputs": []}]},
+        {"nodes": [{"target": "torch.ops._c10d_functional.all_reduce.default", "inputs": []}]},
+        {"nodes": [{"target": "torch.ops.higher_order.aoti_call_delegate", "inputs": []}]},
+        {"nodes": [{"target": "_operator.attrgetter", "inputs": []}]},
+        {"nodes": [{"target": "_operator.call", "inputs": []}]},
+        {"inputs": [{"arg": {"as_operator": "torch.os.system"}}]},
     ],
 )
 def test_a_program_may_hold_tensors_and_arithmetic_only(
@@ -184,6 +202,92 @@ def test_a_program_may_hold_tensors_and_arithmetic_only(
     bad = program_with(tmp_path, {"weights_config.json": json.dumps(poison).encode()})
     with pytest.raises(BadRequest, match="it is not loaded"):
         load_model(bad)
+
+
+def rewritten(tmp_path: Path, targets: dict[str, object]) -> Path:
+    """Return a program of one convolution, with its call replaced by others."""
+    program = torch.export.export(nn.Conv2d(1, 1, 3).eval(), (torch.rand(1, 1, 92, 92),))
+    good, bad = io.BytesIO(), tmp_path / "bad.pt2"
+    torch.export.save(program, good)
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bad, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("models/model.json"):
+                saved = json.loads(content)
+                saved["graph_module"]["graph"]["nodes"].insert(0, targets)
+                content = json.dumps(saved).encode()
+            new.writestr(name, content)
+    return bad
+
+
+def test_inspecting_a_program_creates_no_file(tmp_path: Path) -> None:
+    call = {
+        "target": "torch.ops.aten.from_file.default",
+        "inputs": [
+            {"name": "filename", "arg": {"as_string": str(tmp_path / "made")}, "kind": 1},
+            {"name": "shared", "arg": {"as_bool": True}, "kind": 1},
+            {"name": "size", "arg": {"as_int": 64}, "kind": 1},
+        ],
+        "outputs": [{"as_tensor": {"name": "mapped"}}],
+        "metadata": {},
+        "is_hop_single_tensor_return": None,
+        "name": "mapped",
+    }
+    bad = rewritten(tmp_path, call)
+    with pytest.raises(BadRequest, match=r"holds a call of torch.ops.aten.from_file.def"):
+        load_model(bad)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("member", "says"),
+    [
+        ("archive/data/aotinductor/model/code.so", "compiled code"),
+        ("archive/models/MODEL.json", "two members of one name"),
+    ],
+)
+def test_a_program_holds_no_code_and_no_member_twice(
+    member: str, says: str, tmp_path: Path
+) -> None:
+    bad = program_with(tmp_path, {})
+    with zipfile.ZipFile(bad, "a") as archive:
+        archive.writestr(member, b"{}")
+    with pytest.raises(BadRequest, match=f"holds {says}; it is not loaded"):
+        load_model(bad)
+
+
+def test_every_operation_with_a_rule_may_be_called() -> None:
+    named = {name for names in operations._READERS.values() for name in names.split()}
+    assert named - ATEN == {"getitem"}
+    there = {name for name in ATEN if hasattr(torch.ops.aten, name)}
+    in_place = {name for name in ATEN - there if hasattr(torch.ops.aten, f"{name}_")}
+    dunder = {name for name in ATEN - there if hasattr(torch.ops.aten, f"{name}__")}
+    assert len(there | in_place | dunder) > 0.98 * len(ATEN)  # torch itself takes some away
+
+
+class Windowed(nn.Module):
+    """Operations without a rule, of which a program may hold any that only computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.mix = nn.Conv2d(1, 4, 3, padding=1), nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Roll, sort and sum up along the channels, and take them by windows."""
+        y = torch.roll(self.one(x), 1, dims=1).sort(dim=1).values
+        y = y + torch.einsum("bchw,cd->bdhw", y, self.mix)
+        return y.unfold(1, 2, 1).mean(dim=-1).diff(dim=1)
+
+
+def test_a_program_without_rules_is_loaded_and_run_in_windows(tmp_path: Path) -> None:
+    sides = {2: torch.export.Dim("h", min=8), 3: torch.export.Dim("w", min=8)}
+    program = torch.export.export(
+        Windowed().eval(), (torch.rand(1, 1, 64, 64),), dynamic_shapes=(sides,)
+    )
+    torch.export.save(program, tmp_path / "network.pt2")
+    profile = find_profile(load_model(tmp_path / "network.pt2"))
+    assert (profile.method, profile.troubles) == ("probe", ())
+    assert profile.context.before == (1, 1)
 
 
 def truncated(path: Path) -> None:

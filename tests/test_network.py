@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+import tilepipe as tp
 from tests import zoo
+from tests.support import assert_close, noise, read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context
 from tilepipe.model import load_model, wrap
 from tilepipe.network import export, lattice, walk
+from tilepipe.options import Options
 from tilepipe.profile import find_profile
 
 if TYPE_CHECKING:
@@ -67,6 +70,81 @@ def test_what_no_tiling_makes_exact_is_named(network: Callable[[], nn.Module], l
     assert (profile.troubles + profile.off_lattice)[0].startswith(layer)
 
 
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("kernel of its size", "pooling over the whole image"),
+        ("kernel of its width", "pooling over the whole image"),
+        ("squeezed and expanded", "pooling over the whole image"),
+        ("attention", "attention over the whole image (layer attention, MultiheadAttention)"),
+        ("attention by hand", "attention over the whole image"),
+    ],
+)
+def test_what_reads_the_whole_image_is_said(how: str, reason: str) -> None:
+    """And no context of 0 for it, and no step as long as the image."""
+    profile = find_profile(wrap(zoo.Reading(how)))
+    assert profile.troubles[0].startswith(reason)
+    assert "constant" not in " ".join(profile.troubles)
+    assert profile.context.step == (16, 16)
+    assert min(*profile.context.before, *profile.context.after) > 0
+
+
+def test_pooling_that_covers_the_image_by_chance_has_a_context() -> None:
+    """Eight levels halve 256 voxels to one, and 512 to two."""
+
+    class Deep(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Conv2d(1, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.one(x)
+            for _ in range(8):
+                y = torch.nn.functional.max_pool2d(y, 2)
+            return torch.nn.functional.interpolate(y, scale_factor=256.0)
+
+    profile = find_profile(wrap(Deep()))
+    assert (profile.troubles, profile.context) == ((), Context((0, 0), (0, 0), (256, 256)))
+
+
+def test_networks_of_one_size_are_run_at_that_size(tmp_path: Path) -> None:
+    torch.save(zoo.Placed().state_dict(), tmp_path / "weights.pt")
+    model = load_model(tmp_path / "weights.pt", network="tests.zoo:Placed")
+    profile = find_profile(model)
+    assert (profile.fixed, profile.smallest) == (True, (96, 96))
+    assert profile.troubles[0].startswith("attention over the whole image")
+    source = write_volume(tmp_path / "v.zarr", noise(100, 130), "yx")
+    options = Options(network="tests.zoo:Placed", inexact=True)
+    report = tp.segment(
+        source, model=tmp_path / "weights.pt", output=tmp_path / "o.zarr", options=options
+    )
+    assert (report.failures, report.done) == ([], report.tiles)
+    with pytest.raises(BadRequest, match="cannot be tiled exactly: attention over the whole"):
+        tp.plan(
+            source,
+            model=tmp_path / "weights.pt",
+            output=tmp_path / "p",
+            options=Options(network="tests.zoo:Placed"),
+        )
+
+
+def test_the_volumes_channels_are_tried_where_weights_do_not_tell(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(zoo.Folding().state_dict(), tmp_path / "weights.pt")
+    options = Options(network="tests.zoo:Folding", write="values", tile=(32, 32), chunks=(16, 16))
+    image = noise(3, 70, 60, dtype="float32")
+    source = write_volume(tmp_path / "v.zarr", image, "cyx")
+    report = tp.segment(
+        source, model=tmp_path / "weights.pt", output=tmp_path / "o.zarr", options=options
+    )
+    assert report.plan.profile.channels == 3
+    network = zoo.Folding()
+    network.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    truth = network(torch.from_numpy(image)[None])[0].detach().numpy()
+    found = read(tmp_path / "o.zarr")
+    assert_close(found[:, 4:-4, 4:-4], truth[:, 4:-4, 4:-4])
+
+
 @pytest.mark.parametrize("network", [zoo.GroupNormed, zoo.Squeezing])
 def test_probing_finds_that_there_is_no_context(
     network: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -80,9 +158,11 @@ def test_probing_finds_that_there_is_no_context(
     )
 
 
-def test_an_operation_without_a_rule_is_refused_by_name() -> None:
-    with pytest.raises(BadRequest, match="operation roll has no rule"):
-        find_profile(wrap(zoo.Rolling()))
+def test_an_operation_without_a_rule_is_probed(caplog: pytest.LogCaptureFixture) -> None:
+    profile = find_profile(wrap(zoo.Rolling()))
+    assert "operation roll has no rule" in caplog.text
+    assert (profile.method, profile.troubles) == ("probe", ())
+    assert profile.context == Context((2, 1), (0, 1), (1, 1))
 
 
 def test_another_resolution_is_refused() -> None:
@@ -107,5 +187,7 @@ def test_the_position_in_the_image_must_not_matter() -> None:
             y: torch.Tensor = self.one(x) + self.place
             return y
 
-    with pytest.raises(BadRequest, match="a constant of the image's size"):
-        find_profile(wrap(Placed()))
+    profile = find_profile(wrap(Placed()))
+    assert (profile.fixed, profile.smallest) == (True, (256, 256))
+    assert "a constant of the image's size" in profile.troubles[0]
+    assert "windows differ from one pass" in profile.troubles[0]

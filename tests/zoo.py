@@ -116,6 +116,54 @@ class Upsampling(nn.Module):
         return x
 
 
+class Nested(nn.Module):
+    """A nested U-Net (UNet++), padded by 1 and upsampled, by default with aligned corners."""
+
+    def __init__(self, *, levels: int = 5, convolutions: int = 2, align: bool = True) -> None:
+        super().__init__()
+        self.align = align
+        widths = [3 + level for level in range(levels)]
+        self.first = nn.ModuleList(
+            _block(a, b, convolutions) for a, b in zip([1, *widths], widths, strict=False)
+        )
+        self.others = nn.ModuleList(
+            nn.ModuleList(
+                _block(widths[level] * column + widths[level + 1], widths[level], convolutions)
+                for level in range(levels - column)
+            )
+            for column in range(1, levels)
+        )
+        self.last = nn.Conv2d(widths[0], 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Join each level with all before it and what is upsampled from the one below."""
+        columns: list[list[Tensor]] = [[]]
+        for level, layer in enumerate(self.first):
+            x = layer(F.max_pool2d(x, 2) if level else x)
+            columns[0].append(x)
+        for layers in self.others:
+            column = []
+            for level, layer in enumerate(layers):
+                up = F.interpolate(
+                    columns[-1][level + 1],
+                    scale_factor=2.0,
+                    mode="bilinear",
+                    align_corners=self.align,
+                )
+                column.append(layer(torch.cat([*(c[level] for c in columns), up], dim=1)))
+            columns.append(column)
+        y: Tensor = self.last(columns[-1][0])
+        return y
+
+
+def _block(a: int, b: int, convolutions: int) -> nn.Module:
+    layers = []
+    for _ in range(convolutions):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+        a = b
+    return nn.Sequential(*layers)
+
+
 class Residual(nn.Module):
     """A 7x7 stem of stride 2, padded 3x3 pooling, residual blocks, additive fusion."""
 
@@ -239,6 +287,73 @@ class Squeezing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.one(x)
         return x * torch.sigmoid(self.weigh(x.mean(dim=(2, 3))))[:, :, None, None]
+
+
+class Reading(nn.Module):
+    """No finite context: the whole image is read ``how`` networks do it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one, self.two = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.linear = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weigh what a convolution gives by what the whole image gives."""
+        y = self.one(x)
+        small = F.max_pool2d(y, 16)
+        high, wide = small.shape[-2:]
+        if self.how == "kernel of its size":
+            weights = self.two(F.avg_pool2d(small, (high, wide)))
+        elif self.how == "kernel of its width":
+            weights = self.two(F.max_pool2d(small, (1, wide)))
+            weights = F.interpolate(weights, size=y.shape[-2:])
+        elif self.how == "squeezed and expanded":
+            weights = self.linear(F.adaptive_avg_pool2d(small, 1).flatten(1))[:, :, None, None]
+            return y * torch.sigmoid(weights).expand_as(y)
+        else:
+            tokens = small.flatten(2).transpose(1, 2)
+            if self.how == "attention":
+                tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+            else:
+                scores = torch.softmax(tokens @ tokens.transpose(1, 2) / 2, dim=-1)
+                tokens = scores @ tokens
+            grid = tokens.transpose(1, 2).reshape(1, 4, high, wide)
+            return y + F.interpolate(grid, scale_factor=16.0)
+        return y * torch.sigmoid(weights)
+
+
+class Placed(nn.Module):
+    """Of one size: an embedding of the place in the image, and attention."""
+
+    def __init__(self, side: int = 96) -> None:
+        super().__init__()
+        self.side = side
+        self.patches = nn.Conv2d(1, 8, 16, stride=16)
+        self.place = nn.Parameter(torch.rand(1, (side // 16) ** 2, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.ConvTranspose2d(8, 2, 16, stride=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut into patches, look at all of them, put together."""
+        y = self.patches(x)
+        tokens = y.flatten(2).transpose(1, 2) + self.place
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.up(tokens.transpose(1, 2).reshape(y.shape))
+
+
+class Folding(nn.Module):
+    """Its first convolution sees four times the channels of the input."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(7, 4, 1)
+        self.first = nn.Conv2d(4 * channels, 7, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fold squares of four voxels into channels, and unfold the answer."""
+        return F.pixel_shuffle(self.last(torch.relu(self.first(F.pixel_unshuffle(x, 2)))), 2)
 
 
 class Rolling(nn.Module):

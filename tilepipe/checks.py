@@ -11,6 +11,7 @@ from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Shape, ceil_to
 from tilepipe.network import export, lattice
 from tilepipe.source import source_notices
+from tilepipe.trial import try_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,9 +52,16 @@ def check_exact(model: Model, profile: Profile, options: Options, strategy: str)
     """Refuse a network that no tiling makes exact, unless ``inexact`` is asked for."""
     troubles = profile.troubles or (profile.off_lattice if strategy == "windows" else ())
     if troubles and not options.inexact:
+        remedy = "replace that layer"
+        if profile.autocast and not profile.troubles:
+            remedy = "take torch.autocast out of it, with which it is not computed by regions"
+        if profile.method == "probe":
+            remedy = "give its state dict with --network"
+            if model.exportable:
+                remedy = "write it without that operation"
         raise BadRequest(
             f"model (={model.path}) cannot be tiled exactly: {troubles[0]};"
-            " replace that layer, or accept seams with --inexact"
+            f" {remedy}, or accept seams with --inexact"
         )
 
 
@@ -88,7 +96,14 @@ def find_limit(model: Model, profile: Profile, shape: Shape, options: Options) -
 
 def check_limit(model: Model, profile: Profile, limit: Shape | None, options: Options) -> None:
     """Refuse windows on a size of the whole at which the network leaves its lattice."""
-    if limit is None or profile.fixed or options.inexact or not model.exportable:
+    if limit is None or profile.fixed or options.inexact:
+        return
+    if profile.method == "probe":
+        if trouble := try_windows(model, profile, limit).trouble:
+            raise BadRequest(
+                f"boundary (=network) cannot be tiled exactly on {comma(limit)} voxels: {trouble};"
+                f" use mirror, or crop the volume to a multiple of {comma(profile.context.step)}"
+            )
         return
     step, misfits = lattice(export(model.on_meta(), (1, model.channels, *limit)))
     if misfits or step != profile.context.step:
@@ -182,6 +197,11 @@ def notices(
         yield f"the model has {model.outputs} outputs: number {model.head} is used (--head)"
     if profile.method == "probe":
         yield "the context was measured by probing: the model's graph cannot be read"
+    if profile.autocast:
+        yield (
+            f"the network turns on torch.autocast ({profile.autocast}): it is run in windows, as"
+            " it says, which agree with one pass within the rounding of that type"
+        )
     if strategy == "windows" and (why := profile.troubles or profile.off_lattice):
         yield f"INEXACT: windows show seams where there are several, since {why[0]}"
 

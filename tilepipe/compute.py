@@ -38,6 +38,8 @@ class RegionEvaluator:
 
         Raises `NoRule` for an operation that cannot be computed by regions.
         """
+        if graph.autocast:
+            raise NoRule(f"torch.autocast ({graph.autocast}) inside the network")
         self.graph = graph
         self.outermost = 0
         """The axis that is outermost in the memory of the tensors that `fetch` gives."""

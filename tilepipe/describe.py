@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tilepipe.evaluate import Scores
+    from tilepipe.geometry import Context
     from tilepipe.model import Model
     from tilepipe.plan import Plan
     from tilepipe.profile import Profile
@@ -37,7 +38,7 @@ def describe_plan(plan: Plan) -> str:
         ("model", f"{plan.model.path} ({plan.model.kind}, {plan.model.parameters:,} weights)"),
         ("grey values", plan.normalize),
         ("activation", _activation(plan)),
-        ("context", f"{comma(context.before)} before, {comma(context.after)} after"),
+        ("context", _context(plan.profile, plan.context)),
         ("step", comma(context.step)),
         ("boundary", plan.options.boundary),
         ("tile", f"{comma(sizes.tile)}, {costs.tiles} of them ({grid})"),
@@ -85,17 +86,29 @@ def describe_model(model: Model, profile: Profile) -> str:
             f" {comma(profile.shrink)} smaller"
             + (f"; number {model.head} of {model.outputs}" if model.outputs > 1 else ""),
         ),
-        ("context", f"{comma(context.before)} before, {comma(context.after)} after ({how})"),
+        ("context", f"{_context(profile)} ({how})"),
         ("step", comma(context.step)),
         ("grey values", model.normalize or "not said"),
         ("labels", ", ".join(model.labels) or "not said"),
-        ("exact tiling", "no" if profile.troubles else "yes"),
+        ("exact tiling", "yes" if profile.exact else "no"),
     ]
     if model.kind == "checkpoint":
         rows.append(("trained for", model.answer + _trained(model)))
     rows += [("no context", why) for why in profile.troubles]
-    rows += [("off lattice", f"{why}: exact as regions") for why in profile.off_lattice]
+    rows += [
+        ("off lattice", why + (": exact as regions" if profile.exact else ""))
+        for why in profile.off_lattice
+    ]
+    if profile.autocast:
+        rows.append(("autocast", f"{profile.autocast}: run in windows, as the network says"))
     return _table(rows)
+
+
+def _context(profile: Profile, context: Context | None = None) -> str:
+    """Return the context in words; ``context`` is along the volume's axes, if it has others."""
+    chosen = context or profile.context
+    sizes = f"{comma(chosen.before)} before, {comma(chosen.after)} after"
+    return f"the whole image; windows overlap by {sizes}" if profile.troubles else sizes
 
 
 def describe_volume(volume: Volume, notices: Iterable[str] = ()) -> str:

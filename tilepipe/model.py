@@ -27,6 +27,7 @@ from tilepipe.checkpoint import Checkpoint, needs_code, read_checkpoint
 from tilepipe.cost import Cost, measure_cost
 from tilepipe.errors import BadRequest
 from tilepipe.factory import build_network, digest_of, find_factory
+from tilepipe.intake import SINGLE, find_input
 from tilepipe.network import first_line
 from tilepipe.process import borrowed
 from tilepipe.program import load_program, load_tensors
@@ -92,6 +93,8 @@ class Model:
     provenance: Mapping[str, object] = field(default_factory=dict)
     trained: Mapping[str, object] | None = None
     """Context of training, as the file says; tiling reads the network's own instead."""
+    accepted_side: int = 0
+    """A side of an input that was accepted; 0 until one was."""
     _meta: nn.Module | None = None
     _on_cpu: bool = False
 
@@ -99,6 +102,11 @@ class Model:
     def exportable(self) -> bool:
         """Whether `torch.export` can be tried; TorchScript is probed instead."""
         return self.kind != "TorchScript"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides of inputs that a network which takes a single size may have been built for."""
+        return (self.accepted_side,) if self.accepted_side else SINGLE
 
     @property
     def parameters(self) -> int:
@@ -115,6 +123,12 @@ class Model:
                     warnings.simplefilter("ignore")  # of torch about parts of its own programs
                     self._meta = copy.deepcopy(self.module).to("meta")
         return self._meta
+
+    def in_double(self) -> nn.Module:
+        """Return a copy of the network in double precision."""
+        if self.kind == "TorchScript":
+            return _Head(_load_script(self.path, "cpu").eval().double(), self.head)
+        return copy.deepcopy(self.module).double()
 
     def output_shape(self, shape: Shape) -> Shape | None:
         """Return the spatial output shape for a spatial input ``shape``; None if it is refused."""
@@ -186,6 +200,7 @@ def load_model(
     network_args: Mapping[str, object] | None = None,
     head: int = 0,
     folder: str | Path | None = None,
+    channels: int | None = None,
 ) -> Model:
     """Load a model file, as any of the four kinds that the README lists.
 
@@ -193,7 +208,8 @@ def load_model(
     plain state dict, with ``network_args``, or that of a checkpoint of one's own network, whose
     saved arguments are the default. ``folder``, by default the working directory, is where its
     file, or a package that is not installed, is looked for. No code is imported that ``network``
-    does not name. Raises `BadRequest` with one line otherwise.
+    does not name. What it reads is found from its weights; ``channels``, those of the volume, are
+    tried first. Raises `BadRequest` with one line otherwise.
     """
     if not isinstance(path, str | Path):
         raise BadRequest(
@@ -259,17 +275,17 @@ def load_model(
     if said is not None:
         model.normalize, model.labels, model.answer = said.normalize, said.labels, said.answer
         model.provenance, model.trained = said.provenance, said.context
-    _find_input(model, shape)
+    find_input(model, shape, channels)
     return model
 
 
-def wrap(module: nn.Module, *, head: int = 0) -> Model:
+def wrap(module: nn.Module, *, head: int = 0, channels: int | None = None) -> Model:
     """Return a model of a network that is already in memory, in evaluation mode."""
     digest = hashlib.sha256(f"head {head}".encode())
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0, head)
-    _find_input(model, None)
+    find_input(model, None, channels)
     return model
 
 
@@ -361,42 +377,3 @@ def _fill(
         more = f", and {len(lines) - 2} more" if len(lines) > 2 else ""
         detail = lines[min(1, len(lines) - 1)].rstrip(". ")[:200]
         raise BadRequest(f"model (={path}) does not fit the network: {detail}{more}") from None
-
-
-def _find_input(model: Model, shape: Shape | None) -> None:
-    """Find the axes and channels that the network reads, and how many outputs it has."""
-    _find_axes(model, shape)
-    if 0 < model.outputs <= model.head:
-        raise BadRequest(
-            f"head (={model.head}) must be below the {model.outputs} outputs of {model.path},"
-            " which are counted from 0"
-        )
-
-
-def _find_axes(model: Model, shape: Shape | None) -> None:
-    """Find the number of axes and channels that the network reads, by trying its own weights."""
-    if shape is not None:
-        if len(shape) not in (4, 5) or shape[0] > 1 or not shape[1]:
-            raise BadRequest(
-                f"model (={model.path}) was exported for inputs of shape {shape};"
-                " export it for batch 1, fixed channels and 2 or 3 axes"
-            )
-        model.axes, model.channels = len(shape) - 2, shape[1]
-        model.fixed = shape[2:] if all(shape[2:]) else None
-        _accepts(model)
-        return
-    weights = [p for p in model.module.parameters() if p.ndim in (4, 5)]
-    tried = dict.fromkeys((p.ndim - 2, int(n)) for p in weights for n in p.shape[1::-1])
-    for axes, channels in tried:
-        model.axes, model.channels = axes, channels
-        if _accepts(model):
-            return
-    if not weights:
-        raise BadRequest(f"model (={model.path}) has no convolution in 2 or 3 dimensions")
-    model.axes, model.channels = next(iter(tried))
-
-
-def _accepts(model: Model) -> bool:
-    """Whether the network runs on any of the sizes that are tried."""
-    sizes = [model.fixed] if model.fixed else [(n,) * model.axes for n in range(256, 256 + 64)]
-    return any(model.output_shape(size) is not None for size in sizes)

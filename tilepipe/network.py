@@ -11,17 +11,18 @@ import logging
 import math
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from tilepipe.operations import Flattened, NoRule, Operation, Reading, read_operation, shape_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
     from torch.export import ExportedProgram
@@ -65,6 +66,8 @@ class Graph:
     """What reads the whole image, with the layer; empty for a network of finite context."""
     off_lattice: tuple[str, ...]
     """What samples by the size of the whole image, with the layer."""
+    autocast: str = ""
+    """The types that `torch.autocast` sets inside the network, which the operations do not say."""
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -79,13 +82,36 @@ def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
     try:
         with _exporting, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            with _AutocastSeen() as autocast:
+                module(example)
             program = torch.export.export(module, (example,), strict=False)
             if not all(_is_plain(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # which takes longer than the export
     except Exception as error:
         # torch.export raises whatever the traced code and its own parts raise.
         raise NotExported(first_line(error)) from error
-    return _read_graph(program, shape)
+    return replace(_read_graph(program, shape), autocast=autocast.types)
+
+
+class _AutocastSeen(TorchFunctionMode):
+    """Sees whether `torch.autocast` is on while a network runs, however it was turned on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = ""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Look at the state, and call the function."""
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                self.types = f"{device}, {str(torch.get_autocast_dtype(device))[6:]}"
+        return func(*args, **(kwargs or {}))
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -121,9 +147,11 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
         if node.op != "call_function" or not flattened & set(node.all_input_nodes):
             continue
         flattened.add(node)  # it depends on the image
-        if not any(before in dims for before in node.all_input_nodes):
-            continue  # the image's axes are lost before it
         place = _place(node)
+        if not any(before in dims for before in node.all_input_nodes):
+            if _attends(node):  # which says more than that its input was folded before it
+                troubles.insert(0, f"attention over the whole image ({place})")
+            continue  # the image's axes are lost before it
         operation = Operation.of(node, dims)
         try:
             reading = read_operation(operation)
@@ -131,6 +159,8 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
             troubles.append(f"{reason} ({place})")
             continue
         except NoRule as reason:
+            if troubles:
+                continue  # the network reads the whole image: its axes need not be followed
             raise NoRule(f"{reason} ({place})") from None
         dims[node] = reading.dims
         nodes.append(Node(node, operation, reading, place))
@@ -138,11 +168,21 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
             troubles.append(f"{reading.unbounded} ({place})")
         if reading.lattice:
             off_lattice.append(f"{reading.lattice} ({place})")
-    if not isinstance(output, fx.Node) or dims.get(output) != dims[source]:
+    lost = not isinstance(output, fx.Node) or dims.get(output) != dims[source]
+    if lost and not troubles:
         troubles.append("the output has lost the image's axes")
     return Graph(
         program, tuple(nodes), dims, source, output, shape, tuple(troubles), tuple(off_lattice)
     )
+
+
+def _attends(node: fx.Node) -> bool:
+    """Whether an operation weighs many pieces of the image against as many."""
+    name = getattr(node.target, "__name__", "")
+    if name.startswith("scaled_dot_product_attention"):
+        return True
+    shape = shape_of(node) if name.startswith(("softmax", "_softmax")) else ()
+    return len(shape) > 2 and min(shape[-2:]) > 1
 
 
 def _ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:
@@ -183,6 +223,38 @@ def walk(graph: Graph, axis: int, start: int, stop: int) -> tuple[int, int]:
             lo, hi = need.get(access.source, rows)
             need[access.source] = min(lo, rows[0]), max(hi, rows[1])
     return need.get(graph.source, (start, stop))
+
+
+def covering(graph: Graph) -> frozenset[str]:
+    """Return the names of windowed operations that hold a whole axis of the image, and leave one.
+
+    At one size that may be chance: a layer that does so at two was given its size by the image.
+    """
+    return frozenset(item.node.name for item in graph.nodes if _covers(item))
+
+
+def _covers(item: Node) -> bool:
+    name, source = item.operation.name, item.operation.source
+    if not ("pool" in name or "conv" in name) or "transpose" in name or item.reading.unbounded:
+        return False
+    before, after = shape_of(source), shape_of(item.node)
+    return any(
+        before[d] > 1 and after[d] == 1 and rule.last - rule.first + 1 >= before[d]
+        for d, rule in zip(item.reading.dims, item.reading.accesses[0].rules, strict=True)
+    )
+
+
+def unbound(graph: Graph, names: frozenset[str]) -> Graph:
+    """Return the graph with these operations named as ones that read the whole image."""
+    nodes, troubles = [], []
+    for item in graph.nodes:
+        if item.node.name in names:
+            kind = "pooling" if "pool" in item.operation.name else "a convolution"
+            reason = f"{kind} over the whole image"
+            item = replace(item, reading=replace(item.reading, unbounded=reason))
+            troubles.append(f"{reason} ({item.place})")
+        nodes.append(item)
+    return replace(graph, nodes=tuple(nodes), troubles=(*graph.troubles, *troubles))
 
 
 def strides(graph: Graph, axis: int) -> Iterator[tuple[Node, Fraction]]:

@@ -225,7 +225,11 @@ def plan(
     options = options or Options()
     volume = open_source(source, options)
     network = load_model(
-        model, network=options.network, network_args=options.network_args, head=options.head
+        model,
+        network=options.network,
+        network_args=options.network_args,
+        head=options.head,
+        channels=volume.channels,
     )
     target = str(output) if output is not None else default_target(source)
     normalize = options.normalize or network.normalize or "none"
@@ -286,7 +290,7 @@ def whole_graph(model: Model, profile: Profile, box: Region) -> Graph | None:
     None where that cannot be had: a script, a program of fixed size, a network without finite
     context, or an operation that cannot be computed by regions. Windows are left then.
     """
-    if profile.method != "graph" or profile.fixed or profile.troubles:
+    if not profile.by_regions:
         return None
     key = model.digest, box.shape
     graph = _graphs.get(key)

@@ -8,14 +8,17 @@ no finite context.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from tilepipe.errors import BadRequest
+from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Context, Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from tilepipe.model import Model
 
 LARGEST = {2: 2048, 3: 256}
@@ -23,56 +26,117 @@ LARGEST = {2: 2048, 3: 256}
 PHASES = 32
 """Steps longer than this are not looked for where the network accepts every size."""
 
+HIDDEN = "it hides NaN, by which its context is measured"
+"""Why there is no context to be had of a network that makes numbers of NaN."""
+
 Reach = tuple[Shape, Shape]
 """First and last output voxel, per axis, that read the probed voxel; counted from it."""
 
 
-def probe(model: Model) -> tuple[Shape, Shape, Context, tuple[str, ...]]:
-    """Return size, shrink, context and troubles of a network, from running it on the CPU.
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What NaN shows of a network at one size of its input."""
 
-    The size is one on the network's lattice. Raises `BadRequest` where it runs at no size.
+    shape: Shape
+    """An input size on the network's lattice."""
+    shrink: Shape
+    step: Shape
+    reaches: tuple[Reach, ...]
+    """Of a voxel at successive places; empty where there is no finite context."""
+    trouble: str
+    """Why there is no finite context, else empty."""
+
+    def context(self, step: Shape) -> Context:
+        """Return the context of tiles on a lattice of ``step``, a multiple of the network's own."""
+        before, after = [], []
+        for axis, (size, wide, own) in enumerate(zip(self.shape, step, self.step, strict=True)):
+            pattern = [(lo[axis], hi[axis]) for lo, hi in self.reaches]
+            offset, first = self.shrink[axis] // 2, _first(size)
+            lead, tail = offset, self.shrink[axis] - offset  # consumed, even if nothing reads it
+            for number in range(max(wide, len(pattern)) if pattern else 0):
+                place, (lo, hi) = first + number, pattern[number % own]
+                last_tile = (place + hi) // wide
+                first_tile = (place + lo) // wide
+                lead = max(lead, last_tile * wide + offset - place)
+                tail = max(tail, place + 1 - (first_tile + 1) * wide - offset)
+            before.append(lead)
+            after.append(tail)
+        return Context(tuple(before), tuple(after), step)
+
+
+def probe(model: Model) -> Probe:
+    """Return what NaN shows of a network, from running it on the CPU.
+
+    Raises `BadRequest` where it runs at no size.
     """
-    for base in (64, 128, 256, 512, 1024, 2048):
-        if base > LARGEST[model.axes]:
+    tried: list[tuple[Shape, Shape, int]] = []
+    trouble = ""
+    for shape, shrink, period in _candidates(model):
+        tried.append((shape, shrink, period))
+        reaches, trouble = _reaches(model, shape, period)
+        if reaches:
+            return _read(shape, shrink, period, reaches)
+        if trouble == HIDDEN:
             break
-        sizes = _accepted(model, base)
-        if not sizes:
-            continue
-        shrink, size = sizes[0]
-        period = math.gcd(*(b - size for _, b in sizes)) or 1
-        if found := _reaches(model, size, period):
-            return _context(model, size, (shrink,) * model.axes, found, period)
-    if not (sizes := _accepted(model, 64)):
+    if not tried:
         raise BadRequest(
             f"model (={model.path}) runs on no input of {model.channels} channels:"
             f" {model.refusal((64,) * model.axes)}"
         )
+    shape, shrink, period = tried[0]
+    return Probe(shape, shrink, (period,) * model.axes, (), trouble)
+
+
+def _candidates(model: Model) -> Iterator[tuple[Shape, Shape, int]]:
+    """Yield sizes that the network accepts, what it consumes there, and the step between them."""
+    if model.fixed:
+        out = model.output_shape(model.fixed) or model.fixed
+        yield model.fixed, tuple(a - b for a, b in zip(model.fixed, out, strict=True)), 1
+        return
+    largest, some = LARGEST[model.axes], False
+    for base in (64, 128, 256, 512, 1024, 2048):
+        if base <= largest and (sizes := _accepted(model, range(base, base + PHASES * 2))):
+            some = True
+            yield _chosen(model, sizes)
+    if not some and (sizes := _accepted(model, model.sizes)):
+        yield _chosen(model, sizes)
+
+
+def _chosen(model: Model, sizes: list[tuple[int, int]]) -> tuple[Shape, Shape, int]:
     shrink, size = sizes[0]
     period = math.gcd(*(b - size for _, b in sizes)) or 1
-    guess = Context(*(((n,) * model.axes) for n in (0, 0, period)))
-    trouble = f"a single voxel reaches all of {LARGEST[model.axes]} voxels per axis: no context"
-    return (size,) * model.axes, (shrink,) * model.axes, guess, (trouble,)
+    return (size,) * model.axes, (shrink,) * model.axes, period
 
 
-def _accepted(model: Model, base: int) -> list[tuple[int, int]]:
-    """Return (shrink, size) of the sizes from ``base`` on that run, the least shrink first.
+def _accepted(model: Model, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (shrink, size) of those of the ``sizes`` that run, the least shrink first.
 
     Sizes that give more than they take are between those of the lattice: they come last.
     """
     found = []
-    for size in range(base, base + PHASES * 2):
+    for size in sizes:
         out = model.output_shape((size,) * model.axes)
         if out is not None and min(out) > 0:
             found.append((size - out[0], size))
     return sorted(found, key=lambda pair: (pair[0] < 0, pair))
 
 
-def _reaches(model: Model, size: int, period: int) -> list[Reach] | None:
-    """Return the reach of an input voxel at successive phases; None where it meets the border."""
+def _first(size: int) -> int:
+    """Return the first place along an axis at which NaN is put."""
+    return max(size // 2 - PHASES // 2, 0)
+
+
+def _reaches(model: Model, shape: Shape, period: int) -> tuple[tuple[Reach, ...], str]:
+    """Return the reach of an input voxel at successive phases, or why there is none.
+
+    Where it meets the border, a larger image may show one.
+    """
     reaches = []
     for phase in range(2 * (period if period > 1 else PHASES)):
-        place = (size // 2 + phase - PHASES // 2,) * model.axes
-        image = torch.zeros((1, model.channels, *(size,) * model.axes), dtype=model.dtype)
+        place = tuple(_first(n) + phase for n in shape)
+        if any(n <= p for n, p in zip(shape, place, strict=True)):
+            return (), f"its only size (={comma(shape)}) is too small to measure its context in"
+        image = torch.zeros((1, model.channels, *shape), dtype=model.dtype)
         index: tuple[int | slice, ...] = (0, slice(None), *place)
         image[index] = torch.nan
         with torch.no_grad():
@@ -82,65 +146,24 @@ def _reaches(model: Model, size: int, period: int) -> list[Reach] | None:
             others = tuple(a for a in range(model.axes) if a != axis)
             rows = spoiled.any(dim=others).nonzero().flatten().tolist()
             if not rows:
-                raise BadRequest(f"model (={model.path}) hides NaN: its context cannot be probed")
+                return (), HIDDEN
             if rows[0] == 0 or rows[-1] == spoiled.shape[axis] - 1:
-                return None
+                how = "reaches all of" if bool(spoiled.all()) else "reaches the border of"
+                return (), f"a single voxel {how} {comma(shape)} voxels: no context"
             lows.append(rows[0] - place[axis])
             highs.append(rows[-1] - place[axis])
         reaches.append((tuple(lows), tuple(highs)))
-    return reaches
+    return tuple(reaches), ""
 
 
-def _context(
-    model: Model, size: int, shrink: Shape, reaches: list[Reach], period: int
-) -> tuple[Shape, Shape, Context, tuple[str, ...]]:
-    """Read step and context from the reach of the voxels at successive phases."""
-    first = size // 2 - PHASES // 2
-    steps, before, after = [], [], []
-    for axis in range(model.axes):
+def _read(shape: Shape, shrink: Shape, period: int, reaches: tuple[Reach, ...]) -> Probe:
+    """Read the step from the reach of the voxels at successive phases."""
+    steps, trouble = [], ""
+    for axis in range(len(shape)):
         pattern = [(lo[axis], hi[axis]) for lo, hi in reaches]
-        half = len(pattern) // 2
-        repeats = (t for t in range(1, half + 1) if pattern[t:] == pattern[:-t])
-        step = math.lcm(next(repeats, half), period)
-        offset = shrink[axis] // 2
-        lead, tail = offset, shrink[axis] - offset  # consumed, even if nothing reads it
-        for place, (lo, hi) in enumerate(pattern, start=first):
-            last_tile = (place + hi) // step
-            first_tile = (place + lo) // step
-            lead = max(lead, last_tile * step + offset - place)
-            tail = max(tail, place + 1 - (first_tile + 1) * step - offset)
-        steps.append(step)
-        before.append(lead)
-        after.append(tail)
-    context = Context(tuple(before), tuple(after), tuple(steps))
-    troubles: tuple[str, ...] = ()
-    if not _shifts(model, size, context):
-        troubles = (f"shifting the image by {context.step} voxels changes the answer: no lattice",)
-    return (size,) * model.axes, shrink, context, troubles
-
-
-def _shifts(model: Model, size: int, context: Context) -> bool:
-    """Check on noise that moving the image by a step moves the answer, away from the borders."""
-    step = context.step
-    noise = torch.Generator().manual_seed(0)
-    shape = (1, model.channels, *(size + s for s in step))
-    image = torch.rand(shape, generator=noise, dtype=torch.float32).to(model.dtype)
-    inner = (slice(None), slice(None))
-    here = image[(*inner, *(slice(0, size) for _ in step))]
-    moved = image[(*inner, *(slice(s, s + size) for s in step))]
-    with torch.no_grad():
-        one, two = model.module(here), model.module(moved)
-    core_one = one[(*inner, *(slice(b + s, -a - s) for b, a, s in _margins(context)))]
-    core_two = two[(*inner, *(slice(b, -a - 2 * s) for b, a, s in _margins(context)))]
-    if core_one.numel() == 0:
-        return True
-    spread = float(one.max() - one.min()) or 1.0
-    return float((core_one - core_two).abs().max()) < 1e-4 * spread
-
-
-def _margins(context: Context) -> list[tuple[int, int, int]]:
-    """Return per axis the rows to leave out before and after, whole steps, and the step."""
-    return [
-        (-(-b // s) * s, -(-a // s) * s + s, s)
-        for b, a, s in zip(context.before, context.after, context.step, strict=True)
-    ]
+        repeats = (t for t in range(1, len(pattern) // 2 + 1) if pattern[t:] == pattern[:-t])
+        step = next(repeats, None)
+        if step is None:
+            trouble = f"what a voxel reaches does not repeat within {len(pattern) // 2} voxels"
+        steps.append(math.lcm(step or 1, period))
+    return Probe(shape, shrink, tuple(steps), () if trouble else reaches, trouble)

@@ -13,10 +13,11 @@ from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Context, Shape, ceil_to
 from tilepipe.meaning import Meaning, read_meaning
 from tilepipe.model import Model, load_model, wrap
-from tilepipe.network import Graph, NotExported, export, lattice, walk
+from tilepipe.network import NotExported, covering, export, lattice, unbound, walk
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 from tilepipe.process import borrowed
+from tilepipe.trial import try_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +29,10 @@ SIZES = (256, 512, 1024, 2048)
 """Where sizes that a network accepts are looked for; on ``meta`` tensors they cost nothing."""
 SCAN = 64
 """Consecutive sizes tried from each of them."""
+MULTIPLES = 64
+"""Multiples of a network's step by which a size that it accepts is let grow."""
+OVERLAP = 32
+"""Voxels by which windows of a network overlap that reads the whole image and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class Profile:
     """"graph" (index arithmetic) or "probe" (NaN propagation)."""
     meaning: Meaning = field(default_factory=Meaning)
     """What the network's values are, as far as its graph says it."""
+    autocast: str = ""
+    """What `torch.autocast` is told inside the network, which regions do not know; else empty."""
 
     @property
     def lead(self) -> Shape:
@@ -67,6 +74,16 @@ class Profile:
                 self.offset, self.context.before, self.context.step, strict=True
             )
         )
+
+    @property
+    def by_regions(self) -> bool:
+        """Whether regions of the whole image's graph may be computed; else windows are left."""
+        return not (self.method != "graph" or self.fixed or self.troubles or self.autocast)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the network can be tiled exactly: in regions, or in windows on a lattice."""
+        return not self.troubles and (self.by_regions or not self.off_lattice)
 
     @property
     def axes(self) -> int:
@@ -84,23 +101,19 @@ class Profile:
 def find_profile(model: Model) -> Profile:
     """Return the profile of a model: from its graph, else by probing it.
 
-    Raises `BadRequest` where the network runs at no size, or has an operation without a rule.
+    Raises `BadRequest` where the network runs at no size.
     """
-    if model.fixed:
-        return _graph_profile(model, model.fixed)
     if not model.exportable:
-        return _probed(model)
+        return _probed(model, "")
     best: Profile | None = None
-    place: Shape = ()
-    for size in _sizes(model):
-        shape = (size,) * model.axes
+    for shape in [model.fixed] if model.fixed else _shapes(model):
         try:
             found = _graph_profile(model, shape)
-        except NotExported as reason:
-            log.warning("the network cannot be exported (%s): it is probed instead", reason)
-            return _probed(model)
+        except (NotExported, NoRule) as reason:
+            log.warning("the network's graph cannot be read (%s): it is probed instead", reason)
+            return _probed(model, str(reason))
         if best is None or not found.off_lattice:
-            best, place = found, shape
+            best = found
         if not found.off_lattice or any("align_corners" in why for why in found.off_lattice):
             break
     if best is None:
@@ -108,7 +121,8 @@ def find_profile(model: Model) -> Profile:
             f"model (={model.path}) runs on no input of {model.channels} channels and"
             f" {SIZES[0]} to {SIZES[-1]} voxels per side: {model.refusal((SIZES[0],) * model.axes)}"
         )
-    return _smallest(model, best, place)
+    _check_resolution(model, best)
+    return _smallest(model, _overlapping(best))
 
 
 @borrowed()
@@ -134,12 +148,12 @@ def context(model: str | Path | Model | nn.Module, *, network: str | None = None
     return profile.context
 
 
-def _sizes(model: Model) -> Iterator[int]:
+def _shapes(model: Model) -> Iterator[Shape]:
     """Yield the sizes most likely to lie on the network's lattice, best first."""
     for base in SIZES:
         out = model.output_shape((base,) * model.axes)
         if out == (base,) * model.axes:
-            yield base
+            yield out
             return
         found = []
         for size in range(base, base + SCAN):
@@ -148,27 +162,40 @@ def _sizes(model: Model) -> Iterator[int]:
                 shrink = size * model.axes - sum(out)
                 found.append((shrink < 0, shrink, size))
         if found:
-            yield from (size for _, _, size in sorted(found)[:4])
+            yield from ((size,) * model.axes for _, _, size in sorted(found)[:4])
+            return
+    for size in model.sizes:
+        if model.output_shape((size,) * model.axes) is not None:
+            yield (size,) * model.axes
             return
 
 
-def _probed(model: Model) -> Profile:
-    """Return what probing finds, in the same form as what the graph says."""
-    size, shrink, context, troubles = probe(model)
-    found = Profile(
+def _probed(model: Model, reason: str) -> Profile:
+    """Return what probing finds, in the same form as what the graph says, and try it.
+
+    ``reason`` says why there is no graph to read, where one was looked for.
+    """
+    found = probe(model)
+    step = _step(model, found.shape, found.shrink, found.step)
+    why = f"; its graph cannot be read: {reason}" if reason else ""
+    profile = Profile(
         channels=model.channels,
-        classes=model.classes(size),
-        context=context,
-        offset=tuple(n // 2 for n in shrink),
-        shrink=shrink,
-        smallest=size,
-        fixed=False,
-        troubles=troubles,
+        classes=model.classes(found.shape),
+        context=found.context(step or found.step),
+        offset=tuple(n // 2 for n in found.shrink),
+        shrink=found.shrink,
+        smallest=found.shape,
+        fixed=step is None,
+        troubles=(found.trouble + why,) if found.trouble else (),
         off_lattice=(),
         method="probe",
         meaning=_script_meaning(model),
     )
-    return _smallest(model, found, size)
+    _check_resolution(model, profile)
+    profile = _smallest(model, _overlapping(profile))
+    if not profile.troubles and (trouble := try_windows(model, profile).trouble):
+        profile = replace(profile, troubles=(trouble + why,))
+    return profile
 
 
 def _script_meaning(model: Model) -> Meaning:
@@ -178,56 +205,96 @@ def _script_meaning(model: Model) -> Meaning:
 
 
 def _graph_profile(model: Model, shape: Shape) -> Profile:
-    try:
-        graph = export(model.on_meta(), (1, model.channels, *shape))
-    except NoRule as reason:
-        raise BadRequest(f"model (={model.path}) cannot be tiled exactly: {reason}") from None
-    return _profile(graph, shape, fixed=model.fixed is not None)
-
-
-def _profile(graph: Graph, shape: Shape, *, fixed: bool) -> Profile:
     """Read context and step from the graph at a size on the network's lattice."""
-    step, misfits = lattice(graph)
+    graph = export(model.on_meta(), (1, model.channels, *shape))
     if len(graph.out_shape) != len(graph.shape):
         raise BadRequest(f"the network's output (={graph.out_shape}) must have the input's axes")
+    own, misfits = lattice(graph)
     shrink = tuple(a - b for a, b in zip(graph.shape[2:], graph.out_shape[2:], strict=True))
+    step = None if model.fixed else _step(model, shape, shrink, own)
+    if whole := covering(graph):
+        if step is not None:
+            larger = tuple(n + s for n, s in zip(shape, step, strict=True))
+            whole &= covering(export(model.on_meta(), (1, model.channels, *larger)))
+        graph = unbound(graph, whole)
+        own, misfits = lattice(graph)
+        step = None if step is None else _step(model, shape, shrink, own)
     offset = tuple(n // 2 for n in shrink)
-    rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step)]
+    rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step or own)]
     before = tuple(max(o, o - lo) for o, (lo, _) in zip(offset, rows, strict=True))
     after = tuple(  # what is cropped is consumed, even if nothing reads it
-        max(s - o, hi - n - o) for s, o, n, (_, hi) in zip(shrink, offset, step, rows, strict=True)
+        max(s - o, hi - n - o)
+        for s, o, n, (_, hi) in zip(shrink, offset, step or own, rows, strict=True)
     )
     return Profile(
         channels=graph.shape[1],
         classes=graph.out_shape[1],
-        context=Context(before, after, step),
+        context=Context(before, after, step or own),
         offset=offset,
         shrink=shrink,
         smallest=shape,
-        fixed=fixed,
+        fixed=step is None,
         troubles=graph.troubles,
         off_lattice=graph.off_lattice or misfits,
         method="graph",
         meaning=read_meaning(graph_calls(graph), len(shape)),
+        autocast=graph.autocast,
     )
 
 
-def _smallest(model: Model, found: Profile, shape: Shape) -> Profile:
-    """Find the smallest size on the lattice of ``shape`` along each axis, by bisection."""
-    grown = tuple(n + s for n, s in zip(shape, found.context.step, strict=True))
-    out = model.output_shape(grown)
-    if out is None:
-        raise BadRequest(
-            f"model (={model.path}) reads {comma(shape)} voxels, and refuses a step more, "
-            f"{comma(grown)}: {model.refusal(grown)}"
-        )
-    if out != tuple(n - s for n, s in zip(grown, found.shrink, strict=True)):
-        raise BadRequest(
-            f"model (={model.path}) gives an output of another resolution than its input"
-            f" ({comma(shape)} to {comma(model.output_shape(shape) or ())}, {comma(grown)} to"
-            f" {comma(out)}); add upsampling to it"
-        )
-    smallest = []
+def _step(model: Model, shape: Shape, shrink: Shape, own: Shape) -> Shape | None:
+    """Return the step by which sizes grow that the network accepts, a multiple of its ``own``.
+
+    None where ``shape`` is the only one that it accepts, as far as is tried.
+    """
+    for grown, step in _grown(shape, own):
+        out = model.output_shape(grown)
+        if out == tuple(n - s for n, s in zip(grown, shrink, strict=True)):
+            return step
+    return None
+
+
+def _grown(shape: Shape, own: Shape) -> Iterator[tuple[Shape, Shape]]:
+    """Yield a size grown by multiples of a step, with each multiple."""
+    for times in range(1, MULTIPLES + 1):
+        step = tuple(n * times for n in own)
+        yield tuple(n + s for n, s in zip(shape, step, strict=True)), step
+
+
+def _check_resolution(model: Model, found: Profile) -> None:
+    """Refuse a network that takes other sizes, but does not answer for as many voxels more."""
+    if not found.fixed or model.fixed:
+        return
+    for grown, _ in _grown(found.smallest, found.context.step):
+        if (out := model.output_shape(grown)) is not None:
+            small = model.output_shape(found.smallest) or ()
+            raise BadRequest(
+                f"model (={model.path}) gives an output of another resolution than its input"
+                f" ({comma(found.smallest)} to {comma(small)}, {comma(grown)} to {comma(out)});"
+                " add upsampling to it"
+            )
+
+
+def _overlapping(found: Profile) -> Profile:
+    """Let windows overlap of a network that reads the whole image, but nothing by the way.
+
+    A context of 0 would be untrue of it, and windows without any overlap show the worst seams.
+    """
+    if not found.troubles:
+        return found
+    before, after = list(found.context.before), list(found.context.after)
+    for axis, (size, step) in enumerate(zip(found.smallest, found.context.step, strict=True)):
+        if not before[axis] and not after[axis]:
+            most = (size - step) // 2 if found.fixed else OVERLAP
+            before[axis] = after[axis] = min(ceil_to(OVERLAP, step), most // step * step)
+    return replace(found, context=Context(tuple(before), tuple(after), found.context.step))
+
+
+def _smallest(model: Model, found: Profile) -> Profile:
+    """Find the smallest size on the lattice along each axis, by bisection."""
+    if found.fixed:
+        return found
+    shape, smallest = found.smallest, []
     for axis, (size, step) in enumerate(zip(shape, found.context.step, strict=True)):
         low, high = -1, size // step  # in steps: refused, accepted
         while high - low > 1:

@@ -14,16 +14,16 @@ import zipfile
 from typing import TYPE_CHECKING
 
 import torch
+from torch import fx
 
 from tilepipe.errors import BadRequest
+from tilepipe.vocabulary import is_allowed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-_OPERATION = re.compile(r"torch\.ops\.(aten|higher_order|prims|_c10d_functional)\.\w+(\.\w+)?"
-                        r"|_operator\.\w+|math\.\w+|torch\.sym_\w+")  # fmt: skip
 _EXPRESSION = re.compile(r"[\w\s+\-*/%(),<>=!&|~.]*")
 _CALLED = re.compile(
     r"Abs|Add|And|CeilDiv|CeilToInt|CleanDiv|Eq|Float|FloatTrueDiv|FloorDiv|FloorToInt|Ge|Gt|"
@@ -51,17 +51,23 @@ def load_program(path: Path, content: bytes) -> tuple[nn.Module, tuple[int, ...]
     """Load a `torch.export` archive, and its input shape with 0 for each size that may change.
 
     `torch.export.load` unpickles and evaluates parts of its archives, so they are read first:
-    tensors, ATen calls and plain arithmetic are all that they may hold.
+    tensors, the calls of `tilepipe.vocabulary` and arithmetic are all that they may hold.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        _check_members(path, archive.namelist())
         for name in archive.namelist():
-            if name.endswith(".json"):
+            if name.lower().endswith(".json"):
                 _check_program_json(path, json.loads(archive.read(name)))
-            elif name.endswith(".pt") and archive.getinfo(name).file_size:
+            elif name.lower().endswith(".pt") and archive.getinfo(name).file_size:
                 load_tensors(path, archive.read(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.load(io.BytesIO(content))
+    if autocast := _autocast_of(program.graph_module):
+        raise BadRequest(
+            f"model (={path}) was exported with torch.autocast ({autocast}) inside, which cannot"
+            " be run on other sizes; export it without, and choose with --precision"
+        )
     signature = program.graph_signature
     if len(signature.user_inputs) != 1:
         raise BadRequest(
@@ -83,8 +89,28 @@ def _drop_assertions(module: nn.Module) -> None:
     module.recompile()
 
 
+def _check_members(path: Path, names: list[str]) -> None:
+    """Refuse compiled code, which loading would run, and members that may be read for others."""
+    refused = ""
+    if any("aotinductor" in name.lower() for name in names):
+        refused = "compiled code"
+    elif len({name.lower() for name in names}) < len(names):  # torch does not look at the case
+        refused = "two members of one name"
+    if refused:
+        raise BadRequest(f"model (={path}) holds {refused}; it is not loaded")
+
+
+def _autocast_of(module: nn.Module) -> str:
+    """Return what `torch.autocast` is told inside a program, else an empty string."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]:
+                return f"{node.args[0]}, {str(node.args[1]).removeprefix('torch.')}"
+    return ""
+
+
 def _check_program_json(path: Path, value: object) -> None:
-    """Refuse pickles, calls outside ATen and expressions that are more than arithmetic."""
+    """Refuse pickles, calls that do more than compute, and expressions beyond arithmetic."""
     if isinstance(value, list):
         for item in value:
             _check_program_json(path, item)
@@ -96,8 +122,10 @@ def _check_program_json(path: Path, value: object) -> None:
     refused = ""
     if value.get("use_pickle") or stored.startswith(("custom_obj", "opaque_obj")):
         refused = "a pickled tensor or object"
-    elif isinstance(target, str) and "inputs" in value and not _OPERATION.fullmatch(target):
+    elif isinstance(target, str) and "inputs" in value and not is_allowed(target):
         refused = f"a call of {target}"
+    elif isinstance(given := value.get("as_operator"), str) and not is_allowed(given):
+        refused = f"the function {given}"
     elif isinstance(expression, str):
         expression = re.sub(r"'\w+'", "", expression)  # the name of a symbol
         called = re.findall(r"([A-Za-z_]\w*)\s*\(", expression)

@@ -92,7 +92,7 @@ class Study:
             device=recipe.device,
             threads=recipe.threads,
             write="values" if recipe.target == "values" else "labels",
-            inexact=bool(self.profile.troubles),
+            inexact=not self.profile.exact,
             network=recipe.network,
             network_args=recipe.network_args,
         )

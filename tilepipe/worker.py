@@ -110,6 +110,7 @@ class Worker:
             network_args=options.network_args,
             head=options.head,
             folder=self._folder,
+            channels=self._plan.profile.channels,
         )
         if model.digest != self._plan.model.digest:
             raise TileError(f"model (={model.path}) has changed since the plan was made")
@@ -117,6 +118,11 @@ class Worker:
         graph = None
         if plan.strategy != "windows":
             graph = whole_graph(model, plan.profile, plan.box)
+            if graph is None:
+                raise TileError(
+                    f"model (={model.path}) cannot be computed by regions on this machine, as it"
+                    " could where the plan was made; plan it on a machine like this one"
+                )
         self._cuts: Windows | Regions
         if graph is None:
             self._cuts = Windows(plan.profile, plan.sizes.window, plan.limit)
