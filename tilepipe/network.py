@@ -12,11 +12,13 @@ import math
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
+from tilepipe.geometry import Context
 from tilepipe.operations import Flattened, NoRule, Operation, Reading, read_operation, shape_of
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Node:
     """Where in the network: layer and class, or the line of the user's code."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Graph:
     """The operations between a network's input and output, in order, at one input size."""
 
@@ -205,6 +207,7 @@ def strides(graph: Graph, axis: int) -> Iterator[tuple[Node, Fraction]]:
             yield item, stride
 
 
+@lru_cache(maxsize=4)
 def lattice(graph: Graph) -> tuple[Shape, tuple[str, ...]]:
     """Return the step per axis, and the operations that no lattice fits at this size."""
     steps, misfits = [], []
@@ -214,10 +217,25 @@ def lattice(graph: Graph) -> tuple[Shape, tuple[str, ...]]:
             # A step longer than any real network's is a ratio of two sizes, not a lattice.
             if stride.numerator > 256 or seen.setdefault(item.node, stride) != stride:
                 misfits.append(f"sizes that do not divide meet here ({item.place})")
+            elif item.node is graph.output and stride != 1:
+                misfits.append(f"the output is resized by {1 / stride} ({item.place})")
             else:
                 step = math.lcm(step, stride.numerator)
         steps.append(step)
     return tuple(steps), tuple(dict.fromkeys(misfits))
+
+
+def own_context(graph: Graph) -> Context:
+    """Return what regions on the graph's lattice read round the rows that lie under them."""
+    step, _ = lattice(graph)
+    sizes = zip(graph.shape[2:], graph.out_shape[2:], strict=True)
+    offset = [(a - b) // 2 for a, b in sizes]
+    rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step)]
+    return Context(
+        tuple(max(0, o - low) for o, (low, _) in zip(offset, rows, strict=True)),
+        tuple(max(0, high - n - o) for o, n, (_, high) in zip(offset, step, rows, strict=True)),
+        step,
+    )
 
 
 def activation(graph: Graph) -> str:

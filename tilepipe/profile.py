@@ -11,7 +11,7 @@ from torch import nn
 from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Context, Shape, ceil_to
 from tilepipe.model import Model, load_model, wrap
-from tilepipe.network import Graph, NotExported, activation, export, lattice, walk
+from tilepipe.network import Graph, NotExported, activation, export, lattice, own_context
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 
@@ -170,24 +170,20 @@ def _graph_profile(model: Model, shape: Shape) -> Profile:
 
 def _profile(graph: Graph, shape: Shape, *, fixed: bool) -> Profile:
     """Read context and step from the graph at a size on the network's lattice."""
-    step, misfits = lattice(graph)
     if len(graph.out_shape) != len(graph.shape):
         raise BadRequest(f"the network's output (={graph.out_shape}) must have the input's axes")
     shrink = tuple(a - b for a, b in zip(graph.shape[2:], graph.out_shape[2:], strict=True))
     offset = tuple(n // 2 for n in shrink)
-    rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step)]
-    before = tuple(max(0, o - lo) for o, (lo, _) in zip(offset, rows, strict=True))
-    after = tuple(max(0, hi - n - o) for o, n, (_, hi) in zip(offset, step, rows, strict=True))
     return Profile(
         channels=graph.shape[1],
         classes=graph.out_shape[1],
-        context=Context(before, after, step),
+        context=own_context(graph),
         offset=offset,
         shrink=shrink,
         smallest=shape,
         fixed=fixed,
         troubles=graph.troubles,
-        off_lattice=graph.off_lattice or misfits,
+        off_lattice=graph.off_lattice or lattice(graph)[1],
         method="graph",
         activation=activation(graph),
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, fx
 
+from tilepipe.compute import rows_read
 from tilepipe.course import Course, is_spatial, is_transposed
 from tilepipe.geometry import Region
 from tilepipe.kernels import crop, empty, join
@@ -226,7 +227,7 @@ class Sweep:
         edges = self._box.start[self._axis], self._box.stop[self._axis]
         for step in steps(graph, self._axis, *edges, slab):
             if (rows := step.new.get(graph.source)) is not None:
-                value = read(self._region(graph.source, rows))
+                value = rows_read(read, self._region(graph.source, rows))
                 self._held[graph.source].pieces.append((*rows, value))
             for item in self._course.computed:
                 if (rows := step.new.get(item.node)) is not None:
