@@ -18,10 +18,11 @@ ORDER = [
     "learner", "study", "material", "validate", "recipe", "patches", "census", "team", "stop",
     "segment", "begin", "cluster", "worker", "ledger", "claim", "progress", "engines", "plan",
     "units", "tiling", "checks", "options", "cache", "slices", "normalize", "predict", "regions",
-    "feed", "windows", "profile", "probe", "model", "checkpoint", "cost", "sweep", "course",
-    "compute", "transfer", "allocator", "kernels", "rows", "network", "operations", "rules",
-    "program", "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances",
-    "warping", "scores", "target", "volume", "ome", "tiff", "place", "bucket", "geometry", "errors",
+    "feed", "windows", "profile", "probe", "model", "checkpoint", "cost", "rehearsal", "sweep",
+    "course", "compute", "constants", "interpolation", "transfer", "allocator", "rows", "network",
+    "kernels", "operations", "rules", "program", "unet", "losses", "targets", "augment", "overlay",
+    "synthetic", "instances", "warping", "scores", "target", "volume", "ome", "tiff", "place",
+    "bucket", "geometry", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

@@ -88,7 +88,8 @@ class RegionEvaluator:
     def same(self, item: Node, box: Region, fetch: Fetch) -> object:
         """Call the operation itself: it takes each row from the same row."""
         values = self._values(item, box, fetch)
-        return call(item.node, values)
+        device = next(v.device for v in values.values() if isinstance(v, Tensor))
+        return call(item.node, values, device)
 
     def unchanged(self, item: Node, box: Region, fetch: Fetch) -> object:
         """Return the rows themselves, as pooling to the size that there is."""

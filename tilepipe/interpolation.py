@@ -32,7 +32,7 @@ def sample(tensor: Tensor, sampling: Sampling, d: int, rows: Rows, held: Rows) -
     All are rows of the whole axis. Law: what is returned is a piece of what
     ``torch.nn.functional.interpolate`` gives for all rows.
     """
-    if sampling.size_in == sampling.size_out and not sampling.scale:
+    if sampling.same:
         return tensor
     if sampling.align and rows == (0, sampling.size_out):
         shape, mode = list(tensor.shape), _WHOLE[sampling.mode, tensor.ndim]

@@ -70,6 +70,15 @@ class Graph:
         return shape_of(self.output)
 
 
+def register_tensors(module: nn.Module) -> None:
+    """Make buffers of tensors that are plain attributes: they go where the weights go."""
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor):
+                delattr(part, name)
+                part.register_buffer(name, value.detach(), persistent=False)
+
+
 def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
     """Export a network that lies on ``meta`` at an input ``shape`` with batch and channels."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
@@ -115,7 +124,7 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
     nodes: list[Node] = []
     troubles: list[str] = []
     off_lattice: list[str] = []
-    for node in _ancestors(graph, output):
+    for node in ancestors(graph, output):
         if node.op != "call_function" or not flattened & set(node.all_input_nodes):
             continue
         flattened.add(node)  # it depends on the image
@@ -143,7 +152,7 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
     )
 
 
-def _ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:
+def ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:
     """Return the nodes that the output depends on, in the graph's order."""
     wanted, stack = {output}, [output]
     while stack:

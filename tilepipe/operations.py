@@ -216,8 +216,7 @@ def _interpolation(operation: Operation) -> Reading:
     rules, resized = [], False
     for sampling in samplings(operation):
         resized |= sampling.size_in != sampling.size_out
-        same = sampling.size_in == sampling.size_out and not sampling.scale
-        if (rule := SAME if same else sampling.rule()) is None:
+        if (rule := sampling.rule()) is None:
             raise NoRule(f"operation {operation.name} on {sampling.size_out} rows has no rule")
         rules.append(rule)
     aligned = bool(operation.arguments.get("align_corners")) and resized

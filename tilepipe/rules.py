@@ -75,6 +75,8 @@ class Sampling:
         Nearest rows are one wider on each side where the library's arithmetic, in float32 or
         float64, takes another row than that of whole numbers.
         """
+        if self.same:
+            return SAME
         num, den, shift = self._line
         first, last = {"linear": (0, 1), "cubic": (-1, 2)}.get(self.mode, (0, 0))
         exact = Rule(num, den, shift + first * den, shift + last * den)
@@ -82,6 +84,11 @@ class Sampling:
             return exact
         wider = Rule(num, den, exact.first - den, exact.last + den)
         return next((rule for rule in (exact, wider) if self._fits(rule)), None)
+
+    @property
+    def same(self) -> bool:
+        """Whether the axis is left as it is."""
+        return self.size_in == self.size_out and not self.scale
 
     @property
     def _line(self) -> tuple[int, int, int]:
@@ -94,7 +101,8 @@ class Sampling:
         if self.scale:
             factor = Fraction(self.scale)
             short = factor.limit_denominator(1024)
-            ratio = 1 / (short if abs(short - factor) < factor / (1 << 40) else factor)
+            exact = abs(short - factor) < factor / (1 << 40)
+            ratio = 1 / (short if exact else factor.limit_denominator(1 << 20))
         num, den = ratio.numerator, ratio.denominator
         if self.mode == "nearest":
             return num, den, 0
@@ -103,9 +111,7 @@ class Sampling:
     def lows(self, start: int, stop: int) -> NDArray[np.int64]:
         """Return the row at or before the place of output rows, by arithmetic of whole numbers."""
         num, den, shift = self._line
-        if stop * num + shift < 1 << 62:
-            return (np.arange(start, stop, dtype=np.int64) * num + shift) // den
-        return np.array([(row * num + shift) // den for row in range(start, stop)], np.int64)
+        return (np.arange(start, stop, dtype=np.int64) * num + shift) // den
 
     def places(self, start: int, stop: int, *, double: bool) -> NDArray[np.floating]:
         """Return where output rows are sampled, in float64 or in float32 as most types are."""
@@ -133,8 +139,6 @@ class Sampling:
 
     def _fits(self, rule: Rule) -> bool:
         """Whether all rows that nearest output rows are copies of are those that a rule reads."""
-        if self.size_out * rule.num >= 1 << 62:
-            return False
         rows = np.arange(self.size_out, dtype=np.int64) * rule.num
         low = np.clip((rows + rule.first) // rule.den, 0, self.size_in - 1)
         high = np.clip((rows + rule.last) // rule.den, 0, self.size_in - 1)

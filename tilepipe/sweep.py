@@ -300,15 +300,18 @@ class Sweep:
                 links = chain[1:-1]
             for link in links:
                 value = self._next(link, region, value)
+            straight = end.operation.name == "relu"
+            if not straight:  # which may have another type, or other channels
+                value = self._next(end, region, value)
             if buffer is None:
                 buffer = self._buffer(end.node, value, (first, rows[1]))
                 if kept:
                     self._move_tail(end.node, buffer, first)
             out = buffer.narrow(dim, low - first, value.shape[dim])
-            if end.operation.name == "relu":
+            if straight:
                 torch.clamp_min(value, 0, out=out)
             else:
-                out.copy_(self._next(end, region, value))
+                out.copy_(value)
         if kept:
             held.pieces.clear()
         held.pieces.append((first, rows[1], buffer))

@@ -20,9 +20,9 @@ from tilepipe.errors import TileError
 from tilepipe.feed import Feed, Store, blocks
 from tilepipe.geometry import Region, halved
 from tilepipe.model import load_model
-from tilepipe.plan import whole_graph
-from tilepipe.predict import Predictor
+from tilepipe.predict import PRECISIONS, Predictor
 from tilepipe.regions import Regions, regions_of
+from tilepipe.rehearsal import whole_graph
 from tilepipe.target import open_target
 from tilepipe.tiling import READS, SLOTS, block_rows
 from tilepipe.transfer import is_out_of_memory
@@ -112,7 +112,8 @@ class Worker:
         plan = self._plan
         graph = None
         if plan.strategy != "windows":
-            graph = whole_graph(model, plan.profile, plan.box)
+            dtype = PRECISIONS[options.precision]
+            graph = whole_graph(model, plan.profile, plan.box, dtype)
         self._cuts: Windows | Regions
         if graph is None:
             self._cuts = Windows(plan.profile, plan.sizes.window, plan.limit)
