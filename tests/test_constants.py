@@ -77,6 +77,19 @@ class Made(nn.Module):
         return y + torch.zeros_like(y, device=x.device)
 
 
+class Counting(nn.Module):
+    """Changes a buffer in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 2, 3, padding=1)
+        self.register_buffer("passes", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.one(x)
+
+
 class Noisy(nn.Module):
     """A random number in every pass."""
 
@@ -88,7 +101,7 @@ class Noisy(nn.Module):
         return self.one(x) + torch.rand(1, 2, 1, 1, device=x.device, dtype=x.dtype)
 
 
-@pytest.mark.parametrize("network", [Listed, Tied, Plain, Made])
+@pytest.mark.parametrize("network", [Listed, Tied, Plain, Made, Counting])
 def test_tensors_are_found_by_each_of_their_names(network: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = wrap(network().eval().double())

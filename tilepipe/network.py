@@ -116,9 +116,9 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
     """Read every operation that lies between the image and the output."""
     graph, source_name = program.graph, program.graph_signature.user_inputs[0]
     source = next(node for node in graph.nodes if node.name == source_name)
-    output = next(node for node in graph.nodes if node.op == "output").args[0]
-    while isinstance(output, tuple | list):
-        output = output[0]
+    # Before the network's own outputs stand the buffers that it changes.
+    output_name = program.graph_signature.user_outputs[0]
+    output = next(node for node in graph.nodes if node.name == output_name)
     dims: dict[fx.Node, tuple[int, ...]] = {source: tuple(range(2, len(shape)))}
     flattened: set[fx.Node] = {source}
     nodes: list[Node] = []
@@ -145,7 +145,7 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
             troubles.append(f"{reading.unbounded} ({place})")
         if reading.lattice:
             off_lattice.append(f"{reading.lattice} ({place})")
-    if not isinstance(output, fx.Node) or dims.get(output) != dims[source]:
+    if dims.get(output) != dims[source]:
         troubles.append("the output has lost the image's axes")
     return Graph(
         program, tuple(nodes), dims, source, output, shape, tuple(troubles), tuple(off_lattice)
