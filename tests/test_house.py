@@ -22,11 +22,12 @@ ORDER = [
     "plan", "identity", "units", "tiling", "checks", "activation", "source", "options", "cache",
     "position", "slices", "normalize", "quantiles", "predict", "regions", "machine", "feed",
     "footprint", "profile", "trial", "windows", "probe", "meaning", "channels", "ranges", "calls",
-    "model", "intake", "factory", "checkpoint", "cost", "sweep", "course", "compute", "transfer",
-    "allocator", "kernels", "rows", "network", "operations", "rules", "program", "vocabulary",
-    "unet", "losses", "targets", "augment", "overlay", "synthetic", "instances", "warping",
-    "scores", "target", "guarded", "contents", "volume", "images", "dimensions", "ome", "tiff",
-    "calibration", "place", "bucket", "geometry", "process", "errors",
+    "model", "intake", "factory", "checkpoint", "cost", "rehearsal", "sweep", "course", "compute",
+    "constants", "interpolation", "transfer", "allocator", "rows", "network", "kernels",
+    "operations", "rules", "program", "vocabulary", "unet", "losses", "targets", "augment",
+    "overlay", "synthetic", "instances", "warping", "scores", "target", "guarded", "contents",
+    "volume", "images", "dimensions", "ome", "tiff", "calibration", "place", "bucket", "geometry",
+    "process", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

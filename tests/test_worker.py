@@ -32,11 +32,14 @@ class Small(Predictor):
     room = 0
 
     def __call__(
-        self, image: NDArray[np.floating], region: Region | None = None
+        self,
+        image: NDArray[np.floating],
+        region: Region | None = None,
+        rows: Region | None = None,
     ) -> NDArray[np.generic]:
         assert region is not None
         self._check(region.size)
-        return super().__call__(image, region)
+        return super().__call__(image, region, rows)
 
     def sweep(
         self, region: Region, axis: int, slab: int, read: Callable[[Region], NDArray[np.floating]]

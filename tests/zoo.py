@@ -398,6 +398,60 @@ def align_corners() -> nn.Module:
     return Upsampling("bilinear", align=True)
 
 
+class Resizing(nn.Module):
+    """An encoder of stride 2 whose decoder resizes to the size of each skip."""
+
+    def __init__(self, mode: str = "bilinear", *, align: bool | None = None) -> None:
+        super().__init__()
+        self.mode, self.align = mode, align
+        self.stem = nn.Conv2d(1, 4, 7, stride=2, padding=3)
+        self.down = nn.ModuleList(nn.Conv2d(4, 4, 3, stride=2, padding=1) for _ in range(3))
+        self.up = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(3))
+        self.out = nn.Conv2d(4, 3, 3, padding=1)
+
+    def resize(self, x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, size=like.shape[2:], mode=self.mode, align_corners=self.align)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(image))
+        skips = [x]
+        for layer in self.down:
+            skips.append(torch.tanh(layer(skips[-1])))
+        x = skips.pop()
+        for layer in self.up:
+            skip = skips.pop()
+            x = torch.tanh(layer(torch.cat([self.resize(x, skip), skip], 1)))
+        return self.out(self.resize(x, image))
+
+
+class Upscoring(nn.Module):
+    """Scores at an eighth of the resolution, resized to the image's size at once."""
+
+    def __init__(self, mode: str = "bilinear") -> None:
+        super().__init__()
+        self.mode = mode
+        self.down = nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Tanh(), nn.MaxPool2d(3, 2, 1),
+            nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Tanh(),
+            nn.Conv2d(6, 6, 3, padding=2, dilation=2), nn.Tanh(), nn.Conv2d(6, 3, 1),
+        )  # fmt: skip
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.interpolate(self.down(image), size=image.shape[2:], mode=self.mode)
+
+
+SIZED: dict[str, Callable[[], nn.Module]] = {
+    "resizing": Resizing,
+    "resizing nearest": lambda: Resizing("nearest"),
+    "resizing nearest-exact": lambda: Resizing("nearest-exact"),
+    "resizing bicubic": lambda: Resizing("bicubic"),
+    "resizing aligned": lambda: Resizing("bilinear", align=True),
+    "resizing aligned bicubic": lambda: Resizing("bicubic", align=True),
+    "upscoring": Upscoring,
+    "upscoring nearest": lambda: Upscoring("nearest"),
+}
+"""2D networks that take every size and read the sizes of their own tensors."""
+
 FLAT: dict[str, Callable[[], nn.Module]] = {
     "valid unet": valid_unet,
     "same unet": same_unet,
@@ -431,7 +485,7 @@ PADDED = ("same unet", "bilinear", "nearest", "bicubic", "residual", "attention"
 def build(name: str, *, seed: int = 0) -> Model:
     """Return a network of the zoo in float64 with random weights and statistics."""
     torch.manual_seed(seed)
-    module = (FLAT | SOLID)[name]().double().eval()
+    module = (FLAT | SOLID | SIZED)[name]().double().eval()
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.normal_(layer.running_mean)

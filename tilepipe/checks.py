@@ -9,7 +9,8 @@ import torch
 from tilepipe import machine
 from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Shape, ceil_to
-from tilepipe.network import export, lattice
+from tilepipe.network import NotExported, export, lattice
+from tilepipe.operations import NoRule
 from tilepipe.source import source_notices
 from tilepipe.trial import try_windows
 
@@ -95,22 +96,42 @@ def find_limit(model: Model, profile: Profile, shape: Shape, options: Options) -
 
 
 def check_limit(model: Model, profile: Profile, limit: Shape | None, options: Options) -> None:
-    """Refuse windows on a size of the whole at which the network leaves its lattice."""
+    """Refuse windows on a size of the whole at which the network leaves its lattice.
+
+    Of a network whose graph cannot be read a size that is as far off its lattice is tried.
+    """
     if limit is None or profile.fixed or options.inexact:
         return
+    why = ""
     if profile.method == "probe":
-        if trouble := try_windows(model, profile, limit).trouble:
-            raise BadRequest(
-                f"boundary (=network) cannot be tiled exactly on {comma(limit)} voxels: {trouble};"
-                f" use mirror, or crop the volume to a multiple of {comma(profile.context.step)}"
-            )
-        return
-    step, misfits = lattice(export(model.on_meta(), (1, model.channels, *limit)))
-    if misfits or step != profile.context.step:
-        why = misfits[0] if misfits else f"its step is {comma(step)} there"
+        why = try_windows(model, profile, limit).trouble
+    else:
+        try:
+            step, misfits = lattice(export(model.on_meta(), (1, model.channels, *limit)))
+        except (NotExported, NoRule) as reason:
+            why = str(reason)
+        else:
+            if misfits or step != profile.context.step:
+                why = misfits[0] if misfits else f"its step is {comma(step)} there"
+    if why:
+        sizes = zip(profile.smallest, profile.context.step, strict=True)
         raise BadRequest(
             f"boundary (=network) cannot be tiled exactly on {comma(limit)} voxels: {why}; use"
-            f" mirror, or crop the volume to a multiple of {comma(profile.context.step)}"
+            f" mirror, or crop the volume to {comma(s % n for s, n in sizes)} voxels more than a"
+            f" multiple of {comma(profile.context.step)}"
+        )
+
+
+def check_precision(model: Model, profile: Profile, dtype: torch.dtype, options: Options) -> None:
+    """Refuse a precision in which the network itself does not run."""
+    if (
+        dtype != model.dtype
+        and model.exportable
+        and (why := model.refusal(profile.smallest, dtype))
+    ):
+        raise BadRequest(
+            f"precision (={options.precision}) is not what model (={model.path}) runs in: {why};"
+            " use float32"
         )
 
 

@@ -6,7 +6,6 @@ computed here is a piece of the one pass over the whole, however large and where
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -14,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tilepipe.constants import constants_of
+from tilepipe.errors import TileError
 from tilepipe.geometry import Region
+from tilepipe.interpolation import sample
 from tilepipe.kernels import call, convolve, convolve_transposed, crop, fit
-from tilepipe.operations import NoRule, shape_of
+from tilepipe.operations import NoRule, samplings, shape_of
 from tilepipe.rows import extents, inside_of, needs, pad_mode, padded_rows, pads_of, reads
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class RegionEvaluator:
         self.outermost = 0
         """The axis that is outermost in the memory of the tensors that `fetch` gives."""
         self._weights: dict[tuple[int, int, tuple[int, int] | None], Tensor] = {}
-        self._constants = _constants(graph, network)
+        self._constants = constants_of(graph, network)
         self._last: dict[fx.Node, list[fx.Node]] = {}
         unread = {graph.source, *(item.node for item in graph.nodes)}
         for item in reversed(graph.nodes):
@@ -62,7 +64,7 @@ class RegionEvaluator:
         """
         need = needs(self.graph, box)
         source = self.graph.source
-        held: dict[fx.Node, object] = {source: read(need[source])}
+        held: dict[fx.Node, object] = {source: rows_read(read, need[source])}
 
         def fetch(node: fx.Node, rows: Region) -> Tensor:
             return cast("Tensor", crop(held[node], self.graph.dims[node], rows, need[node].start))
@@ -88,7 +90,12 @@ class RegionEvaluator:
     def same(self, item: Node, box: Region, fetch: Fetch) -> object:
         """Call the operation itself: it takes each row from the same row."""
         values = self._values(item, box, fetch)
-        return call(item.node, values)
+        device = next(v.device for v in values.values() if isinstance(v, Tensor))
+        return call(item.node, values, device)
+
+    def unchanged(self, item: Node, box: Region, fetch: Fetch) -> object:
+        """Return the rows themselves, as pooling to the size that there is."""
+        return fetch(item.operation.source, box)
 
     def shaped(self, item: Node, box: Region, fetch: Fetch) -> object:
         """Reshape and expand: the region's sizes stand in the place of the image's."""
@@ -323,7 +330,8 @@ class RegionEvaluator:
         align = bool(operation.arguments.get("align_corners"))
         factors = [r.den // r.num if r.num and r.den % r.num == 0 else 0 for r in access.rules]
         mode = _interpolation_mode(operation.name)
-        if all(factors) and not align:
+        # Of other factors the library's rows and weights depend on where a region begins.
+        if all(f and f & (f - 1) == 0 for f in factors) and not align:
             scales = [float(f) for f in self._order(factors)]
             full = self._turned(
                 tensor, lambda turned: F.interpolate(turned, scale_factor=scales, mode=mode)
@@ -331,32 +339,12 @@ class RegionEvaluator:
             start = tuple(a * f for a, f in zip(inside.start, factors, strict=True))
             stop = tuple(b * f for b, f in zip(inside.stop, factors, strict=True))
             return fit(full, item.reading.dims, Region(start, stop), box, 0.0)
-        if mode == "bicubic":
-            raise NoRule(f"bicubic interpolation by no whole factor ({item.place})")
-        sizes = extents(self.graph, source)
-        for axis in reversed(self._order(range(len(sizes)))):  # whole rows are copied last
-            d, length = item.reading.dims[axis], extents(self.graph, item.node)[axis]
-            if align and (box.start[axis], box.stop[axis]) == (0, length):
-                shape = list(tensor.shape)
-                shape[d] = length
-                tensor = F.interpolate(tensor, shape[2:], mode=mode, align_corners=True)
-                continue
-            rule, last = access.rules[axis], sizes[axis] - 1
-            place = torch.arange(box.start[axis], box.stop[axis], dtype=torch.float64)
-            if "nearest" in mode:
-                low = ((place * rule.num + rule.first) / rule.den).floor().long().clamp(0, last)
-                tensor = tensor.index_select(d, (low - inside.start[axis]).to(tensor.device))
-                continue
-            place = ((place * rule.num + rule.first) / rule.den).clamp(0, last)
-            low = place.floor().long()
-            high = (low + 1).clamp(max=last)
-            weight = (place - low).to(tensor.device, tensor.dtype)
-            weight = weight.reshape(-1, *(1,) * (tensor.ndim - 1 - d))
-            one, two = (
-                tensor.index_select(d, (p - inside.start[axis]).to(tensor.device))
-                for p in (low, high)
-            )
-            tensor = torch.lerp(one, two, weight)
+        dims, samples = item.reading.dims, samplings(operation)
+        for axis in reversed(self._order(range(len(dims)))):  # whole rows are copied last
+            sampling = samples[dims[axis] - 2]
+            wanted = box.start[axis], box.stop[axis]
+            held = inside.start[axis], inside.stop[axis]
+            tensor = sample(tensor, sampling, dims[axis], wanted, held)
         return tensor
 
     def shuffled(self, item: Node, box: Region, fetch: Fetch) -> object:
@@ -370,6 +358,14 @@ class RegionEvaluator:
         return fit(found, item.reading.dims, full, box, 0.0)
 
 
+def rows_read(read: Callable[[Region], Tensor], rows: Region) -> Tensor:
+    """Return rows of the whole image; raise `TileError` where others are given."""
+    tensor = read(rows)
+    if tuple(tensor.shape[2:]) != rows.shape:
+        raise TileError(f"the network reads rows {rows}; of {tuple(tensor.shape[2:])} it is given")
+    return tensor
+
+
 def _fetch_of(fetch: Fetch, source: fx.Node, _: fx.Node, rows: Region) -> Tensor:
     return fetch(source, rows)
 
@@ -377,14 +373,18 @@ def _fetch_of(fetch: Fetch, source: fx.Node, _: fx.Node, rows: Region) -> Tensor
 def _compute_of(item: Node) -> Callable[[RegionEvaluator, Node, Region, Fetch], object]:
     """Return how an operation is computed on a region."""
     name, axes = item.operation.name, len(item.reading.dims)
-    if "conv" in name or "pool" in name:
-        plain = name == "convolution" or f"{axes}d" in name
+    if any(kind in name for kind in ("conv", "pool", "upsample", "shuffle")):
+        plain = name == "convolution" or f"{axes}d" in name or "shuffle" in name
         if not plain or len(shape_of(item.node)) != axes + 2:
             raise NoRule(f"operation {name} along other axes than the image's ({item.place})")
-        if "transpose" in name or item.operation.arguments.get("transposed"):
-            return RegionEvaluator.transposed
-        if "conv" in name:
-            return RegionEvaluator.convolved
+        if item.reading.dims != tuple(range(2, axes + 2)):
+            raise NoRule(f"operation {name} on an image whose axes are turned ({item.place})")
+    if "conv" in name:
+        turned = "transpose" in name or item.operation.arguments.get("transposed")
+        return RegionEvaluator.transposed if turned else RegionEvaluator.convolved
+    if "adaptive" in name:
+        return RegionEvaluator.unchanged
+    if "pool" in name:
         return RegionEvaluator.averaged if "avg" in name else RegionEvaluator.largest
     if "upsample" in name:
         return RegionEvaluator.interpolated
@@ -413,30 +413,3 @@ def _interpolation_mode(name: str) -> str:
     if "nearest" in name:
         return "nearest-exact" if "exact" in name else "nearest"
     return next(m for m in ("trilinear", "bilinear", "bicubic", "linear") if m in name)
-
-
-def _constants(graph: Graph, network: nn.Module) -> dict[fx.Node, object]:
-    """Return the values of the nodes that do not depend on the image."""
-    signature = graph.program.graph_signature
-    stored = dict(itertools.chain(network.named_parameters(), network.named_buffers()))
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    first = next(iter(stored.values()))
-    found: dict[fx.Node, object] = {}
-    for node in graph.program.graph.nodes:
-        if node.op == "placeholder" and node.name in names:
-            found[node] = stored[names[node.name]]
-        elif node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
-            value = graph.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
-            if value.device.type == "meta":
-                raise NoRule("a tensor that is made while the network runs")
-            found[node] = value.to(first.device)
-        elif (
-            node.op == "call_function"
-            and node not in graph.dims
-            and all(n in found for n in node.all_input_nodes)
-        ):
-            if not node.all_input_nodes:
-                raise NoRule(f"operation {node.target} makes a tensor while the network runs")
-            with torch.no_grad():
-                found[node] = call(node, found)
-    return found

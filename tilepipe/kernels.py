@@ -15,12 +15,19 @@ if TYPE_CHECKING:
     from tilepipe.geometry import Region
 
 
-def call(node: fx.Node, values: Mapping[fx.Node, object]) -> object:
-    """Call a node's operation on these values."""
+def call(node: fx.Node, values: Mapping[fx.Node, object], device: torch.device) -> object:
+    """Call a node's operation on these values; what it makes lies on the ``device``.
+
+    The graph was exported on another, ``meta``, which its operations may name.
+    """
     target = cast("Callable[..., object]", node.target)
-    args, kwargs = tree_map(
-        lambda leaf: values[leaf] if isinstance(leaf, fx.Node) else leaf, (node.args, node.kwargs)
-    )
+
+    def value(leaf: object) -> object:
+        if isinstance(leaf, torch.device):
+            return device
+        return values[leaf] if isinstance(leaf, fx.Node) else leaf
+
+    args, kwargs = tree_map(value, (node.args, node.kwargs))
     return target(*args, **kwargs)
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import uuid
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from tilepipe.cost import Cost, measure_cost
 from tilepipe.errors import BadRequest
 from tilepipe.factory import build_network, digest_of, find_factory
 from tilepipe.intake import SINGLE, find_input
-from tilepipe.network import first_line
+from tilepipe.network import first_line, register_tensors
 from tilepipe.process import borrowed
 from tilepipe.program import load_program, load_tensors
 from tilepipe.unet import UNet
@@ -113,8 +114,10 @@ class Model:
         """Number of weights."""
         return sum(tensor.numel() for tensor in self.module.parameters())
 
-    def on_meta(self) -> nn.Module:
-        """Return a copy of the network without memory, to run on shapes alone."""
+    def on_meta(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return a copy of the network without memory, in a type if not its own."""
+        if dtype is not None and dtype != self.dtype:
+            return copy.deepcopy(self.on_meta()).to(dtype)
         if self._meta is None:
             if self.kind == "TorchScript":
                 self._meta = _Head(_load_script(self.path, "meta").eval(), self.head)
@@ -141,21 +144,21 @@ class Model:
         """Return the channels of the output for a spatial input ``shape`` that is accepted."""
         return self._try(shape)[1]
 
-    def refusal(self, shape: Shape) -> str:
-        """Return why the network does not take this spatial input ``shape``."""
+    def refusal(self, shape: Shape, dtype: torch.dtype | None = None) -> str:
+        """Return why the network does not take this spatial input ``shape``, or a type."""
         try:
-            self._try(shape)
+            self._try(shape, dtype)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
             return first_line(error)
         return ""
 
-    def _try(self, shape: Shape) -> Shape:
-        device = "cpu" if self._on_cpu else "meta"
-        image = torch.zeros((1, self.channels, *shape), device=device, dtype=self.dtype)
+    def _try(self, shape: Shape, dtype: torch.dtype | None = None) -> Shape:
+        device, kind = "cpu" if self._on_cpu else "meta", dtype or self.dtype
+        image = torch.zeros((1, self.channels, *shape), device=device, dtype=kind)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                chosen = cast("_Head", self.module if self._on_cpu else self.on_meta())
+                chosen = cast("_Head", self.module if self._on_cpu else self.on_meta(dtype))
                 outputs = tensors_of(chosen.network(image))
         except (NotImplementedError, RuntimeError) as error:
             looks = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
@@ -269,6 +272,8 @@ def load_model(
     if kind != "exported program":  # which is in the mode that it was exported in
         module.eval()
     module = _Head(module, head)
+    if kind != "TorchScript":
+        register_tensors(module)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, head)
@@ -281,9 +286,9 @@ def load_model(
 
 def wrap(module: nn.Module, *, head: int = 0, channels: int | None = None) -> Model:
     """Return a model of a network that is already in memory, in evaluation mode."""
-    digest = hashlib.sha256(f"head {head}".encode())
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    register_tensors(module)
+    # Code is not seen, so that a network is like no other, whatever weights they share.
+    digest = hashlib.sha256(f"head {head} {uuid.uuid4()}".encode())
     model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0, head)
     find_input(model, None, channels)
     return model

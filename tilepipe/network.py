@@ -13,12 +13,14 @@ import threading
 import warnings
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
+from tilepipe.geometry import Context
 from tilepipe.operations import Flattened, NoRule, Operation, Reading, read_operation, shape_of
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Node:
     """Where in the network: layer and class, or the line of the user's code."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Graph:
     """The operations between a network's input and output, in order, at one input size."""
 
@@ -73,6 +75,15 @@ class Graph:
     def out_shape(self) -> tuple[int, ...]:
         """Output shape with batch and channels."""
         return shape_of(self.output)
+
+
+def register_tensors(module: nn.Module) -> None:
+    """Make buffers of tensors that are plain attributes: they go where the weights go."""
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor):
+                delattr(part, name)
+                part.register_buffer(name, value.detach(), persistent=False)
 
 
 def export(module: nn.Module, shape: tuple[int, ...]) -> Graph:
@@ -135,15 +146,15 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
     """Read every operation that lies between the image and the output."""
     graph, source_name = program.graph, program.graph_signature.user_inputs[0]
     source = next(node for node in graph.nodes if node.name == source_name)
-    output = next(node for node in graph.nodes if node.op == "output").args[0]
-    while isinstance(output, tuple | list):
-        output = output[0]
+    # Before the network's own outputs stand the buffers that it changes.
+    output_name = program.graph_signature.user_outputs[0]
+    output = next(node for node in graph.nodes if node.name == output_name)
     dims: dict[fx.Node, tuple[int, ...]] = {source: tuple(range(2, len(shape)))}
     flattened: set[fx.Node] = {source}
     nodes: list[Node] = []
     troubles: list[str] = []
     off_lattice: list[str] = []
-    for node in _ancestors(graph, output):
+    for node in ancestors(graph, output):
         if node.op != "call_function" or not flattened & set(node.all_input_nodes):
             continue
         flattened.add(node)  # it depends on the image
@@ -168,7 +179,7 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
             troubles.append(f"{reading.unbounded} ({place})")
         if reading.lattice:
             off_lattice.append(f"{reading.lattice} ({place})")
-    lost = not isinstance(output, fx.Node) or dims.get(output) != dims[source]
+    lost = dims.get(output) != dims[source]
     if lost and not troubles:
         troubles.append("the output has lost the image's axes")
     return Graph(
@@ -185,7 +196,7 @@ def _attends(node: fx.Node) -> bool:
     return len(shape) > 2 and min(shape[-2:]) > 1
 
 
-def _ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:
+def ancestors(graph: fx.Graph, output: fx.Node) -> list[fx.Node]:
     """Return the nodes that the output depends on, in the graph's order."""
     wanted, stack = {output}, [output]
     while stack:
@@ -281,6 +292,7 @@ def strides(graph: Graph, axis: int) -> Iterator[tuple[Node, Fraction]]:
             yield item, stride
 
 
+@lru_cache(maxsize=4)
 def lattice(graph: Graph) -> tuple[Shape, tuple[str, ...]]:
     """Return the step per axis, and the operations that no lattice fits at this size."""
     steps, misfits = [], []
@@ -290,7 +302,24 @@ def lattice(graph: Graph) -> tuple[Shape, tuple[str, ...]]:
             # A step longer than any real network's is a ratio of two sizes, not a lattice.
             if stride.numerator > 256 or seen.setdefault(item.node, stride) != stride:
                 misfits.append(f"sizes that do not divide meet here ({item.place})")
+            elif item.node is graph.output and stride != 1:
+                misfits.append(f"the output is resized by {1 / stride} ({item.place})")
             else:
                 step = math.lcm(step, stride.numerator)
         steps.append(step)
     return tuple(steps), tuple(dict.fromkeys(misfits))
+
+
+def own_context(graph: Graph, step: Shape | None = None) -> Context:
+    """Return what regions on the graph's lattice read round the rows that lie under them.
+
+    ``step`` may be a multiple of the lattice's own. What is cropped is consumed, even if nothing
+    reads it.
+    """
+    step = step or lattice(graph)[0]
+    shrink = [a - b for a, b in zip(graph.shape[2:], graph.out_shape[2:], strict=True)]
+    rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step)]
+    before = tuple(max(s // 2, s // 2 - low) for s, (low, _) in zip(shrink, rows, strict=True))
+    ends = zip(shrink, step, rows, strict=True)
+    after = tuple(max(s - s // 2, high - n - s // 2) for s, n, (_, high) in ends)
+    return Context(before, after, step)

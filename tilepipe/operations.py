@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from tilepipe.rules import SAME, Rule, convolution, interpolation, transposed
+from tilepipe.rules import SAME, Rule, Sampling, convolution, transposed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -196,7 +196,8 @@ def _pooling(operation: Operation) -> Reading:
     )
 
 
-def _interpolation(operation: Operation) -> Reading:
+def samplings(operation: Operation) -> list[Sampling]:
+    """Return where an interpolation samples, for each of the last dimensions of the tensor."""
     axes = int(operation.name[-2])
     mode = "linear" if "linear" in operation.name else "cubic"
     if "nearest" in operation.name:
@@ -205,12 +206,22 @@ def _interpolation(operation: Operation) -> Reading:
     sizes_in, sizes_out = operation.shape(operation.source)[-axes:], operation.shape()[-axes:]
     names = ["scales"] if axes == 1 else ["scales_d", "scales_h", "scales_w"][-axes:]
     scales = operation.arguments.get("scale_factors") or [operation.arguments.get(n) for n in names]
-    rules = [
-        SAME if a == b and not scale else interpolation(mode, a, b, scale, align=align)
+    return [
+        Sampling(mode, a, b, scale, align)
         for a, b, scale in zip(sizes_in, sizes_out, cast("list[float | None]", scales), strict=True)
     ]
-    lattice = "align_corners=True samples by the size of the whole image" if align else ""
-    return operation.along(rules, lattice=lattice if sizes_in != sizes_out else "")
+
+
+def _interpolation(operation: Operation) -> Reading:
+    rules, resized = [], False
+    for sampling in samplings(operation):
+        resized |= sampling.size_in != sampling.size_out
+        if (rule := sampling.rule()) is None:
+            raise NoRule(f"operation {operation.name} on {sampling.size_out} rows has no rule")
+        rules.append(rule)
+    aligned = bool(operation.arguments.get("align_corners")) and resized
+    lattice = "align_corners=True samples by the size of the whole image" if aligned else ""
+    return operation.along(rules, lattice=lattice)
 
 
 def _pad(operation: Operation) -> Reading:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import platform
 import re
@@ -18,20 +17,18 @@ import zarr
 from tilepipe import __version__, checks, machine
 from tilepipe.activation import Activation, Answer, find_activation, find_answer
 from tilepipe.bucket import Key
-from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest
 from tilepipe.footprint import VARIES, process_memory
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
 from tilepipe.identity import check_same, ground, identity, plain
 from tilepipe.model import load_model
-from tilepipe.network import Graph, NotExported, export
 from tilepipe.normalize import Normalization, parse, resolve
-from tilepipe.operations import NoRule
 from tilepipe.options import Options
 from tilepipe.place import locate
 from tilepipe.predict import PRECISIONS, find_device
 from tilepipe.process import borrowed
 from tilepipe.profile import Profile, find_profile
+from tilepipe.rehearsal import whole_graph
 from tilepipe.source import open_source
 from tilepipe.tiling import Tiling, Work, choose, describe_bytes, floor_work, sweep_work, work
 from tilepipe.units import choose_chunks, choose_shards
@@ -42,11 +39,6 @@ if TYPE_CHECKING:
 
     from tilepipe.model import Model
     from tilepipe.volume import Volume
-
-log = logging.getLogger(__name__)
-
-_graphs: dict[tuple[str, Shape], Graph] = {}
-"""The last graph that was exported, which takes seconds: a plan's worker often needs the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +234,12 @@ def plan(
     inner = volume.shape[len(volume.shape) - profile.axes :]
     limit = checks.find_limit(network, profile, inner, options)
     box = whole(profile, inner, limit)
-    graph = whole_graph(network, profile, box)
+    graph = whole_graph(network, profile, box, PRECISIONS[options.precision])
     strategy = "windows" if graph is None else "regions"
     checks.check_exact(network, profile, options, strategy)
     if graph is None:
         checks.check_limit(network, profile, limit, options)
+        checks.check_precision(network, profile, PRECISIONS[options.precision], options)
     activation = find_activation(network, profile, volume, options, resumed=bool(earlier))
     answer = find_answer(profile, options, activation)
     tiling = Tiling(
@@ -282,28 +275,6 @@ def plan(
         costs=_costs(tiling, volume, sizes),
         notices=tuple(checks.notices(volume, network, profile, options, strategy)),
     )
-
-
-def whole_graph(model: Model, profile: Profile, box: Region) -> Graph | None:
-    """Return the graph of the one pass over ``box`` whose regions the tiles are.
-
-    None where that cannot be had: a script, a program of fixed size, a network without finite
-    context, or an operation that cannot be computed by regions. Windows are left then.
-    """
-    if not profile.by_regions:
-        return None
-    key = model.digest, box.shape
-    graph = _graphs.get(key)
-    if graph is None:
-        try:
-            graph = export(model.on_meta(), (1, model.channels, *box.shape))
-            RegionEvaluator(graph, model.on_meta())
-        except (NotExported, NoRule) as reason:
-            log.info("tiles are computed in windows: %s", reason)
-            return None
-        _graphs.clear()
-        _graphs[key] = graph
-    return graph
 
 
 def default_target(source: str | Path) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tilepipe.compute import RegionEvaluator
-from tilepipe.errors import BadRequest
+from tilepipe.errors import BadRequest, TileError
 from tilepipe.sweep import Sweep
 from tilepipe.transfer import Transfer
 
@@ -68,13 +68,17 @@ class Predictor:
         self._evaluator = None if graph is None else RegionEvaluator(graph, network)
 
     def __call__(
-        self, image: NDArray[np.floating], region: Region | None = None
+        self,
+        image: NDArray[np.floating],
+        region: Region | None = None,
+        rows: Region | None = None,
     ) -> NDArray[np.generic]:
         """Return the answer for a window of shape (channels, *axes), normalized, float.
 
-        With ``region``, rows of the graph's output, ``image`` is what that region reads. The
-        answer has shape (classes, *axes), or (1, *axes) of unsigned integers for labels of classes
-        that exclude one another.
+        With ``region``, rows of the graph's output, ``image`` is what that region reads: ``rows``
+        of the graph's input. The answer has shape (classes, *axes), or (1, *axes) of unsigned
+        integers for labels of classes that exclude one another. Raises `TileError` where the region
+        reads other rows.
         """
         self._set_threads()
         with torch.inference_mode():
@@ -82,7 +86,13 @@ class Predictor:
             if region is None or self._evaluator is None:
                 answer = self._network(tensor)
             else:
-                answer = self._evaluator(region, lambda _: tensor)
+
+                def read(wanted: Region) -> torch.Tensor:
+                    if wanted != rows:
+                        raise TileError(f"the network reads rows {wanted}; it is given {rows}")
+                    return tensor
+
+                answer = self._evaluator(region, read)
             return self._transfer.fetch(self._finish(answer[0]))()
 
     def sweep(

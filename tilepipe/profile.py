@@ -13,7 +13,7 @@ from tilepipe.errors import BadRequest, comma
 from tilepipe.geometry import Context, Shape, ceil_to
 from tilepipe.meaning import Meaning, read_meaning
 from tilepipe.model import Model, load_model, wrap
-from tilepipe.network import NotExported, covering, export, lattice, unbound, walk
+from tilepipe.network import NotExported, covering, export, lattice, own_context, unbound
 from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 from tilepipe.process import borrowed
@@ -220,16 +220,10 @@ def _graph_profile(model: Model, shape: Shape) -> Profile:
         own, misfits = lattice(graph)
         step = None if step is None else _step(model, shape, shrink, own)
     offset = tuple(n // 2 for n in shrink)
-    rows = [walk(graph, axis, 0, n) for axis, n in enumerate(step or own)]
-    before = tuple(max(o, o - lo) for o, (lo, _) in zip(offset, rows, strict=True))
-    after = tuple(  # what is cropped is consumed, even if nothing reads it
-        max(s - o, hi - n - o)
-        for s, o, n, (_, hi) in zip(shrink, offset, step or own, rows, strict=True)
-    )
     return Profile(
         channels=graph.shape[1],
         classes=graph.out_shape[1],
-        context=Context(before, after, step or own),
+        context=own_context(graph, step or own),
         offset=offset,
         shrink=shrink,
         smallest=shape,

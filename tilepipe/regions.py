@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from tilepipe.cost import Cost
 from tilepipe.course import Course, is_transposed
+from tilepipe.network import lattice, own_context
 from tilepipe.operations import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
 from tilepipe.sweep import Step, piece_rows, steps
@@ -38,7 +39,7 @@ class Regions:
     size: Shape
     """Voxels of a region, at most."""
     context: Context | None
-    """None where the network has no lattice on which regions repeat."""
+    """That of the graph; None where it has no lattice on which regions repeat."""
     known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
     """Rows that were found before, by axis, start and stop; may be shared."""
     schedules: dict[tuple[int, int, int, int], list[Step]] = field(default_factory=dict)
@@ -307,7 +308,8 @@ def regions_of(
     schedules: dict[tuple[int, int, int, int], list[Step]] | None = None,
 ) -> Regions:
     """Return the regions of a network whose one pass over ``box`` has this graph."""
-    context = None if profile.off_lattice else profile.context
+    # The profile's lattice is that of the sizes that suit the network; this one may be another.
+    context = None if graph.off_lattice or lattice(graph)[1] else own_context(graph)
     return Regions(
         graph, box.start, profile.offset, size, context, {} if known is None else known,
         {} if schedules is None else schedules,

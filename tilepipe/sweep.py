@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, fx
 
+from tilepipe.compute import rows_read
 from tilepipe.course import Course, is_spatial, is_transposed
 from tilepipe.geometry import Region
 from tilepipe.kernels import crop, empty, join
@@ -226,7 +227,7 @@ class Sweep:
         edges = self._box.start[self._axis], self._box.stop[self._axis]
         for step in steps(graph, self._axis, *edges, slab):
             if (rows := step.new.get(graph.source)) is not None:
-                value = read(self._region(graph.source, rows))
+                value = rows_read(read, self._region(graph.source, rows))
                 self._held[graph.source].pieces.append((*rows, value))
             for item in self._course.computed:
                 if (rows := step.new.get(item.node)) is not None:
@@ -299,15 +300,18 @@ class Sweep:
                 links = chain[1:-1]
             for link in links:
                 value = self._next(link, region, value)
+            straight = end.operation.name == "relu"
+            if not straight:  # which may have another type, or other channels
+                value = self._next(end, region, value)
             if buffer is None:
                 buffer = self._buffer(end.node, value, (first, rows[1]))
                 if kept:
                     self._move_tail(end.node, buffer, first)
             out = buffer.narrow(dim, low - first, value.shape[dim])
-            if end.operation.name == "relu":
+            if straight:
                 torch.clamp_min(value, 0, out=out)
             else:
-                out.copy_(self._next(end, region, value))
+                out.copy_(value)
         if kept:
             held.pieces.clear()
         held.pieces.append((first, rows[1], buffer))

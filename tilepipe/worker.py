@@ -22,9 +22,9 @@ from tilepipe.feed import Feed, Store, blocks
 from tilepipe.fence import Fence
 from tilepipe.geometry import Region, halved
 from tilepipe.model import load_model
-from tilepipe.plan import whole_graph
-from tilepipe.predict import Predictor
+from tilepipe.predict import PRECISIONS, Predictor
 from tilepipe.regions import Regions, regions_of
+from tilepipe.rehearsal import whole_graph
 from tilepipe.source import open_source
 from tilepipe.target import open_target
 from tilepipe.tiling import READS, SLOTS, block_rows
@@ -117,7 +117,7 @@ class Worker:
         plan = self._plan
         graph = None
         if plan.strategy != "windows":
-            graph = whole_graph(model, plan.profile, plan.box)
+            graph = whole_graph(model, plan.profile, plan.box, PRECISIONS[options.precision])
             if graph is None:
                 raise TileError(
                     f"model (={model.path}) cannot be computed by regions on this machine, as it"
@@ -257,13 +257,15 @@ class Worker:
         feed = Feed(box, axis=axis, parts=parts, load=load, pool=self._reads)
         with self._sweeping:
             began = time.perf_counter()
-            output, origin = cuts.output_box(write), cuts.origin[axis]
-            swept = self._predictor.sweep(
-                output,
-                axis,
-                slab,
-                lambda r: feed.rows(r.start[axis] + origin, r.stop[axis] + origin),
-            )
+
+            def rows_of(wanted: Region) -> NDArray[np.float32]:
+                wanted = wanted.shift(cuts.origin)
+                low, high = wanted.start[axis], wanted.stop[axis]
+                if wanted != _with_rows(box, axis, low, high):
+                    raise TileError(f"the network reads {wanted}; it is given rows of {box}")
+                return feed.rows(low, high)
+
+            swept = self._predictor.sweep(cuts.output_box(write), axis, slab, rows_of)
             store = Store(self._target, write, axis=axis, unit=unit, pool=self._writes)
             try:
                 while (found := self._compute.submit(next, swept, None).result()) is not None:
@@ -314,12 +316,14 @@ class Worker:
         leading = len(part.write.start) - plan.profile.axes
         answer = np.empty((plan.answer.channels, *part.write.shape), plan.answer.dtype)
         for window in part.windows:
-            seen = part.image[(slice(None), *window.read.within(part.box.start))]
-            grey = self._normalized(seen, window.read)
+            image = part.image[(slice(None), *window.read.within(part.box.start))]
+            grey = self._normalized(image, window.read)
             grey = grey.reshape(grey.shape[0], *grey.shape[1 + leading :])
             keep = Region(window.keep.start[leading:], window.keep.stop[leading:])
             if isinstance(self._cuts, Regions):
-                found = self._predictor(grey, self._cuts.output_box(keep))
+                seen = Region(window.read.start[leading:], window.read.stop[leading:])
+                rows = seen.shift([-n for n in self._cuts.origin])
+                found = self._predictor(grey, self._cuts.output_box(keep), rows)
             else:
                 first = zip(window.read.start[leading:], plan.profile.offset, strict=True)
                 kept = keep.within([a + o for a, o in first])
@@ -327,6 +331,14 @@ class Worker:
             place = (slice(None), *window.keep.within(part.write.start))
             answer[place] = found.reshape(answer[place].shape)
         return answer, time.perf_counter() - began
+
+
+def _with_rows(box: Region, axis: int, low: int, high: int) -> Region:
+    """Return a box with other rows along one axis."""
+    return Region(
+        (*box.start[:axis], low, *box.start[axis + 1 :]),
+        (*box.stop[:axis], high, *box.stop[axis + 1 :]),
+    )
 
 
 def _bound_reads() -> None:
