@@ -18,7 +18,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.options import Options
 from tilepipe.place import Place, locate
 from tilepipe.segment import Report, plan_segment, segment
-from tilepipe.target import read_attributes
+from tilepipe.target import check_free, read_attributes
 from tilepipe.volume import open_volume
 
 if TYPE_CHECKING:
@@ -148,60 +148,73 @@ def test_a_copy_by_hard_links_is_left_as_it_is(made: Path, tmp_path: Path) -> No
     assert (read(tmp_path / "copy") == read(made / "whole-0.5")).all()
 
 
+MOUNTED = """
+import sys
+from pathlib import Path
+from tests.test_contents import run
+from tilepipe.errors import BadRequest
+for overwrite in (False, True):
+    try:
+        run(Path(sys.argv[1]), sys.argv[2], overwrite=overwrite)
+    except BadRequest as error:
+        print(error)
+"""
+
+
 def test_what_is_mounted_in_an_output_is_left(made: Path, tmp_path: Path) -> None:
     output, other = tmp_path / "o", tmp_path / "other"
     shutil.copytree(made / "begun-0.5", output)
     shutil.copytree(output / "0" / "c" / "0", other)
-    code = (
-        "import sys; from pathlib import Path; from tests.test_contents import run\n"
-        "run(Path(sys.argv[1]), sys.argv[2], overwrite=sys.argv[3] == 'True')"
-    )
-    mount = (
-        f'mount --bind "$1" "$2/0/c/0" || exit 77; "{sys.executable}" -W ignore -c "$3" "$4" "$2"'
-    )
     before = state(other)
-    for overwrite in (True, False):
-        shell = ["unshare", "--mount", "sh", "-c", f"{mount} {overwrite}", "sh"]
-        try:
-            ended = subprocess.run(
-                [*shell, str(other), str(output), code, str(made)],
-                capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
-        except FileNotFoundError:
-            pytest.skip("no unshare")
-        if ended.returncode == 77 or "unshare failed" in ended.stderr:
-            pytest.skip(f"nothing can be mounted here: {ended.stderr.strip()}")
-        assert "holds 0/c/0, where another file system is mounted" in ended.stderr
-        assert state(other) == before
+    try:
+        ended = subprocess.run(
+            [
+                *("unshare", "--mount", "sh", "-c"),
+                'mount --bind "$1" "$2/0/c/0" || exit 77; shift 2; "$@"',
+                *("sh", str(other), str(output), sys.executable, "-W", "ignore", "-c", MOUNTED),
+                *(str(made), str(output)),
+            ],
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if ended.returncode == 77 or "unshare failed" in ended.stderr:
+        pytest.skip(f"nothing can be mounted here: {ended.stderr.strip()}")
+    assert ended.stdout.count("holds 0/c/0, where another file system is mounted") == 2, ended
+    assert state(other) == before
 
 
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_a_removal_that_is_stopped_leaves_what_is_ours(
-    made: Path, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, version: str, every: int
 ) -> None:
     """Stopped after each file and folder in turn, by the audit hook that sees every removal."""
-    whole = read(made / f"whole-{version}")
+    whole, chunks = made / f"whole-{version}", len(chunk_files(made / f"whole-{version}"))
     count = len([*(made / f"begun-{version}").rglob("*")])
     for stopped in range(count):
         output = tmp_path / f"{stopped}"
-        shutil.copytree(made / f"whole-{version}", output)
-        left = stopped
-        with StopRemoving(output, left) as removing:
+        shutil.copytree(whole, output)
+        with StopRemoving(output, stopped) as removing:
             with pytest.raises(KeyboardInterrupt):
                 clear(output)
             assert removing.left == 0
-        check_ours(output)
-        if stopped % 2:
-            try:
+        check_free(output, overwrite=True)
+        done = output / LEDGER / "done"
+        assert len(chunk_files(output)) == chunks or not done.exists()
+        if stopped % every == 0:
+            try:  # to go on, which must never take zeros for voxels
                 run(made, output, version=version)
-            except BadRequest as error:  # but never zeros that are taken for voxels
+            except BadRequest as error:
                 if not str(error).endswith("--overwrite"):
                     raise
                 run(made, output, version=version, overwrite=True)
-        else:
-            run(made, output, version=version, overwrite=True)
-        assert (read(output) == whole).all()
+            assert voxels(output) == voxels(whole)
         shutil.rmtree(output)
+
+
+def chunk_files(output: Path) -> list[Path]:
+    return [path for path in (output / "0").rglob("*") if path.is_file() and path.name.isdigit()]
 
 
 class StopRemoving:
@@ -289,29 +302,29 @@ def test_metadata_that_a_crash_has_spoiled_is_made_anew(
 ) -> None:
     whole = made / f"whole-{version}"
     size = (whole / name).stat().st_size
-    for number, content in enumerate((b"", b"\0" * size, (whole / name).read_bytes()[:-9])):
-        for begun in ("begun", "whole"):
-            output = tmp_path / f"{begun}{number}" / f"whole-{version}"
-            shutil.copytree(made / f"{begun}-{version}", output)
-            (output / name).write_bytes(content)
-            before = state(output)
-            plan_segment(
-                made / "v.zarr", model=made / "net.pt", output=output,
-                options=Options(write="probabilities", ome_version=version),
-            )  # fmt: skip
-            assert state(output) == before  # a plan touches nothing
-            report = run(made, output, version=version)
-            assert f"{output / name} was spoiled" in caplog.text
-            assert report.before + report.done == TILES
-            assert voxels(output) == voxels(whole)
-            for file in ("0/.zarray", "0/.zattrs", ".zgroup", "0/zarr.json"):
-                if (whole / file).exists():
-                    assert (output / file).read_bytes() == (whole / file).read_bytes()
-            assert [*open_volume(output).scale] == [*open_volume(whole).scale]
-            ours, theirs = read_attributes(output), read_attributes(whole)
-            plans = [attributes.pop("plan") for attributes in (ours, theirs)]
-            assert ours == theirs
-            assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
+    cut_off = (whole / name).read_bytes()[:-9]
+    for begun, content in (("begun", b""), ("whole", b"\0" * size), ("begun", cut_off)):
+        output = tmp_path / f"{len(content)}" / f"whole-{version}"
+        shutil.copytree(made / f"{begun}-{version}", output)
+        (output / name).write_bytes(content)
+        before = state(output)
+        plan_segment(
+            made / "v.zarr", model=made / "net.pt", output=output,
+            options=Options(write="probabilities", ome_version=version),
+        )  # fmt: skip
+        assert state(output) == before  # a plan touches nothing
+        report = run(made, output, version=version)
+        assert f"{output / name} was spoiled" in caplog.text
+        assert report.before + report.done == TILES
+        assert voxels(output) == voxels(whole)
+        for file in ("0/.zarray", "0/.zattrs", ".zgroup", "0/zarr.json"):
+            if (whole / file).exists():
+                assert (output / file).read_bytes() == (whole / file).read_bytes()
+        assert [*open_volume(output).scale] == [*open_volume(whole).scale]
+        ours, theirs = read_attributes(output), read_attributes(whole)
+        plans = [attributes.pop("plan") for attributes in (ours, theirs)]
+        assert ours == theirs
+        assert {**plans[0], "target": ""} == {**plans[1], "target": ""}
 
 
 def test_in_a_bucket_too(made: Path, prefix: Callable[[], str]) -> None:
@@ -345,7 +358,9 @@ def test_an_array_that_is_gone_is_not_made_anew(made: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"identity": {"al', b"\0" * 99, b"[]", b"{}", b"[" * 9999]
+    "content",
+    [b"", b'{"identity": {"al', b"\0" * 99, b"[]", b"{}", b"[" * 9999],
+    ids=["empty", "cut", "zeros", "list", "nothing", "deep"],
 )
 def test_a_plan_that_a_crash_has_spoiled_is_told(
     made: Path, tmp_path: Path, content: bytes

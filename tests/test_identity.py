@@ -332,6 +332,7 @@ class Whole(nn.Module):
         for parameter in self.parameters():
             values = random.integers(-1, 2, tuple(parameter.shape))
             parameter.data = torch.from_numpy(values).float()
+        self.last.bias.data = torch.tensor([0.0, 1.0, 2.0]) / 1024  # so that no two are alike
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         first = torch.relu(self.down(image))
@@ -343,7 +344,7 @@ class Whole(nn.Module):
         return answer
 
 
-VOXELS = {1: "d4bea74fb76b2e481524c9cbde02295b9e8a20cdb6fb928a94c58425ce94d276"}
+VOXELS = {1: "a27a04f4bf5973cd75d94f68921916f40a4dd17bbae2aae1604facd6ddcd7597"}
 """By the number of the algorithm, what it gives in exact arithmetic."""
 
 
@@ -365,10 +366,8 @@ def test_another_algorithm_has_another_number(tmp_path: Path) -> None:
     for number, options in enumerate(
         (
             Options(write="logits", strategy="direct", tile=(16, 32), chunks=(16, 16)),
-            Options(write="logits", strategy="sweep", tile=(32, 32), chunks=(16, 16)),
-            Options(write="logits", boundary="network", normalize="scale:0.5,1"),
-            Options(write="logits", normalize="percentile:0,100", threads=2),
-            Options(write="labels", tile=(32, 16), chunks=(16, 16)),
+            Options(write="logits", strategy="sweep", boundary="network", normalize="scale:0.5,1"),
+            Options(write="labels", normalize="percentile:0,100", threads=2),
         )
     ):
         report = segment(
@@ -378,8 +377,7 @@ def test_another_algorithm_has_another_number(tmp_path: Path) -> None:
         assert report.failures == []
         found.append(read(tmp_path / f"{number}"))
     *logits, labels = found
-    lower, higher = np.sort(logits[0], axis=0)[-2:]
-    parts = [part * 256 for part in logits] + [np.where(lower == higher, 0, labels)]
+    parts = [*(part * 1024 for part in logits), labels]
     whole = [np.rint(part).astype("<i4") for part in parts]
     assert max(np.abs(part).max() for part in whole) < 2**24
     assert all((part == exact).all() for part, exact in zip(parts, whole, strict=True))

@@ -48,7 +48,10 @@ def test_what_is_written_is_found(folder: Place) -> None:
     with pytest.raises(FileNotFoundError):
         (folder / "a").read_bytes()
     (folder / "in" / "c").unlink()
-    (folder / "in").rmdir()
+    if isinstance(folder, Key):
+        (folder / "in").unlink()  # this server shows what is empty now
+    else:
+        (folder / "in").rmdir()
     (folder / "b").unlink()
     assert [path.name for path in find(folder, "a")] == ["aa", "ab"]
     (folder / "aa").unlink(missing_ok=True)

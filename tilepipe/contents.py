@@ -77,6 +77,8 @@ def clear(target: Place) -> None:
     if isinstance(ledger, Path) and ledger.is_dir():
         sync_file(ledger)  # before any voxel goes
     _drop(path for path, _ in _walk(target, "0"))
+    if not isinstance(target, Path):
+        (target / "0").unlink()  # some stores show what is empty now
     rest = {name: path for path, name in _walk(target, "") if not name.startswith(LEDGER)}
     order = ["", *MARKS]  # what is no mark first
     _drop(rest[n] for n in sorted(rest, key=lambda n: order.index(n if n in MARKS else "")))

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from scipy.ndimage import label
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from tilepipe.contents import remove
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, TileGrid, ceil_to
 from tilepipe.target import check_target, create_target, open_target
@@ -123,11 +123,12 @@ def grow_objects(
             with _created(objects, there, Region.whole(objects.shape), block) as target:
                 finished = _grow_once(source, target, _along(objects, per_plane), block, progress)
             if passes > 1:
-                shutil.rmtree(source.path)
+                remove(Path(source.path))
             source = open_volume(there, axes=objects.axes)
     except BaseException:
         if passes > 1:
-            shutil.rmtree(source.path, ignore_errors=True)
+            with suppress(BadRequest, OSError):
+                remove(Path(source.path))
         raise
     there.rename(place)
 
@@ -260,7 +261,8 @@ def _created(
         )
         yield open_target(path, durable=False)  # it is removed where what follows fails
     except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(BadRequest, OSError):  # what is not ours stays
+            remove(Path(path).resolve())
         raise
 
 
