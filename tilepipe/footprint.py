@@ -26,6 +26,8 @@ PROCESS = 420_000_000
 """Bytes of a process that has loaded torch, zarr and dask and does nothing yet."""
 VARIES = 32_000_000
 """By how much a process may take more in one run than in another of the same code."""
+WORKER = "import tilepipe.engines.dask, tilepipe.worker, tilepipe.footprint as f; f.main()"
+"""A program that has what every worker has before it measures."""
 _known: dict[tuple[str, str], int] = {}
 """What was measured, by the name of the code and its digest."""
 
@@ -52,7 +54,7 @@ def process_memory(network: str | None, arguments: Mapping[str, object] | None) 
 def _measure(network: str, arguments: Mapping[str, object]) -> int:
     places = os.pathsep.join(path or os.getcwd() for path in sys.path)
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tilepipe.footprint"],
+        [sys.executable, "-W", "ignore", "-c", WORKER],
         input=json.dumps([network, arguments]),
         env={**os.environ, "PYTHONPATH": places, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -70,16 +72,9 @@ def _measure(network: str, arguments: Mapping[str, object]) -> int:
 
 def main() -> None:
     """Print what building the network that is read from the standard input takes, in bytes."""
-    import distributed  # noqa: F401  as every worker has
-    import zarr  # noqa: F401
-
     network, arguments = json.loads(sys.stdin.read())
     this = psutil.Process()
     before = this.memory_info().rss
     module = build_network(network, arguments)
     weights = sum(tensor.nbytes for tensor in module.state_dict().values())
     print(max(0, this.memory_info().rss - before - weights))
-
-
-if __name__ == "__main__":
-    main()

@@ -118,14 +118,23 @@ def _torch_modes() -> Iterator[None]:
     import torch
 
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    strict = _strictness()
     try:
         yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        if _strictness() != strict:  # setting it imports torch's compiler: 70 MB, and seconds
+            torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+
+
+def _strictness() -> tuple[bool, bool]:
+    import torch
+
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
 
 
 @contextmanager
