@@ -15,10 +15,13 @@ from click.testing import CliRunner
 
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
+from tilepipe.describe import describe_plan
 from tilepipe.errors import BadRequest
 from tilepipe.evaluate import evaluate
 from tilepipe.geometry import Region
 from tilepipe.inspect import inspect
+from tilepipe.instances import label_components
+from tilepipe.material import open_material
 from tilepipe.ome import parse_multiscale
 from tilepipe.options import Options
 from tilepipe.plan import plan
@@ -420,6 +423,8 @@ def test_a_network_of_fewer_inputs_runs_on_chosen_channels(tmp_path: Path, norma
     model = write_unet(tmp_path / "u.pt", depth=1, in_channels=2, normalize=normalize)
     with pytest.raises(BadRequest, match="choose some with --channels"):
         plan(path, model=model)
+    shown = describe_plan(plan(path, model=model, options=Options(channels=("d", 1))))
+    assert "2 channels: d, 1" in shown
     result = CliRunner().invoke(
         main,
         ["segment", str(path), "--model", str(model), "-o", str(tmp_path / "o.zarr"),
@@ -444,8 +449,6 @@ def test_a_training_learns_from_all_pages_or_the_image_asked_for(tmp_path: Path)
     image, labels = (
         write_pages(tmp_path / name, pages) for name, pages in (("i.tif", PAGES), ("l.tif", masks))
     )
-    from tilepipe.material import open_material
-
     small: dict[str, Any] = {"base": 2, "depth": 1, "patch": (8, 8), "steps": 1, "ndim": 2}
     material = open_material([(str(image), str(labels))], [], Recipe(**small))
     assert (material.images[0].shape, material.labels[0].shape) == (PAGES.shape,) * 2
@@ -501,3 +504,44 @@ def test_objects_of_64_bits_are_told_apart(tmp_path: Path) -> None:
     scores = evaluate(mask, path, kind="mask", label_objects=[2**53])
     assert scores.pixels is not None
     assert scores.pixels.pixel_error == 0
+
+
+def test_numbered_objects_of_a_region_lie_where_the_region_does(tmp_path: Path) -> None:
+    image = (noise(40, 50) > 128).astype("uint8")
+    path = write_multiscale(
+        tmp_path / "v.zarr", image, "yx", transformations=[[scale(2, 0.5), translation(100, 3)]]
+    )
+    region = Region((10, 20), (30, 45))
+    label_components(
+        open_volume(path), tmp_path / "o.zarr", foreground=lambda v: v[0] > 0, region=region
+    )
+    assert open_volume(tmp_path / "o.zarr").translation == (120, 13)
+
+
+def test_labels_of_several_images_are_compared_one_by_one(tmp_path: Path) -> None:
+    masks = (PAGES > 128).astype("uint8")
+    labels = write_pages(tmp_path / "l.tif", masks)
+    prediction = write_volume(tmp_path / "p.zarr", masks[3], "yx")
+    result = CliRunner().invoke(
+        main, ["evaluate", str(prediction), str(labels), "--series", "3", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["pixels"]["pixel_error"] == 0
+    with pytest.raises(BadRequest, match="must have the labels' shape"):
+        evaluate(prediction, labels)
+
+
+def test_axes_that_are_named_keep_the_sizes_of_their_voxels(tmp_path: Path) -> None:
+    said = {"axes": "ZYX", "spacing": 1.5, "unit": "um"}
+    tifffile.imwrite(tmp_path / "v.tif", PAGES, imagej=True, resolution=(4, 5), metadata=said)
+    assert open_volume(tmp_path / "v.tif", axes="ZYX").scale == (1.5, 0.2, 0.25)
+    with pytest.raises(BadRequest, match="must name the 3 dimensions"):
+        open_volume(tmp_path / "v.tif", axes="yx")
+
+
+def test_a_transformation_that_cannot_be_carried_over_is_refused() -> None:
+    axes = [{"name": name, "type": "space"} for name in "yx"]
+    for entry in ({"type": "scale", "path": "s"}, {"type": "affine", "affine": [[1, 0], [0, 1]]}):
+        datasets = [{"path": "0", "coordinateTransformations": [{"type": "identity"}, entry]}]
+        with pytest.raises(ValueError, match="must be a scale or a translation"):
+            parse_multiscale({"multiscales": [{"axes": axes, "datasets": datasets}]})

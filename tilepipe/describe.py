@@ -31,10 +31,12 @@ def describe_plan(plan: Plan) -> str:
     source, sizes, costs, context = plan.source, plan.sizes, plan.costs, plan.context
     grid = " x ".join(map(str, plan.grid.counts))
     chunks = comma(sizes.chunks) + (f" in shards of {comma(sizes.shards)}" if sizes.shards else "")
+    asked = plan.options.channels
+    picked = "" if asked is None else f": {', '.join(map(str, asked))}"
     amplified = costs.read_bytes / max(source.nbytes, 1)
     rows = [
         ("source", f"{source.path} ({source.kind}, {source.dtype})"),
-        ("axes", f"{source.axes} = {comma(source.shape)}{_channels(source.channels)}"),
+        ("axes", f"{source.axes} = {comma(source.shape)}{_channels(source.channels)}{picked}"),
         ("model", f"{plan.model.path} ({plan.model.kind}, {plan.model.parameters:,} weights)"),
         ("grey values", plan.normalize),
         ("activation", _activation(plan)),

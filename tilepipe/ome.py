@@ -204,8 +204,13 @@ def _parse_transformations(
             if not isinstance(entry, dict):
                 raise ValueError("each coordinate transformation must be an object")
             kind = entry.get("type")
-            if kind not in ("scale", "translation") or entry.get(kind) is None:
+            if kind == "identity":
                 continue
+            if kind not in ("scale", "translation") or entry.get(kind) is None:
+                raise ValueError(
+                    f"coordinate transformation (={json.dumps(entry)[:100]}) must be a scale or a"
+                    " translation, in numbers"
+                )
             numbers = _parse_numbers(kind, entry[kind], axes)
             if kind == "scale":
                 scale = _combine(operator.mul, scale, numbers)

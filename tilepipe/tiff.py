@@ -251,7 +251,7 @@ def _stored(image: tifffile.TiffPageSeries, path: Path) -> tuple[object, ...]:
 
 def _check_pages(image: tifffile.TiffPageSeries, path: Path) -> None:
     """Refuse an image of which not all voxels are there, or that cannot be decoded."""
-    if image.dataoffset is None:
+    if image.kind in ("ome", "mmstack", "ndtiff"):  # whose metadata name planes, maybe elsewhere
         missing = sum(page is None for page in image.pages)
         if missing:
             raise BadRequest(

@@ -293,7 +293,7 @@ def _open_tiff(path: Path, asked: _Asked) -> Volume:
             except ValueError as error:
                 raise BadRequest(f"{error} in {path}; name them with axes") from error
             notices += tiff.renamed(image.axes, stated)
-        letters = tuple(asked.axes or ()) if stated is None else stated
+        letters = tuple((asked.axes or "").lower()) if stated is None else stated
         known = [image.sizes.get(letter or "") for letter in letters]
         return _volume(
             path,
