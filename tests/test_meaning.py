@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 import tilepipe as tp
 from tests.support import noise, one_pass, read, write_volume
+from tilepipe.calls import graph_calls, script_calls
+from tilepipe.meaning import read_meaning
+from tilepipe.network import export
 from tilepipe.options import Options
 
 if TYPE_CHECKING:
@@ -136,7 +139,68 @@ def truth_of(model: Path, image: NDArray[np.generic]) -> NDArray[np.float32]:
     return one_pass(model, image[None].astype(np.float32))
 
 
-@pytest.mark.parametrize(("kind", "form", "how"), ALL, ids=[" ".join(one) for one in ALL])
+QUICK = (
+    "clamp",
+    "a channel",
+    "clone",
+    "dropout",
+    "times one",
+    "a crop",
+    "a dict",
+    "by exp",
+    "last",
+)
+"""Forms that are segmented in the quick suite; all are read in it."""
+SEGMENTED = [
+    pytest.param(
+        kind, form, how, marks=[] if form in QUICK else pytest.mark.long, id=f"{kind} {form} {how}"
+    )
+    for kind, form, how in ALL
+]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_form_is_read_from_a_graph_and_from_a_script(kind: str) -> None:
+    for form in FORMS[kind]:
+        network = Ending(kind, form).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
+            traced = torch.jit.trace(network, torch.rand(1, 1, 16, 16), strict=False)
+        script = script_calls(traced, 0)
+        assert script is not None
+        graph = graph_calls(export(network.to("meta"), (1, 1, 32, 32)))
+        for call in (graph, script):
+            found = read_meaning(call, 2)
+            assert found.activation in ("sigmoid", "softmax"), form
+            assert found.apart == (kind != "classes"), form
+            assert (found.low, found.high) == (0, 1) or form == "clamp"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        lambda y: y,
+        lambda y: torch.sigmoid(y) * y,
+        lambda y: torch.softmax(y, dim=2),
+        lambda y: torch.sigmoid(y) - 0.5,
+        lambda y: torch.tanh(y),
+        lambda y: F.relu(y),
+        lambda y: torch.exp(y) / torch.exp(y).sum(dim=2, keepdim=True),
+        lambda y: torch.logit(torch.sigmoid(y)),
+        lambda y: F.conv2d(torch.sigmoid(y), torch.ones(3, 3, 1, 1)),
+    ],
+)
+def test_what_is_no_probability_is_not_taken_for_one(ending: Callable[[Tensor], Tensor]) -> None:
+    network = Ending("masks", "last").eval()
+    network.form = ending
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        script = script_calls(torch.jit.trace(network, torch.rand(1, 1, 16, 16)), 0)
+    assert script is not None
+    assert not read_meaning(script, 2).activation
+
+
+@pytest.mark.parametrize(("kind", "form", "how"), SEGMENTED)
 def test_probabilities_are_not_activated_again(
     tmp_path: Path, kind: str, form: str, how: str
 ) -> None:
