@@ -200,6 +200,36 @@ def test_what_is_no_probability_is_not_taken_for_one(ending: Callable[[Tensor], 
     assert not read_meaning(script, 2).activation
 
 
+class Written(nn.Module):
+    """What `torch.jit.script` keeps branches and calls of functions of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.drop = nn.Conv2d(1, 3, 3, padding=1), nn.Dropout2d(0.5)
+        self.soft = nn.Softmax(dim=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.drop(self.soft(self.conv(x)))
+        one, two, _ = y.chunk(3, 1)
+        return {"all": y, "two": two, "more": one + two, "logits": self.conv(x)}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_head_of_a_script_has_its_own_meaning(tmp_path: Path, frozen: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        script = torch.jit.script(Written().eval())
+        (torch.jit.freeze(script) if frozen else script).save(str(tmp_path / "model.pt"))
+        loaded = torch.jit.load(str(tmp_path / "model.pt")).eval()
+    heads = [script_calls(loaded, head) for head in range(5)]
+    found = [head and read_meaning(head, 2) for head in heads]
+    assert [one and (one.activation, one.apart) for one in found] == [
+        ("softmax", False), ("softmax", True), ("", False), ("", False), None
+    ]  # fmt: skip
+    assert found[2] is not None
+    assert found[2].high == 2  # a sum of two classes, as far as their bounds say
+
+
 @pytest.mark.parametrize(("kind", "form", "how"), SEGMENTED)
 def test_probabilities_are_not_activated_again(
     tmp_path: Path, kind: str, form: str, how: str

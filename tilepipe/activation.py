@@ -145,7 +145,8 @@ def _check_values(model: Model, profile: Profile, volume: Volume, options: Optio
     if meaning.strange:
         raise BadRequest(
             f"model (={model.path}) gives {meaning.strange}, which are neither logits nor"
-            " probabilities; use --write values, or a network that ends before"
+            " probabilities as far as its graph says; use --write values, or say which they are"
+            " with --activation"
         )
     largest = several and options.write == "labels"
     if largest and meaning.weighted:
