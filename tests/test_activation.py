@@ -132,7 +132,6 @@ def test_masks_of_a_volume_slice_by_slice_are_evaluated_and_gone_on_with(tmp_pat
     [
         (1, "logits", {}, "sigmoid: by tilepipe"),
         (1, "sigmoid", {}, "sigmoid: by the network"),
-        (1, "sigmoid", {"activation": "none"}, "sigmoid: by the network"),
         (3, "logits", {}, "softmax: by tilepipe"),
         (3, "log softmax", {"write": "probabilities"}, "softmax: by tilepipe"),
         (3, "logits", {"activation": "sigmoid", "threshold": 0.3},
@@ -140,7 +139,6 @@ def test_masks_of_a_volume_slice_by_slice_are_evaluated_and_gone_on_with(tmp_pat
         (3, "sigmoid", {}, "sigmoid: by the network; a mask for each of 3 channels, above 0.5"),
         (3, "sigmoid", {"activation": "softmax"}, "softmax: by tilepipe"),
         (3, "logits", {"write": "logits"}, "none: logits are written"),
-        (3, "two", {}, "softmax: by tilepipe"),
         (3, "two", {"head": 1, "write": "probabilities"}, "sigmoid: by the network"),
         (3, "softsign", {"activation": "none"},
          "none: the network's values are taken for probabilities; a mask for each of 3"),
@@ -157,13 +155,21 @@ def test_the_plan_says_what_is_applied_and_by_whom(
     text = CliRunner().invoke(main, words).output
     row = next(line for line in text.splitlines() if line.startswith("activation"))
     assert row.removeprefix("activation").strip().startswith(shown)
-    found = json.loads(CliRunner().invoke(main, [*words, "--json"]).output)["activation"]
-    assert bool(found["name"]) == (": by " in shown)
-    assert found["apart"] == ("mask for each" in shown or options.get("head") == 1)
+    if ending != "softsign":  # once is enough of what takes longer
+        return
+    found = json.loads(CliRunner().invoke(main, [*words, "--json"]).output)
+    assert found["activation"] == {"name": "", "by": "", "apart": True}
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("write", ["labels", "probabilities"])
+@pytest.mark.parametrize(
+    ("write", "channels"),
+    [
+        ("labels", 1),
+        ("probabilities", 3),
+        pytest.param("labels", 3, marks=pytest.mark.long),
+        pytest.param("probabilities", 1, marks=pytest.mark.long),
+    ],
+)
 def test_logits_that_all_lie_in_0_to_1_are_refused(
     tmp_path: Path, write: str, channels: int
 ) -> None:
@@ -213,7 +219,7 @@ def test_values_that_fill_0_to_1_on_the_volume_are_refused(tmp_path: Path) -> No
     tp.plan(source, model=tmp_path / "model.pt", options=wide)
 
 
-@pytest.mark.parametrize("kind", ["noise", "zeros", "a spot"])
+@pytest.mark.parametrize("kind", ["noise", "zeros", pytest.param("a spot", marks=pytest.mark.long)])
 def test_networks_of_small_weights_are_not_refused_by_chance(tmp_path: Path, kind: str) -> None:
     """Their logits often lie in 0 to 1 on a volume, and more so on an empty one."""
     image = noise(80, 80, dtype="float32") if kind == "noise" else np.zeros((80, 80), np.float32)
@@ -221,7 +227,7 @@ def test_networks_of_small_weights_are_not_refused_by_chance(tmp_path: Path, kin
         image[40, 40] = 1
     source = write_volume(tmp_path / "image.zarr", image, "yx")
     inside = 0
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
         network = UNet(ndim=2, base=2, depth=2, classes=1)
         torch.save(network.state_dict(), tmp_path / "model.pt")

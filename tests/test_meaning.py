@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 import tilepipe as tp
 from tests.support import noise, one_pass, read, write_volume
+from tilepipe.calls import graph_calls, script_calls
+from tilepipe.meaning import read_meaning
+from tilepipe.network import export
 from tilepipe.options import Options
 
 if TYPE_CHECKING:
@@ -136,7 +139,98 @@ def truth_of(model: Path, image: NDArray[np.generic]) -> NDArray[np.float32]:
     return one_pass(model, image[None].astype(np.float32))
 
 
-@pytest.mark.parametrize(("kind", "form", "how"), ALL, ids=[" ".join(one) for one in ALL])
+QUICK = (
+    "clamp",
+    "a channel",
+    "clone",
+    "dropout",
+    "times one",
+    "a crop",
+    "a dict",
+    "by exp",
+    "last",
+)
+"""Forms that are segmented in the quick suite; all are read in it."""
+SEGMENTED = [
+    pytest.param(
+        kind, form, how, marks=[] if form in QUICK else pytest.mark.long, id=f"{kind} {form} {how}"
+    )
+    for kind, form, how in ALL
+]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_form_is_read_from_a_graph_and_from_a_script(kind: str) -> None:
+    for form in FORMS[kind]:
+        network = Ending(kind, form).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
+            traced = torch.jit.trace(network, torch.rand(1, 1, 16, 16), strict=False)
+        script = script_calls(traced, 0)
+        assert script is not None
+        graph = graph_calls(export(network.to("meta"), (1, 1, 32, 32)))
+        for call in (graph, script):
+            found = read_meaning(call, 2)
+            assert found.activation in ("sigmoid", "softmax"), form
+            assert found.apart == (kind != "classes"), form
+            assert (found.low, found.high) == (0, 1) or form == "clamp"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        lambda y: y,
+        lambda y: torch.sigmoid(y) * y,
+        lambda y: torch.softmax(y, dim=2),
+        lambda y: torch.sigmoid(y) - 0.5,
+        lambda y: torch.tanh(y),
+        lambda y: F.relu(y),
+        lambda y: torch.exp(y) / torch.exp(y).sum(dim=2, keepdim=True),
+        lambda y: torch.logit(torch.sigmoid(y)),
+        lambda y: F.conv2d(torch.sigmoid(y), torch.ones(3, 3, 1, 1)),
+    ],
+)
+def test_what_is_no_probability_is_not_taken_for_one(ending: Callable[[Tensor], Tensor]) -> None:
+    network = Ending("masks", "last").eval()
+    network.form = ending
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        script = script_calls(torch.jit.trace(network, torch.rand(1, 1, 16, 16)), 0)
+    assert script is not None
+    assert not read_meaning(script, 2).activation
+
+
+class Written(nn.Module):
+    """What `torch.jit.script` keeps branches and calls of functions of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.drop = nn.Conv2d(1, 3, 3, padding=1), nn.Dropout2d(0.5)
+        self.soft = nn.Softmax(dim=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.drop(self.soft(self.conv(x)))
+        one, two, _ = y.chunk(3, 1)
+        return {"all": y, "two": two, "more": one + two, "logits": self.conv(x)}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_head_of_a_script_has_its_own_meaning(tmp_path: Path, frozen: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        script = torch.jit.script(Written().eval())
+        (torch.jit.freeze(script) if frozen else script).save(str(tmp_path / "model.pt"))
+        loaded = torch.jit.load(str(tmp_path / "model.pt")).eval()
+    heads = [script_calls(loaded, head) for head in range(5)]
+    found = [head and read_meaning(head, 2) for head in heads]
+    assert [one and (one.activation, one.apart) for one in found] == [
+        ("softmax", False), ("softmax", True), ("", False), ("", False), None
+    ]  # fmt: skip
+    assert found[2] is not None
+    assert found[2].high == 2  # a sum of two classes, as far as their bounds say
+
+
+@pytest.mark.parametrize(("kind", "form", "how"), SEGMENTED)
 def test_probabilities_are_not_activated_again(
     tmp_path: Path, kind: str, form: str, how: str
 ) -> None:

@@ -38,7 +38,7 @@ ANSWERED = 24
 """Voxels per axis that a trial answers for at least, where the network's sizes allow it."""
 STRENGTHS = (1.0, 30.0, 1000.0)
 """Standard deviations of noise: what has no bounds of its own leaves 0 to 1 with one of them."""
-WIDE = 0.5
+WIDE = 0.8
 """Share of 0 to 1 that values of the volume span which are taken for probabilities."""
 ROUNDING = 1e-5
 """By how much a probability may lie outside 0 to 1."""
@@ -145,7 +145,8 @@ def _check_values(model: Model, profile: Profile, volume: Volume, options: Optio
     if meaning.strange:
         raise BadRequest(
             f"model (={model.path}) gives {meaning.strange}, which are neither logits nor"
-            " probabilities; use --write values, or a network that ends before"
+            " probabilities as far as its graph says; use --write values, or say which they are"
+            " with --activation"
         )
     largest = several and options.write == "labels"
     if largest and meaning.weighted:

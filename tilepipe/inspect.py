@@ -48,6 +48,7 @@ def inspect(
                  "parameters": model.parameters, "normalize": model.normalize,
                  "head": model.head, "outputs": model.outputs,
                  "labels": list(model.labels), "answer": model.answer,
+                 "activation": profile.meaning.activation,
                  "provenance": dict(model.provenance), "trained": model.trained}  # fmt: skip
         return {**facts, **asdict(profile)}, describe_model(model, profile)
     volume = open_volume(path, axes=axes, series=series)

@@ -209,6 +209,7 @@ def plan(
 ) -> Plan:
     """Decide how a volume is segmented; touches nothing.
 
+    A little of the volume is read where the network does not say whether it gives probabilities.
     ``earlier`` is the `Plan.identity` of a run that may go on: sizes that its machine chose and
     that ``options`` leave open are kept; another source, model or option is refused.
     ``elsewhere``: on other machines, whose devices are not looked for here. Raises
