@@ -124,7 +124,7 @@ def test_whatever_a_network_raises_is_passed_on_in_one_line() -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             raise ImportError("no module named einops\nsee the manual")
 
-    with pytest.raises(BadRequest, match="no module named einops$"):
+    with pytest.raises(BadRequest, match=r"no module named einops$"):
         find_profile(wrap(Lacking(1, 1, 3)))
 
 
