@@ -119,6 +119,15 @@ def test_what_a_network_says_against_a_size_is_passed_on() -> None:
         find_profile(wrap(Choosy(7000)))
 
 
+def test_whatever_a_network_raises_is_passed_on_in_one_line() -> None:
+    class Lacking(nn.Conv2d):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            raise ImportError("no module named einops\nsee the manual")
+
+    with pytest.raises(BadRequest, match=r"no module named einops$"):
+        find_profile(wrap(Lacking(1, 1, 3)))
+
+
 def test_a_step_is_what_the_network_accepts() -> None:
     """Its operations would allow a step of 1; deep supervision is often like that."""
     profile = find_profile(wrap(Choosy()))

@@ -203,7 +203,7 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(16, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = torch.relu(self.one(x))
+        a = torch.relu(self.one(x)) + x.repeat(1, 4, 1, 1)
         b = torch.relu(self.two(F.avg_pool2d(a, 2)))
         c = torch.relu(self.three(F.avg_pool2d(b, 3, stride=2, padding=1)))
         up = F.interpolate(c, scale_factor=2, mode="nearest")

@@ -377,6 +377,16 @@ def _expand(operation: Operation) -> Reading:
     return Reading((Access(operation.source, rules),), tuple(d + grown for d in dims))
 
 
+def _repeat(operation: Operation) -> Reading:
+    """Read copies along other axes than the image's, such as of one channel for many."""
+    repeats = operation.window("repeats", 1)
+    dims = operation.dims[operation.source]
+    grown = len(repeats) - len(operation.shape(operation.source))
+    if any(repeats[d + grown] != 1 for d in dims):
+        raise NoRule("operation repeat along an axis of the image has no rule")
+    return Reading((Access(operation.source, (SAME,) * len(dims)),), tuple(d + grown for d in dims))
+
+
 def _shuffle(operation: Operation) -> Reading:
     if operation.name == "pixel_shuffle":
         return operation.along([Rule(1, operation.number("upscale_factor"))] * 2)
@@ -438,6 +448,7 @@ _READERS: dict[Callable[[Operation], Reading], str] = {
     _permute: "permute transpose",
     _reshape: "view reshape _unsafe_view flatten unflatten squeeze unsqueeze",
     _expand: "expand",
+    _repeat: "repeat",
     _shuffle: "pixel_shuffle pixel_unshuffle",
     _first: "getitem",
 }
