@@ -13,7 +13,7 @@ from tilepipe.compute import RegionEvaluator
 from tilepipe.geometry import Region
 from tilepipe.model import wrap
 from tilepipe.network import export
-from tilepipe.operations import NoRule
+from tilepipe.readings import NoRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,10 +24,10 @@ ORDER = [
     "footprint", "profile", "trial", "windows", "probe", "meaning", "channels", "ranges", "calls",
     "model", "intake", "factory", "checkpoint", "cost", "rehearsal", "sweep", "course", "compute",
     "constants", "interpolation", "transfer", "allocator", "rows", "network", "kernels",
-    "operations", "rules", "program", "vocabulary", "unet", "losses", "targets", "augment",
-    "overlay", "synthetic", "instances", "warping", "scores", "target", "guarded", "contents",
-    "volume", "images", "dimensions", "ome", "tiff", "calibration", "place", "bucket", "geometry",
-    "process", "errors",
+    "operations", "readings", "rules", "program", "vocabulary", "unet", "losses", "targets",
+    "augment", "overlay", "synthetic", "instances", "warping", "scores", "target", "guarded",
+    "contents", "volume", "images", "dimensions", "ome", "tiff", "calibration", "place", "bucket",
+    "geometry", "process", "errors",
 ]  # fmt: skip
 """Every module; an import may only point down this list."""
 KNOWS_NOT = {

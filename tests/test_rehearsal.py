@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tilepipe as tp
+from tests import zoo
 from tests.support import noise, read, write_volume
 from tests.test_regions import cut, known
 from tilepipe.compute import RegionEvaluator
@@ -17,8 +18,8 @@ from tilepipe.errors import BadRequest, TileError
 from tilepipe.geometry import Region
 from tilepipe.model import wrap
 from tilepipe.network import export
-from tilepipe.operations import NoRule
 from tilepipe.options import Options
+from tilepipe.readings import NoRule
 from tilepipe.rehearsal import rehearse
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def test_probed_networks_keep_their_own_boundary_on_their_lattice_only(
         tile=(32, 32), chunks=(32, 32),
     )  # fmt: skip
     if not accepted:
-        with pytest.raises(BadRequest, match=r"cannot be tiled exactly on 97,64 voxels: the model"):
+        with pytest.raises(BadRequest, match=r"cannot be tiled exactly on 97,64 voxels: windows"):
             tp.plan(source, model=model, options=options)
         return
     report = tp.segment(source, model=model, output=tmp_path / "o.zarr", options=options)
@@ -148,3 +149,25 @@ def test_other_rows_than_are_read_are_refused() -> None:
     evaluator = RegionEvaluator(regions.graph, known("resizing")[0].module)
     with pytest.raises(TileError, match="the network reads rows"):
         evaluator(Region((0, 0), (32, 32)), lambda rows: image)
+
+
+@pytest.mark.parametrize("strategy", ["direct", "sweep"])
+def test_networks_that_resize_are_segmented_with_their_own_boundary(
+    strategy: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = zoo.Resizing().eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    image = noise(40, 2497)
+    source = write_volume(tmp_path / "v.zarr", image, "yx", (40, 128))
+    options = Options(
+        network="tests.zoo:Resizing", boundary="network", normalize=SCALE, write="logits",
+        tile=(40, 256), chunks=(40, 128), strategy=strategy,
+    )  # fmt: skip
+    output = tmp_path / "o.zarr"
+    report = tp.segment(source, model=tmp_path / "weights.pt", output=output, options=options)
+    assert report.failures == []
+    grey = torch.from_numpy(image.astype("float32"))[None, None] * 0.00392156862745098
+    with torch.inference_mode():
+        truth = network(grey)[0].numpy()
+    assert abs(read(output) - truth).max() <= 5e-5 * (truth.max() - truth.min())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from tilepipe.operations import Operation, shape_of
+from tilepipe.readings import Operation, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

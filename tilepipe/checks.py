@@ -10,7 +10,7 @@ from tilepipe import machine
 from tilepipe.errors import BadRequest, comma, counted
 from tilepipe.geometry import Shape, ceil_to
 from tilepipe.network import NotExported, export, lattice
-from tilepipe.operations import NoRule
+from tilepipe.readings import NoRule
 from tilepipe.source import source_notices
 from tilepipe.trial import try_windows
 

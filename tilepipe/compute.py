@@ -18,7 +18,8 @@ from tilepipe.errors import TileError
 from tilepipe.geometry import Region
 from tilepipe.interpolation import sample
 from tilepipe.kernels import call, convolve, convolve_transposed, crop, fit
-from tilepipe.operations import NoRule, samplings, shape_of
+from tilepipe.operations import samplings
+from tilepipe.readings import NoRule, shape_of
 from tilepipe.rows import extents, inside_of, needs, pad_mode, padded_rows, pads_of, reads
 
 if TYPE_CHECKING:

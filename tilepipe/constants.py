@@ -9,7 +9,7 @@ import torch
 
 from tilepipe.kernels import call
 from tilepipe.network import ancestors
-from tilepipe.operations import NoRule
+from tilepipe.readings import NoRule
 
 if TYPE_CHECKING:
     from torch import fx, nn

@@ -21,7 +21,8 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from tilepipe.geometry import Context
-from tilepipe.operations import Flattened, NoRule, Operation, Reading, read_operation, shape_of
+from tilepipe.operations import read_operation
+from tilepipe.readings import Flattened, NoRule, Operation, Reading, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -14,9 +14,9 @@ from tilepipe.geometry import Context, Shape, ceil_to
 from tilepipe.meaning import Meaning, read_meaning
 from tilepipe.model import Model, load_model, wrap
 from tilepipe.network import NotExported, covering, export, lattice, own_context, unbound
-from tilepipe.operations import NoRule
 from tilepipe.probe import probe
 from tilepipe.process import borrowed
+from tilepipe.readings import NoRule
 from tilepipe.trial import try_windows
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from tilepipe.cost import Cost
 from tilepipe.course import Course, is_transposed
 from tilepipe.network import lattice, own_context
-from tilepipe.operations import shape_of
+from tilepipe.readings import shape_of
 from tilepipe.rows import clip, extents, reads_along, rows_along
 from tilepipe.sweep import Step, piece_rows, steps
 

@@ -10,7 +10,7 @@ import torch
 from tilepipe.compute import RegionEvaluator
 from tilepipe.geometry import Region
 from tilepipe.network import Graph, NotExported, export, first_line
-from tilepipe.operations import NoRule
+from tilepipe.readings import NoRule
 from tilepipe.sweep import Sweep
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from tilepipe.geometry import Region, mirror
-from tilepipe.operations import shape_of
+from tilepipe.readings import shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

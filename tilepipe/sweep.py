@@ -301,17 +301,17 @@ class Sweep:
             for link in links:
                 value = self._next(link, region, value)
             straight = end.operation.name == "relu"
-            if not straight:  # which may have another type, or other channels
-                value = self._next(end, region, value)
+            # What comes last may have another type, or other channels.
+            result = value if straight else self._next(end, region, value)
             if buffer is None:
-                buffer = self._buffer(end.node, value, (first, rows[1]))
+                buffer = self._buffer(end.node, result, (first, rows[1]))
                 if kept:
                     self._move_tail(end.node, buffer, first)
-            out = buffer.narrow(dim, low - first, value.shape[dim])
+            out = buffer.narrow(dim, low - first, result.shape[dim])
             if straight:
                 torch.clamp_min(value, 0, out=out)
             else:
-                out.copy_(value)
+                out.copy_(result)
         if kept:
             held.pieces.clear()
         held.pieces.append((first, rows[1], buffer))
