@@ -25,6 +25,8 @@ from tilepipe.unet import UNet
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tilepipe.segment import Report
+
 
 class Channels(nn.Module):
     """Two levels, and what its name says at the end."""
@@ -123,7 +125,9 @@ def test_masks_of_a_volume_slice_by_slice_are_evaluated_and_gone_on_with(tmp_pat
     again = tp.segment(source, model=model, output=output, options=options)
     assert (again.before, again.done) == (9, 0)
     other = replace(options, activation="softmax")
-    with pytest.raises(BadRequest, match=r"begun with another plan \(other .*activation"):
+    with pytest.raises(
+        BadRequest, match=r"begun with another plan \(activation sigmoid, not softmax\)"
+    ):
         tp.segment(source, model=model, output=output, options=other)
 
 
@@ -291,3 +295,36 @@ def test_a_checkpoint_says_itself_what_it_gives(tmp_path: Path) -> None:
     source = write_image(tmp_path, 45, 38)
     shown = tp.plan(source, model=model)
     assert str(shown.activation) == "sigmoid: by tilepipe"
+
+
+class Hidden(nn.Module):
+    """Three probabilities that overlap, in a form that no graph says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        values = self.first(image)
+        return torch.where(values > 0, values, -values).remainder(1.0)
+
+
+def test_masks_that_were_told_by_a_trial_are_gone_on_with(tmp_path: Path) -> None:
+    """What the trial has found is of the run, and not tried again by the one that goes on."""
+    model = write_network(tmp_path / "model.pt2", Hidden())
+    source, output = write_image(tmp_path, 45, 38), tmp_path / "out.zarr"
+    options = replace(PLAIN, activation="none")
+
+    def stop(report: Report) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tp.segment(source, model=model, output=output, options=options, progress=stop)
+    report = tp.segment(source, model=model, output=output, options=options)
+    assert (report.before, report.unfinished) == (1, 0)
+    assert str(report.plan.activation) == "none"
+    assert report.plan.activation.apart
+    image = np.asarray(zarr.open_array(source, mode="r")[:])
+    truth = one_pass(model, image[None])
+    clear = np.abs(truth - 0.5) < 0.49
+    np.testing.assert_array_equal(read(output)[clear], (truth > 0.5)[clear])

@@ -132,6 +132,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "shards": ({"shards": (1, 16, 16)}, "shards none, not 1,16,16"),
     "ome_version": ({"ome_version": "0.4"}, "ome_version 0.5, not 0.4"),
     "inexact": ({"inexact": True}, "inexact False, not True"),
+    "channels": ({"channels": (0,)}, "channels none, not 0"),
 }
 """By option, another value of it, and what the refusal says of it."""
 GOES_ON: dict[str, tuple[dict[str, object], ...]] = {
@@ -141,6 +142,8 @@ GOES_ON: dict[str, tuple[dict[str, object], ...]] = {
     "threshold": ({"threshold": 0.5},),
     "normalize": ({"normalize": "none"},),
     "tile": ({"tile": None},),
+    "activation": ({"activation": "sigmoid"},),
+    "series": ({"series": 0},),
     "durable": ({"durable": True}, {"durable": False}),
     "memory": ({"memory": 1_000_000_000}, {"memory": 2_000_000_000}),
     "threads": ({"threads": None},),

@@ -20,7 +20,7 @@ from tilepipe.predict import label_type
 from tilepipe.volume import read_mirrored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -78,9 +78,17 @@ class Answer:
 
 
 def find_activation(
-    model: Model, profile: Profile, volume: Volume, options: Options, *, resumed: bool
+    model: Model,
+    profile: Profile,
+    volume: Volume,
+    options: Options,
+    *,
+    earlier: Mapping[str, object] | None,
 ) -> Activation:
-    """Return what is applied, by whom; a run that goes on is not tried again.
+    """Return what is applied, by whom.
+
+    A run that goes on is not tried again: ``earlier`` is what `tilepipe.plan.Plan.identity` has of
+    its activation.
 
     Raises `BadRequest` where what is asked for cannot be made of what the network gives.
     """
@@ -102,10 +110,14 @@ def find_activation(
     elif meaning.activation:
         found = Activation(meaning.activation, "network", several and meaning.apart)
     elif asked == "none":
-        apart = several and not resumed and _overlap(model, profile, volume, options)
+        apart = several and (
+            bool(earlier["apart"])
+            if earlier is not None
+            else _overlap(model, profile, volume, options)
+        )
         found = Activation(apart=apart)
     else:
-        if not resumed and model.kind != "checkpoint":  # which says what it was trained for
+        if earlier is None and model.kind != "checkpoint":  # which says what it was trained for
             _check_values(model, profile, volume, options)
         found = Activation("softmax" if several else "sigmoid", "tilepipe")
     if options.threshold is not None and several and not found.apart:

@@ -42,6 +42,7 @@ APART = {
     "model.labels": "of the model's content",
     "options.activation": "`activation` is what it comes to, with what the network does itself",
     "options.axes": "`source.dimensions` says which axis is which, whoever said it",
+    "options.series": "`source.identity` says which image it is",
     "options.network": "`model.digest` is of its code, which may lie elsewhere",
     "options.normalize": "`normalize` is what it comes to with the model's own",
     "options.tile": "`sizes` has what it comes to",
@@ -56,8 +57,11 @@ APART = {
 """What is left out of the identity, and why no byte depends on it."""
 FOLLOWING = {
     "model.digest": ("options.head", "options.network_args"),
-    "source.identity": ("options.level",),
+    "source.identity": ("options.level", "options.channels"),
     "limit": (),
+    "activation.by": ("activation.name",),
+    "activation.apart": ("activation.name",),
+    "answer.stacked": ("activation.name", "activation.apart"),
     "answer.channels": (),
     "answer.dtype": (),
     "sizes.window": (),
@@ -68,6 +72,8 @@ CALLED = {
     "model.digest": "model with its --network",
     "source.identity": "source",
     "source.dimensions": "axes",
+    "activation.name": "activation",
+    "activation.apart": "overlapping classes",
 }
 """How what differs is called, where that is not its last name."""
 

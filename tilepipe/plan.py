@@ -241,7 +241,8 @@ def plan(
     if graph is None:
         checks.check_limit(network, profile, limit, options)
         checks.check_precision(network, profile, PRECISIONS[options.precision], options)
-    activation = find_activation(network, profile, volume, options, resumed=bool(earlier))
+    begun = cast("Mapping[str, object] | None", (earlier or {}).get("activation"))
+    activation = find_activation(network, profile, volume, options, earlier=begun)
     answer = find_answer(profile, options, activation)
     tiling = Tiling(
         model=network,
