@@ -548,3 +548,30 @@ def test_two_processes_train_together(tmp_path: Path, pair: tuple[str, str]) -> 
     one, other = (weights(tmp_path / f"{name}.pt.training/last.pt") for name in "ab")
     for key in one:  # the same patches; gradients are added up in another order
         assert torch.allclose(one[key], other[key], atol=2e-4), key
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path, pair: tuple[str, str]) -> None:
+    """The second would write its state over the first one's, and each would resume the other's."""
+    recipe = Recipe(**SMALL, steps=2)  # type: ignore[arg-type]
+    second: list[str] = []
+
+    def begin_another(report: Progress) -> None:
+        for overwrite in (False, True):
+            with pytest.raises(BadRequest) as caught:
+                train(
+                    [pair],
+                    output=tmp_path / "other.pt",
+                    recipe=recipe,
+                    folder=tmp_path / "log",
+                    overwrite=overwrite,
+                )
+            second.append(str(caught.value))
+
+    train(
+        [pair], output=tmp_path / "u.pt", recipe=recipe, folder=tmp_path / "log",
+        progress=begin_another,
+    )  # fmt: skip
+    assert "is being written by another training (host" in second[-1]
+    assert not (tmp_path / "other.pt").exists()
+    assert not (tmp_path / "log" / "lock").exists()
+    train([pair], output=tmp_path / "u.pt", recipe=recipe, folder=tmp_path / "log", overwrite=True)

@@ -6,11 +6,10 @@ go on from, the log, pictures, and the held-out images.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tilepipe.bucket import local_path
+from tilepipe.claim import Claim, Owner
 from tilepipe.contents import FILES
 from tilepipe.errors import BadRequest
 from tilepipe.learner import Learner, check_recipe, check_sources, rate
@@ -124,7 +124,7 @@ def train(
     material = open_material(pairs, apart, recipe, masks=masks)
     if resume:
         check_sources(folder / "state.pt", material.sources)
-    with _told_in_a_line(), joined(recipe.device) as team:
+    with _told_in_a_line(), joined(recipe.device) as team, _owned(folder, team):
         if not team.first:
             team.wait()  # for what the first one leaves in the folder
         elif not resume:
@@ -254,7 +254,7 @@ def _loop(
     return report or report_now(None)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _told_in_a_line() -> Iterator[None]:
     """Turn faults of storage, and memory that does not suffice, into what a user can mend."""
     try:
@@ -329,6 +329,27 @@ def _is_ours(name: str, above: str) -> bool:
     if above == "tensorboard":
         return name.startswith("events.out.tfevents.")
     return any(FILES.fullmatch(path) for path in (name, f"0/{name}"))
+
+
+@contextmanager
+def _owned(folder: Path, team: Team) -> Iterator[None]:
+    """Keep other trainings out of a folder, by a claim of the first of the processes."""
+    if not team.first:
+        yield
+        return
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = Claim.take(folder / "lock")
+    if isinstance(claim, Owner):
+        raise BadRequest(
+            f"log (={folder}) is being written by another training ({claim}); wait for it, or name"
+            " another output"
+        )
+    with closing(claim):
+        yield
+    if new:
+        with suppress(OSError):  # it holds what belongs to the training
+            folder.rmdir()
 
 
 def _begin(folder: Path) -> None:
