@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import tilepipe as tp
-from tests.support import noise, read, write_volume
+from tests.support import noise, read, right_to, write_volume
 from tilepipe.begin import _create as create
 from tilepipe.errors import BadRequest
 from tilepipe.factory import code_of, find_factory
@@ -207,12 +207,13 @@ def test_a_worker_elsewhere_finds_the_same_code(
     plan = tp.plan(
         source, model=tmp_path / "weights.pt", output=tmp_path / "o.zarr", options=options
     )
-    create(plan, overwrite=False)
-    (tmp_path / "job").write_bytes(pickle.dumps(SegmentJob(plan, "key")))
+    create(plan, plan.target, {}, overwrite=False)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-c", WORKER, "job"],
-        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with right_to(plan.target) as right:
+        (tmp_path / "job").write_bytes(pickle.dumps(SegmentJob(plan, right)))
+        ran = subprocess.run(
+            [sys.executable, "-c", WORKER, "job"],
+            cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["1600"]

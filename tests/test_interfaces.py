@@ -137,7 +137,7 @@ def test_zarr_configuration_is_a_dict() -> None:
 def test_tifffile_complains_in_these_words(tmp_path: Path) -> None:
     import tifffile
 
-    from tilepipe.tiff import _BROKEN
+    from tilepipe.tiff import _DAMAGED
 
     path = tmp_path / "v.tif"
     tifffile.imwrite(path, np.zeros((4, 64, 64), "uint8"), photometric="minisblack", metadata=None)
@@ -157,7 +157,7 @@ def test_tifffile_complains_in_these_words(tmp_path: Path) -> None:
         records.append(str(error))
     finally:
         logging.getLogger("tifffile").removeHandler(handler)
-    assert any(_BROKEN.search(record) for record in records), (
+    assert any(_DAMAGED.search(record) for record in records), (
         f"tilepipe.tiff knows a truncated file by tifffile's words; it says now: {records}"
     )
 

@@ -22,7 +22,7 @@ from tilepipe.fence import FRESH, Fence, NotOwner
 from tilepipe.geometry import Region
 from tilepipe.ledger import LEDGER, Ledger
 from tilepipe.options import Options
-from tilepipe.place import locate, remove_all
+from tilepipe.place import locate
 from tilepipe.segment import Report, segment
 from tilepipe.target import create_target, open_target
 
@@ -282,7 +282,7 @@ def test_a_ledger_whose_claim_is_gone_enters_nothing(folder: Place) -> None:
     with pytest.raises(NotOwner):
         ledger.mark(1)
     for path in list((locate(target, "output") / LEDGER).iterdir()):
-        remove_all(path)
+        path.unlink()
     taken = Claim.take(lock)
     assert isinstance(taken, Claim)
     with closing(taken), pytest.raises(NotOwner):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from tilepipe.network import Graph
 
+CHANGING = ("append", "insert", "extend", "pop", "clear", "remove", "reverse", "sort", "_set_item",
+            "__setitem__", "__delitem__", "Delete", "update", "setdefault", "popitem")  # fmt: skip
+"""Operations that change a list or a dict in place, so that what it was made of says nothing."""
 LARGEST = 64
 """Values of a constant tensor that are looked at: one number, or one for each channel."""
 
@@ -79,11 +82,18 @@ def script_calls(script: torch.jit.ScriptModule, head: int) -> Call | None:
             graph = torch.jit.freeze(script, optimize_numerics=False).graph
         except RuntimeError:  # it is frozen already, or holds what cannot be
             graph = script.inlined_graph
+    changed = {
+        next(iter(node.inputs())).debugName()
+        for kind in CHANGING
+        for node in graph.findAllNodes(f"aten::{kind}")
+    }
     values: dict[str, object] = {value.debugName(): Call("input", {}) for value in graph.inputs()}
     for node in graph.nodes():
         inputs = [values.get(value.debugName()) for value in node.inputs()]
         for number, value in enumerate(node.outputs()):
-            values[value.debugName()] = _script_value(node, inputs, number)
+            name = value.debugName()
+            is_known = name not in changed
+            values[name] = _script_value(node, inputs, number) if is_known else Call("changed", {})
     outputs = _tensors([values.get(value.debugName()) for value in graph.outputs()])
     return outputs[head] if outputs is not None and head < len(outputs) else None
 
@@ -104,7 +114,7 @@ def _script_value(node: torch._C.Node, inputs: list[object], number: int) -> obj
         return Call("getitem", {"0": first, "1": number})
     if kind in ("aten::__getitem__", "prim::TupleIndex"):
         place = inputs[1]
-        if isinstance(first, list) and isinstance(place, int):
+        if isinstance(first, list) and isinstance(place, int) and place < len(first):
             return first[place]
         if isinstance(first, dict) and isinstance(place, str | int):
             return first.get(place)

@@ -345,11 +345,15 @@ def _owned(folder: Path, team: Team) -> Iterator[None]:
             f"log (={folder}) is being written by another training ({claim}); wait for it, or name"
             " another output"
         )
-    with closing(claim):
-        yield
-    if new:
-        with suppress(OSError):  # it holds what belongs to the training
-            folder.rmdir()
+    try:
+        with closing(claim):
+            yield
+    finally:
+        if new and not (folder / "state.pt").exists():  # it ended before it could be gone on with
+            _remove_left(folder)
+            (folder / MARK).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
 
 
 def _begin(folder: Path) -> None:
@@ -357,10 +361,14 @@ def _begin(folder: Path) -> None:
 
     The state goes last, without which nothing goes on.
     """
+    _remove_left(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+
+
+def _remove_left(folder: Path) -> None:
     for place in sorted(_left(folder), key=lambda place: place.name == "state.pt"):
         if place.is_dir():
             shutil.rmtree(place)
         else:
             place.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
