@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -183,6 +184,30 @@ def test_a_worker_that_was_stopped_in_mid_tile_writes_nothing_to_the_next_output
             os.kill(worker, signal.SIGCONT)
         until(lambda: not any(client.run(busy).values()))
         assert np.array_equal(read(target), read(files / "other"))
+
+
+def test_a_driver_that_was_paused_writes_nothing_to_what_took_its_place(
+    files: Path, commands: Commands, tmp_path: Path
+) -> None:
+    """Its output was removed meanwhile, and begun anew with other options."""
+    target = tmp_path / "o"
+    driver = commands.start(command(files, target, "--engine", "serial"))
+    until(lambda: marked(target) >= 2)
+    os.kill(driver, signal.SIGSTOP)
+    try:
+        shutil.rmtree(target)
+        assert run(files, target, replace(OPTIONS, normalize=OTHER)).unfinished == 0
+    finally:
+        os.kill(driver, signal.SIGCONT)
+    code, shown = commands.end()
+    assert code == 1, shown
+    assert shown.splitlines()[-1].startswith("tilepipe: ")
+    assert "another run" in shown.splitlines()[-1]
+    assert np.array_equal(read(target), read(files / "other"))
+    ledger = Ledger.open(target, write=False)
+    assert ledger is not None
+    with ledger:
+        assert ledger.done == TILES
 
 
 def test_an_interrupted_run_leaves_no_writer_behind(
