@@ -92,7 +92,7 @@ def find_activation(
 
     Raises `BadRequest` where what is asked for cannot be made of what the network gives.
     """
-    meaning, asked, several = profile.meaning, options.activation, profile.classes > 1
+    meaning, choice, several = profile.meaning, options.activation, profile.classes > 1
     if options.write == "logits" and meaning.activation:
         raise BadRequest(
             f"write (=logits) needs a network that ends before its {meaning.activation};"
@@ -100,33 +100,33 @@ def find_activation(
         )
     if options.write in ("logits", "values"):
         return Activation()
-    if asked == "softmax" and not several:
+    if choice == "softmax" and not several:
         raise BadRequest(
             f"activation (=softmax) needs several channels; {model.path} gives 1, which would be"
             " 1 everywhere: use sigmoid"
         )
-    if asked in ("sigmoid", "softmax"):
-        found = Activation(asked, "tilepipe", several and asked == "sigmoid")
+    if choice in ("sigmoid", "softmax"):
+        activation = Activation(choice, "tilepipe", several and choice == "sigmoid")
     elif meaning.activation:
-        found = Activation(meaning.activation, "network", several and meaning.apart)
-    elif asked == "none":
+        activation = Activation(meaning.activation, "network", several and meaning.apart)
+    elif choice == "none":
         apart = several and (
             bool(earlier["apart"])
             if earlier is not None
             else _overlap(model, profile, volume, options)
         )
-        found = Activation(apart=apart)
+        activation = Activation(apart=apart)
     else:
         if earlier is None and model.kind != "checkpoint":  # which says what it was trained for
             _check_values(model, profile, volume, options)
-        found = Activation("softmax" if several else "sigmoid", "tilepipe")
-    if options.threshold is not None and several and not found.apart:
+        activation = Activation("softmax" if several else "sigmoid", "tilepipe")
+    if options.threshold is not None and several and not activation.apart:
         raise BadRequest(
             f"threshold (={options.threshold}) is for networks of one output channel, or of"
             f" classes that overlap; {model.path} has {profile.classes}, whose largest decides:"
             " leave it out, or use --activation sigmoid"
         )
-    return found
+    return activation
 
 
 def find_answer(profile: Profile, options: Options, activation: Activation) -> Answer:
@@ -227,8 +227,8 @@ def _of_volume(
         _normalization(rule, np.stack(images)) if rule.needs_pass else resolve(rule, volume)
     )
     for grey in images:
-        shown = normalization.apply(grey)
-        yield from _run(model, shown.reshape(shown.shape[0], *shown.shape[1 + leading :]))
+        image = normalization.apply(grey)
+        yield from _run(model, image.reshape(image.shape[0], *image.shape[1 + leading :]))
 
 
 def _normalization(rule: Rule, images: NDArray[np.float64]) -> Normalization:
@@ -255,12 +255,12 @@ def _run(model: Model, image: NDArray[np.float32]) -> Iterator[NDArray[np.float3
     """Yield what the network gives for an image, shape (channels, voxels); none where it is NaN."""
     try:
         with torch.inference_mode():
-            found = model.module(torch.from_numpy(image)[None].to(model.dtype))[0].float().numpy()
+            values = model.module(torch.from_numpy(image)[None].to(model.dtype))[0].float().numpy()
     except RuntimeError as error:  # also of operations that the CPU does not have
         what = f"{counted(image[0].size, 'voxel')} on the CPU"
         log.warning("what the network gives could not be looked at (%s): %s", what, error)
         return
-    found = found.reshape(found.shape[0], -1)
-    found = found[:, np.isfinite(found).all(axis=0)]
-    if found.size:
-        yield found
+    values = values.reshape(values.shape[0], -1)
+    values = values[:, np.isfinite(values).all(axis=0)]
+    if values.size:
+        yield values
