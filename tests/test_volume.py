@@ -310,8 +310,8 @@ def test_truncated_tiff_is_refused(
             volume = open_volume(path)  # only what comes after the voxels was lost
             np.testing.assert_array_equal(whole(volume).reshape(SHAPE), VOXELS)
             continue
-        cause = "is truncated: it ends" if kept != 100 else r"is truncated: |corrupted IFD"
-        with pytest.raises(BadRequest, match=cause) as caught:
+        # Older releases of tifffile do not say where tables that are cut off point.
+        with pytest.raises(BadRequest, match="is truncated(: it ends| or damaged)") as caught:
             open_volume(path)
         assert "\n" not in str(caught.value)
     assert not caplog.records

@@ -106,6 +106,11 @@ def open_tiff(path: Path, *, level: int, series: int | None = None) -> TiffImage
         raise _truncated(path, "within its tables") from error
     except Exception as error:
         _check_offsets(complaints.records, path)
+        if "corrupted IFD" in str(error):  # which tifffile says of tables that are cut off, too
+            raise BadRequest(
+                f"source (={path}) is truncated or damaged: its tables are not whole ({error});"
+                " copy it again"
+            ) from error
         raise _unreadable(path, str(error) or type(error).__name__) from error
     finally:
         logger.removeFilter(complaints)
