@@ -311,7 +311,7 @@ def test_truncated_tiff_is_refused(
             np.testing.assert_array_equal(whole(volume).reshape(SHAPE), VOXELS)
             continue
         # Older releases of tifffile do not say where tables that are cut off point.
-        with pytest.raises(BadRequest, match="is truncated(: it ends| or damaged)") as caught:
+        with pytest.raises(BadRequest, match=r"is truncated(: it ends| or damaged)") as caught:
             open_volume(path)
         assert "\n" not in str(caught.value)
     assert not caplog.records

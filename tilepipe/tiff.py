@@ -28,7 +28,7 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SUFFIXES = (".tif", ".tiff", ".svs", ".btf")
 LETTERS = tuple("tzyxc")
 _DAMAGED = re.compile(r"invalid (page )?offset|corrupt|TiffTag 2\d\d .*invalid")
-_OFFSET = re.compile(r"offset (?:to first page )?(\d+)")
+_OFFSET = re.compile(r"offset(?: to first page)?[ =](\d+)")
 
 
 @dataclass(frozen=True, slots=True)
