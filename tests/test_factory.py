@@ -8,6 +8,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ import tilepipe as tp
 from tests.support import noise, read, right_to, write_volume
 from tilepipe.begin import _create as create
 from tilepipe.errors import BadRequest
-from tilepipe.factory import code_of, find_factory
+from tilepipe.factory import build_network, code_of, find_factory
 from tilepipe.model import load_model
 from tilepipe.options import Options
 from tilepipe.unet import UNet
@@ -217,3 +219,35 @@ def test_a_worker_elsewhere_finds_the_same_code(
         )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["1600"]
+
+
+def test_networks_built_at_once_each_find_what_lies_beside_them(tmp_path: Path) -> None:
+    """Each changes the process's search path while it is built, and puts it back."""
+    built: list[object] = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"beside_{name}.py").write_text("from torch.nn import Identity")
+        (tmp_path / name / f"net_{name}.py").write_text(
+            "import time\n"
+            "def build(seconds):\n"
+            "    time.sleep(seconds)\n"
+            f"    from beside_{name} import Identity\n"
+            "    return Identity()\n"
+        )
+
+    def build(name: str, seconds: float) -> None:
+        reference = f"{tmp_path / name / f'net_{name}.py'}:build"
+        built.append(build_network(reference, {"seconds": seconds}, tmp_path))
+
+    before = list(sys.path)
+    threads = [
+        threading.Thread(target=build, args=("first", 0.5)),
+        threading.Thread(target=build, args=("second", 1.0)),
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join()
+    assert len(built) == 2
+    assert sys.path == before

@@ -386,6 +386,16 @@ def test_who_was_taken_over_notices(
         taken.close()
 
 
+def test_a_process_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
+    """As in a container whose first process does not: what has ended stays in the list."""
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", DYING, str(path)]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        taken = Claim.take(path)
+        assert isinstance(taken, Claim)
+        taken.close()
+
+
 def test_of_many_at_once_one_gets_it(quick_claims: None, folder: Place) -> None:
     path = folder / "lock"
     for dead in (False, True):

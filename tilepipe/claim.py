@@ -256,7 +256,10 @@ def _born() -> float:
 
 
 def _runs(owner: Owner) -> bool:
+    """Whether the process is there; one that has ended, and is not yet waited for, is not."""
     try:
-        return abs(psutil.Process(owner.pid).create_time() - owner.born) < 5
+        process = psutil.Process(owner.pid)
+        ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return not ended and abs(process.create_time() - owner.born) < 5
     except psutil.NoSuchProcess:
         return False

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 INIT = "__init__.py"
 _run: dict[tuple[Path, str], ModuleType] = {}
 """Files that were run, by the digest of their code: a second copy would take its memory twice."""
+_building = threading.RLock()
+"""Held while a network is built: what that changes of the process is put back in turn."""
 _imported: dict[Path, str] = {}
 """Digest of each file as it was when it was imported: code that has changed is imported anew."""
 
@@ -83,7 +86,7 @@ def build_network(
     _check_loaded(network, factory)
     _forget_changed(factory)
     try:
-        with undisturbed(), _importable(factory.roots):
+        with _building, undisturbed(), _importable(factory.roots):
             code = _load(factory)
             build = cast("Callable[..., object]", getattr(code, factory.name))
             module = build(**arguments)
