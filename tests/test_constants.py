@@ -120,3 +120,28 @@ def test_random_numbers_are_refused() -> None:
     graph = export(model.on_meta(), (1, 1, 40, 37))
     with pytest.raises(NoRule, match="random numbers"):
         RegionEvaluator(graph, model.module)
+
+
+class Standardized(nn.Module):
+    """A weight that is viewed as a matrix before it is used, as in ResNetV2 and spectral norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.two.weight.view(4, -1)
+        weight = (rows - rows.mean(1, keepdim=True)).view(4, 4, 3, 3)
+        return F.conv2d(torch.relu(self.one(x)), weight, padding=1)
+
+
+def test_weights_in_another_layout_are_viewed_as_they_were() -> None:
+    torch.manual_seed(0)
+    model, image = wrap(Standardized()), torch.rand(1, 1, 20, 24)
+    graph = export(model.on_meta(), (1, 1, 20, 24))
+    with torch.no_grad():
+        truth = model.module(image)
+        model.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        box = Region((0, 0), (20, 24))
+        found = RegionEvaluator(graph, model.module)(box, lambda r: image[(..., *r.slices)])
+    assert (found - truth).abs().max() <= 1e-5

@@ -127,6 +127,30 @@ def test_scripts_are_tried_at_the_networks_own_border(
     tp.plan(source, model=tmp_path / "script.pt", output=tmp_path / "o")
 
 
+class Patterned(nn.Module):
+    """Adds what repeats every four columns, which no NaN shows."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 2, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = torch.arange(x.shape[3], device=x.device)
+        return self.one(x) + columns % 4 * 0.1
+
+
+@pytest.mark.parametrize("boundary", ["mirror", "network"])
+@pytest.mark.parametrize("kernel", [3, 9], ids=["context 1", "context 4"])
+def test_a_pattern_of_columns_is_seen_by_windows_that_begin_on_every_phase(
+    kernel: int, boundary: str, tmp_path: Path
+) -> None:
+    model = traced(Patterned(kernel), tmp_path / "script.pt")
+    source = write_volume(tmp_path / "v.zarr", noise(60, 136), "yx")
+    options = Options(boundary=boundary, tile=(30, 30), chunks=(30, 30))
+    with pytest.raises(BadRequest, match="the answer depends on the size or the place"):
+        tp.plan(source, model=model, output=tmp_path / "o", options=options)
+
+
 class Cast(nn.Module):
     """Turns on autocast inside `forward`, by a context or by a decorator, or turns it off."""
 

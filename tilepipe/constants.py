@@ -44,6 +44,12 @@ def constants_of(graph: Graph, network: nn.Module) -> dict[fx.Node, object]:
         ):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise NoRule(f"operation {node.target} makes random numbers while the network runs")
+            read = {n: _contiguous(found[n]) for n in node.all_input_nodes}
             with torch.no_grad():
-                found[node] = call(node, found, like.device)
+                found[node] = call(node, read, like.device)
     return found
+
+
+def _contiguous(value: object) -> object:
+    """Return a tensor in the layout that it was exported in, which views of it rely on."""
+    return value.contiguous() if isinstance(value, torch.Tensor) else value

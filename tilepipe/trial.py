@@ -7,6 +7,7 @@ be read it is tried, along each axis, with the very windows that tiles are compu
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -155,15 +156,30 @@ def _spans(profile: Profile, axis: int, limit: Shape | None) -> tuple[int, int, 
         spans = [(0, size, lead + step, last), (step, step + size, lead + step, last)]
         return 0, size + step, spans
     part = ceil_to(LEAST, step)
-    windows = tuple(Windows(profile, (size,) * profile.axes, None) for size in (part, part + step))
     if limit is None:
-        stop = 2 * part + (part + step)
-        spans = windows[0].along(axis, 0, 2 * part) + windows[1].along(axis, 2 * part, stop)
-        return -lead, profile.accepted(axis, lead + stop + after), spans
-    least = ceil_to(lead + after, step) + 3 * part
+        length = 3 * part + 2 * step
+        spans = _alternating(profile, axis, part, length, None)
+        return -lead, profile.accepted(axis, lead + length + after), spans
+    least = ceil_to(lead + after, step) + 4 * part + 2 * step
     length = min(limit[axis], least + (limit[axis] - least) % step)
-    bounded = Windows(profile, (part,) * profile.axes, (length,) * profile.axes)
-    return 0, length, bounded.along(axis, 0, length)
+    return 0, length, _alternating(profile, axis, part, length, (length,) * profile.axes)
+
+
+def _alternating(
+    profile: Profile, axis: int, part: int, length: int, limit: Shape | None
+) -> list[Span]:
+    """Return windows of two sizes by turns, so that nothing but the step divides where they begin.
+
+    What repeats every few steps, such as a pattern of columns, would be alike in windows of one.
+    """
+    spans: list[Span] = []
+    start, sizes = 0, itertools.cycle((part + profile.context.step[axis], part))
+    while start < length:
+        size = next(sizes)
+        stop = min(length, start + size)
+        spans += Windows(profile, (size,) * profile.axes, limit).along(axis, start, stop)
+        start = stop
+    return spans
 
 
 def _compare(pairs: Iterator[Pair]) -> tuple[int, float]:
