@@ -375,3 +375,13 @@ def test_a_plan_that_a_crash_has_spoiled_is_told(
     with pytest.raises(BadRequest, match=r"--overwrite$"):
         run(made, output)
     assert run(made, output, overwrite=True).done == TILES
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "0/zarr.json", f"{LEDGER}/done"])
+def test_a_folder_in_place_of_a_file_is_told(made: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "o"
+    shutil.copytree(made / "begun-0.5", output)
+    (output / name).unlink()
+    (output / name).mkdir()
+    with pytest.raises(BadRequest, match=f"damaged: {name} is a folder"):
+        run(made, output)

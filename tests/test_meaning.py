@@ -280,3 +280,22 @@ def test_a_list_that_a_script_changes_says_nothing() -> None:
     assert script_calls(script, 1) is None
     call = script_calls(script, 0)
     assert call is None or not read_meaning(call, 2).activation
+
+
+class Mixed(nn.Module):
+    """A probability and two distances, as networks of star-convex objects give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        values = self.first(image)
+        return torch.cat([torch.sigmoid(values[:, :1]), values[:, 1:]], dim=1)
+
+
+def test_probabilities_beside_other_values_are_not_activated_again() -> None:
+    graph = export(Mixed().to("meta"), (1, 1, 32, 32))
+    meaning = read_meaning(graph_calls(graph), 2)
+    assert not meaning.activation
+    assert meaning.strange == "probabilities in some channels and other values in others"

@@ -352,3 +352,26 @@ def test_a_model_without_convolutions_is_refused(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Sequential(nn.ReLU())), tmp_path / "relu.pt")
     with pytest.raises(BadRequest, match="no convolution"):
         load_model(tmp_path / "relu.pt")
+
+
+class Resized(nn.Module):
+    """Its factor is a number that is not written as a whole one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        small = nn.functional.avg_pool2d(image, 2)
+        large = nn.functional.interpolate(small, scale_factor=2.0, mode="bicubic")
+        found: torch.Tensor = self.last(large)
+        return found
+
+
+def test_programs_may_hold_numbers_that_are_not_whole(tmp_path: Path) -> None:
+    size = {2: 2 * torch.export.Dim("h", min=8), 3: 2 * torch.export.Dim("w", min=8)}
+    program = torch.export.export(
+        Resized().eval(), (torch.rand(1, 1, 64, 64),), dynamic_shapes=(size,)
+    )
+    torch.export.save(program, tmp_path / "resized.pt2")
+    assert load_model(tmp_path / "resized.pt2").channels == 1

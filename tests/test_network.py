@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import nn
 
 import tilepipe as tp
 from tests import zoo
@@ -20,8 +21,6 @@ from tilepipe.profile import find_profile
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    from torch import nn
 
 
 def test_the_papers_network_needs_92_voxels_before_and_96_after() -> None:
@@ -191,3 +190,19 @@ def test_the_position_in_the_image_must_not_matter() -> None:
     assert (profile.fixed, profile.smallest) == (True, (256, 256))
     assert "a constant of the image's size" in profile.troubles[0]
     assert "windows differ from one pass" in profile.troubles[0]
+
+
+class Largest(nn.Module):
+    """The larger of two tensors, which is no extreme of the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Conv2d(1, 2, 3, padding=1) for _ in range(2))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.min(torch.max(self.one(image), self.other(image)), 2 * self.one(image))
+
+
+def test_the_larger_of_two_tensors_is_read_row_by_row() -> None:
+    found = find_profile(wrap(Largest()))
+    assert (found.troubles, found.context.before, found.context.after) == ((), (1, 1), (1, 1))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from tilepipe.place import Place
 
-EDGE, TILES = 64, 12
+EDGE, TILES = 64, 24
 OPTIONS = Options(write="probabilities", tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1)
 SIZES = ("--write", "probabilities", "--tile", "64,64", "--chunks", "64,64", "--threads", "1")
 OTHER = "scale:0.001,0.5"
@@ -44,10 +44,10 @@ OTHER = "scale:0.001,0.5"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A volume of 3 x 4 tiles that take a while each."""
+    """A volume of 4 x 6 tiles that take a while each."""
     folder = tmp_path_factory.mktemp("owned")
-    write_unet(folder / "net.pt", base=12, depth=2)
-    write_volume(folder / "v.zarr", noise(3 * EDGE, 4 * EDGE), "yx", (EDGE, EDGE))
+    write_unet(folder / "net.pt", base=48, depth=2)
+    write_volume(folder / "v.zarr", noise(4 * EDGE, 6 * EDGE), "yx", (EDGE, EDGE))
     for name, options in (("one", OPTIONS), ("other", replace(OPTIONS, normalize=OTHER))):
         run(folder, folder / name, options)
     assert not np.array_equal(read(folder / "one"), read(folder / "other"))
@@ -175,6 +175,7 @@ def test_a_worker_that_was_stopped_in_mid_tile_writes_nothing_to_the_next_output
         until(lambda: marked(target) >= 2)
         os.kill(worker, signal.SIGSTOP)
         try:
+            assert marked(target) < TILES
             os.kill(driver, signal.SIGKILL)
             assert commands.end()[0] == -signal.SIGKILL
             report = run(files, target, replace(OPTIONS, normalize=OTHER), overwrite=True)
@@ -195,6 +196,7 @@ def test_a_driver_that_was_paused_writes_nothing_to_what_took_its_place(
     until(lambda: marked(target) >= 2)
     os.kill(driver, signal.SIGSTOP)
     try:
+        assert marked(target) < TILES
         shutil.rmtree(target)
         assert run(files, target, replace(OPTIONS, normalize=OTHER)).unfinished == 0
     finally:
@@ -202,7 +204,7 @@ def test_a_driver_that_was_paused_writes_nothing_to_what_took_its_place(
     code, shown = commands.end()
     assert code == 1, shown
     assert shown.splitlines()[-1].startswith("tilepipe: ")
-    assert "another run" in shown.splitlines()[-1]
+    assert "nothing more is written" in shown.splitlines()[-1]
     assert np.array_equal(read(target), read(files / "other"))
     ledger = Ledger.open(target, write=False)
     assert ledger is not None
@@ -244,7 +246,7 @@ def test_only_the_owner_writes(output: str) -> None:
         late = open_target(output, leave=Fence(right))
         late.write(part, voxels)
     time.sleep(FRESH)
-    with pytest.raises(NotOwner, match="belongs to another run now; nothing more is written"):
+    with pytest.raises(NotOwner, match="is this run's no more; nothing more is written"):
         late.write(part, 2 * voxels)
     with right_to(output) as right:
         owner = open_target(output, leave=Fence(right))

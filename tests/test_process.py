@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import tilepipe as tp
+from tilepipe.process import borrowed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -178,3 +182,28 @@ def test_every_public_function_puts_back_what_it_changes(
 def test_every_public_function_is_looked_at() -> None:
     functions = {name for name in tp.__all__ if name.islower() and not name.startswith("_")}
     assert functions <= {line.split('"')[1] for line in PROGRAM.splitlines() if '": (' in line}
+
+
+def test_filters_of_warnings_outlive_calls_in_several_threads() -> None:
+    """Each of them puts back what it found, which may be what another has set for a while."""
+    before = list(warnings.filters)
+    inside = threading.Barrier(2)
+
+    def call(first: bool) -> None:
+        with borrowed():
+            if not first:
+                inside.wait()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if first:
+                    inside.wait()
+                    time.sleep(0.05)  # the other one has seen this filter, and ends later
+                else:
+                    time.sleep(0.15)
+
+    threads = [threading.Thread(target=call, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before

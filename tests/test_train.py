@@ -575,3 +575,15 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path, pair: tuple[str, st
     assert not (tmp_path / "other.pt").exists()
     assert not (tmp_path / "log" / "lock").exists()
     train([pair], output=tmp_path / "u.pt", recipe=recipe, folder=tmp_path / "log", overwrite=True)
+
+
+def test_a_training_that_was_killed_before_its_first_state_begins_anew(
+    tmp_path: Path, pair: tuple[str, str]
+) -> None:
+    """A job that always says ``--resume`` may be killed at any moment."""
+    (tmp_path / "u.pt.training").mkdir()
+    recipe = Recipe(**SMALL, steps=2)  # type: ignore[arg-type]
+    with pytest.raises(BadRequest, match=r"state\.pt does not exist"):
+        train([pair], output=tmp_path / "u.pt", recipe=recipe, resume=True)
+    (tmp_path / "u.pt.training" / ".tilepipe-training").touch()
+    assert train([pair], output=tmp_path / "u.pt", recipe=recipe, resume=True).step == 2

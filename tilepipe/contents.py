@@ -56,6 +56,18 @@ def check_ways(target: Place) -> None:
             _check_link(target, path)
         for entry in find(target / LEDGER, ""):
             _check_link(target, target / LEDGER / entry.name)
+        for name in (*MARKS, "0/zarr.json", "0/.zarray", "0/.zattrs"):
+            _check_file(target, name)
+        for name in ("plan.json", "done", "log"):
+            _check_file(target, f"{LEDGER}/{name}")
+
+
+def _check_file(target: Path, name: str) -> None:
+    if (target / name).is_dir():
+        raise BadRequest(
+            f"output (={target}) is damaged: {name} is a folder where a file should be; move it"
+            " away or name another path"
+        )
 
 
 def check_ours(target: Place) -> None:

@@ -76,9 +76,9 @@ class Fence:
         began = time.monotonic()
         owner = None if self._closed else read_owner(self._path)
         if owner is None or owner.token != self._right.token:
+            holder = f"belongs to another run now ({owner})" if owner else "is this run's no more"
             raise NotOwner(
-                f"output (={self._right.target}) belongs to another run now"
-                f"{f' ({owner})' if owner else ''}; nothing more is written by this one"
+                f"output (={self._right.target}) {holder}; nothing more is written by this one"
             )
         self._fresh_until = began + FRESH
 

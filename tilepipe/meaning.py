@@ -88,12 +88,16 @@ class Meaning:
     """Whether the graph is known back to operations with weights, which may give any value."""
     logarithm: bool = False
     """Whether it gives the logarithm of a probability, which is none and no logit either."""
+    mixed: bool = False
+    """Whether some channels are probabilities, and others are not known to be."""
 
     @property
     def strange(self) -> str:
         """Return what it gives, in words, where that is neither logits nor probabilities."""
         if self.logarithm:
             return "logarithms of probabilities"
+        if self.mixed:
+            return "probabilities in some channels and other values in others"
         if self.activation or self.low is None or self.high is None or self.low < 0:
             return ""
         return f"values of {self.low:g} to {self.high:g}"
@@ -109,7 +113,9 @@ def read_meaning(output: Call, axes: int) -> Meaning:
         return Meaning("softmax", low=0.0, high=1.0)
     low, high = (edge if math.isfinite(edge) else None for edge in (found.low, found.high))
     name = ("softmax" if found.softmax else "sigmoid") if found.is_probability else ""
-    return Meaning(name, apart=bool(name), low=low, high=high, weighted=found.known)
+    return Meaning(
+        name, apart=bool(name), low=low, high=high, weighted=found.known, mixed=found.mixed
+    )
 
 
 def _is(name: str, names: str) -> bool:
@@ -300,6 +306,9 @@ class _Walk:
             ranges = [self.of(part, axis) for part in parts]
             along = rank is None or axis is None or dim % rank == axis[0]
         found = either(ranges)
+        kinds = {part.is_probability for part in ranges}
+        if along and (len(kinds) > 1 or any(part.mixed for part in ranges)):
+            found = replace(found, mixed=True)
         if not along:
             totals = {found.total for found in ranges}
             return replace(found, total=totals.pop() if len(totals) == 1 else None)

@@ -159,7 +159,12 @@ def _cat(operation: Operation) -> Reading:
 
 
 def _reduction(operation: Operation) -> Reading:
-    """Read sums, means and extremes: pointwise unless an axis of the image is among the reduced."""
+    """Read sums, means and extremes: pointwise unless an axis of the image is among the reduced.
+
+    The larger of two tensors is read as their sum is.
+    """
+    if "other" in operation.arguments:
+        return _broadcast(operation)
     rank, dims = len(operation.shape(operation.source)), operation.dims[operation.source]
     reduced = [d % rank for d in operation.window("dim", 1, range(rank))]
     if set(reduced) & set(dims):
@@ -185,6 +190,8 @@ def _layer_norm(operation: Operation) -> Reading:
 
 
 def _linear(operation: Operation) -> Reading:
+    if operation.name == "einsum":  # which of its letters are the image's axes is not read
+        raise NoRule("operation einsum has no rule")
     spatial = [node for node in operation.node.all_input_nodes if node in operation.dims]
     last = len(operation.shape()) - 1
     if spatial != [operation.source] or last in operation.dims[operation.source]:

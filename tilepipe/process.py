@@ -25,7 +25,7 @@ _calls, _undo = 0, ExitStack()
 
 @contextmanager
 def borrowed() -> Iterator[None]:
-    """Put back what a call of the library changes: torch's threads and TF32, Zarr's configuration.
+    """Put back what a call of the library changes: torch's threads, Zarr's configuration, filters.
 
     Of calls inside one another, or at the same time in several threads, when the last one ends.
     """
@@ -37,6 +37,8 @@ def borrowed() -> Iterator[None]:
             _undo.enter_context(_torch_speed())
             _undo.enter_context(_zarr_config())
             _undo.enter_context(_inductor_folder())
+            # Calls in several threads put back each other's filters, in whatever order they end.
+            _undo.enter_context(warnings.catch_warnings())
     try:
         yield
     finally:

@@ -127,7 +127,8 @@ def _check_program_json(path: Path, value: object) -> None:
     elif isinstance(given := value.get("as_operator"), str) and not is_allowed(given):
         refused = f"the function {given}"
     elif isinstance(expression, str):
-        expression = re.sub(r"'\w+'", "", expression)  # the name of a symbol
+        # The name of a symbol, or a number that is not whole.
+        expression = re.sub(r"'(\w+|[+-]?\d+\.\d*(e[+-]?\d+)?)'", "", expression)
         called = re.findall(r"([A-Za-z_]\w*)\s*\(", expression)
         if (
             "__" in expression

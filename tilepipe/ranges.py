@@ -27,6 +27,8 @@ class Range:
     """Whether all operations back to weights are known here."""
     softmax: bool = False
     """Whether a softmax over channels is what keeps the values in their bounds."""
+    mixed: bool = False
+    """Whether some channels are probabilities, and others are not known to be."""
 
     @property
     def is_probability(self) -> bool:

@@ -6,6 +6,7 @@ go on from, the log, pictures, and the held-out images.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from tilepipe.study import Study
     from tilepipe.team import Team
     from tilepipe.validate import Score
+
+logger = logging.getLogger(__name__)
 
 TOLD = 10
 """Steps between two rows of the log."""
@@ -117,6 +120,13 @@ def train(
     preview = None if preview is None else Path(preview)
     if tensorboard:
         check_tensorboard()
+    if (
+        resume
+        and (folder / MARK).is_file()
+        and not any(path.exists() for path in (output, folder / "state.pt"))
+    ):
+        logger.info("the training was stopped before there was a state: it begins anew")
+        resume = False
     if is_first():
         _check_place(output, folder, recipe, resume=resume, overwrite=overwrite)
         if preview is not None and not (preview.suffix == ".png" and preview.parent.is_dir()):
