@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from tilepipe.errors import BadRequest
-from tilepipe.place import whole_file
+from tilepipe.place import sync_file, whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,6 +92,7 @@ def save_whole(path: Path, content: Mapping[str, object]) -> None:
     """Write a file of `torch.save`, whole or not at all; one that is there is replaced."""
     with whole_file(path) as partial:
         torch.save(content, partial)
+    sync_file(path.parent)
 
 
 def read_checkpoint(path: Path, content: Mapping[str, object]) -> Checkpoint:

@@ -67,12 +67,15 @@ class Fence:
         return self._closed or time.monotonic() >= self._fresh_until
 
     def check(self) -> None:
+        """Raise as `look` does, unless that has been seen a moment ago."""
+        if self.is_due:
+            self.look()
+
+    def look(self) -> None:
         """Raise `NotOwner` unless the run still owns the output.
 
         Raises OSError where the claim cannot be read.
         """
-        if not self.is_due:
-            return
         began = time.monotonic()
         owner = None if self._closed else read_owner(self._path)
         if owner is None or owner.token != self._right.token:

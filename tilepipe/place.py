@@ -94,22 +94,24 @@ def replace(place: Place, content: bytes) -> None:
         return
     with whole_file(place) as partial:
         partial.write_bytes(content)
+    sync_file(place.parent)  # of the name itself
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to; what was written there replaces ``path``, whole and on the disk.
+def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Give a path to write to; what was written there replaces ``path``, whole.
 
-    Where the writing fails, ``path`` is left as it was.
+    Where the writing fails, ``path`` is left as it was. With ``sync`` what was written is forced to
+    disk first; the folder's new name is not.
     """
     partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
     try:
         yield partial
-        sync_file(partial)
+        if sync:
+            sync_file(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_file(path.parent)  # of the name itself
 
 
 def sync_file(path: Path) -> None:

@@ -65,8 +65,6 @@ class Target:
     _array: AnyArray = field(repr=False)
     _store: GuardedStore = field(repr=False)
     _leave: Leave = field(repr=False)
-    _durable: bool
-    """Whether what was written is on the disk when `write` returns."""
 
     def write(self, region: Region, array: NDArray[np.generic]) -> None:
         """Write ``array``, of all channels, to a ``region`` of whole write units.
@@ -88,8 +86,7 @@ class Target:
         try:
             with self._leave.writing():
                 self._array[index] = array
-                if self._durable:
-                    self._store.sync()
+                self._store.sync()
         except (MemoryError, TileError):
             raise
         except Exception as error:
@@ -343,7 +340,7 @@ def open_target(path: str | Path, *, leave: Leave | None = None, durable: bool =
     if read_node(target / "0") is None:
         raise BadRequest(f"output (={path}) has lost its array 0")
     try:
-        store = GuardedStore.of(target / "0", leave or Granted())
+        store = GuardedStore.of(target / "0", leave or Granted(), durable=durable)
         array = zarr.open_array(store, mode="r+", zarr_format=node.zarr_format)
     except Exception as error:
         cause = f"{type(error).__name__}: {explain(error)}"[:200]
@@ -363,7 +360,6 @@ def open_target(path: str | Path, *, leave: Leave | None = None, durable: bool =
         _array=array,
         _store=store,
         _leave=leave or Granted(),
-        _durable=durable,
     )
 
 
