@@ -113,8 +113,15 @@ class GuardedStore(WrapperStore[Store]):
     async def delete(self, key: str) -> None:
         """Remove an object, with leave."""
         await self._ask(key)
-        await super().delete(key)
+        if self._folder is None:
+            await super().delete(key)
+        else:
+            await asyncio.to_thread(self._remove, self._folder / key)
         self._written.add(key)
+
+    def _remove(self, path: Path) -> None:
+        self._leave.look()
+        path.unlink(missing_ok=True)
 
     async def _ask(self, key: str) -> None:
         """Raise where we may not write, or the way to an object leads out through a link."""

@@ -170,6 +170,12 @@ class Ledger:
             self.done += 1
 
     @property
+    def fence(self) -> Fence:
+        """What lets this process write as long as the claim is held; see `right`."""
+        assert self._fence is not None
+        return self._fence
+
+    @property
     def right(self) -> Right:
         """What workers need to write for this run; only of a ledger that is open for writing."""
         assert self._claim is not None

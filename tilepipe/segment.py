@@ -143,7 +143,8 @@ def segment(
             report.unfinished = ledger.tiles - ledger.done
             if not report.unfinished:
                 ledger.check()
-                update_attributes(made.target, {"state": "done", "nonfinite": ledger.nonfinite()})
+                ending = {"state": "done", "nonfinite": ledger.nonfinite()}
+                update_attributes(made.target, ending, leave=ledger.fence)
     return report
 
 

@@ -373,12 +373,17 @@ def read_attributes(path: str | Path) -> dict[str, object]:
     return ours
 
 
-def update_attributes(path: str | Path, attributes: Mapping[str, object]) -> None:
-    """Set our own attributes of an output; those not named are kept. One writer at a time."""
+def update_attributes(
+    path: str | Path, attributes: Mapping[str, object], *, leave: Leave | None = None
+) -> None:
+    """Set our own attributes of an output; those not named are kept. One writer at a time.
+
+    ``leave`` is asked before they are written; without one it must be sure that we own the output.
+    """
     merged = {**read_attributes(path), **attributes}
     target = locate(path, "output")
     with _told(target):
-        store = GuardedStore.of(target, Granted())
+        store = GuardedStore.of(target, leave or Granted())
         group = zarr.open_group(store, mode="r+", use_consolidated=False)
         group.attrs[OURS] = cast("dict[str, JSON]", merged)
         store.sync()
