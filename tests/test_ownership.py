@@ -187,6 +187,7 @@ def test_a_worker_that_was_stopped_in_mid_tile_writes_nothing_to_the_next_output
         assert np.array_equal(read(target), read(files / "other"))
 
 
+@pytest.mark.long
 def test_a_driver_that_was_paused_writes_nothing_to_what_took_its_place(
     files: Path, commands: Commands, tmp_path: Path
 ) -> None:
