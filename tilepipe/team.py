@@ -63,7 +63,9 @@ def joined(name: str) -> Iterator[Team]:
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(hours=12),  # one process reads and validates while the others wait
     )
+    team = Team(device, int(os.environ["RANK"]), ranks)
     try:
-        yield Team(device, int(os.environ["RANK"]), ranks)
+        yield team
+        team.wait()  # none leaves while another still talks to it
     finally:
         torch.distributed.destroy_process_group()
