@@ -300,7 +300,8 @@ def test_a_tile_that_kills_its_worker_in_mid_batch_is_set_aside_alone(
     assert 0 <= len(notes(tmp_path, "deaths")) - (RETRIES + 1) <= 1
     again = Counter(map(int, notes(tmp_path, "done")))
     assert {*again} == {*range(tiles)} - {200}
-    assert max(outcome.attempts for outcome in found.values()) <= RETRIES  # hit beside it
+    # One that was hit beside it each time that it may be, and done at the last attempt.
+    assert max(outcome.attempts for outcome in found.values()) <= RETRIES + 1
     assert sum(outcome.attempts > 1 for outcome in found.values()) < MOST
 
 
