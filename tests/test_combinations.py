@@ -5,7 +5,6 @@ The table is the test: a choice that is added to `CHOICES` and met by no row fai
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -123,13 +122,14 @@ def scheduler() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Jobs]:
-    before = dict(os.environ)
-    os.environ["DASK_JOBQUEUE__SLURM__DEATH_TIMEOUT"] = "40"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with slurm_cluster.cluster():
-        yield Jobs(partition="debug", cores=1, memory=1_500_000_000, poll=0.5, walltime="00:10:00")
-    os.environ.clear()
-    os.environ.update(before)
+    """Jobs of a cluster; only what is set here is taken back, since others set things meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DASK_JOBQUEUE__SLURM__DEATH_TIMEOUT", "40")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with slurm_cluster.cluster():
+            yield Jobs(
+                partition="debug", cores=1, memory=1_500_000_000, poll=0.5, walltime="00:10:00"
+            )
 
 
 def options_of(row: Row) -> Options:
@@ -155,15 +155,16 @@ def runner(row: Row, files: Path, request: pytest.FixtureRequest) -> Callable[..
     """Return what segments to a target, with the row's engine."""
     source, model = files / f"{row.size}-{row.axes}.zarr", files / "net.pt"
 
+    requests: list[dict[str, object]] = [{"engine": "serial"}]
+    if row.engine == "dask":
+        requests = [{"engine": "dask", "scheduler": request.getfixturevalue("scheduler")}]
+    elif row.engine == "array":
+        requests = [{"shard": Shard(number, 2)} for number in (1, 2)]
+    elif row.engine == "slurm":
+        requests = [{"engine": "slurm", "jobs": request.getfixturevalue("jobs")}]
+
     def run(target: str, options: Options, **more: object) -> None:
-        asked: list[dict[str, object]] = [{"engine": "serial"}]
-        if row.engine == "dask":
-            asked = [{"engine": "dask", "scheduler": request.getfixturevalue("scheduler")}]
-        elif row.engine == "array":
-            asked = [{"shard": Shard(number, 2)} for number in (1, 2)]
-        elif row.engine == "slurm":
-            asked = [{"engine": "slurm", "jobs": request.getfixturevalue("jobs")}]
-        for each in asked:
+        for each in requests:
             report = segment(
                 source, model=model, output=target, options=options, **each, **more  # type: ignore[arg-type]
             )  # fmt: skip

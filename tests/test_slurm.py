@@ -45,13 +45,11 @@ CPU = replace(OPTIONS, device="cpu")
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Slurm]:
-    before = dict(os.environ)
-    os.environ["DASK_JOBQUEUE__SLURM__DEATH_TIMEOUT"] = "40"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with slurm_cluster.cluster() as found:
-        yield found
-    os.environ.clear()
-    os.environ.update(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DASK_JOBQUEUE__SLURM__DEATH_TIMEOUT", "40")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with slurm_cluster.cluster() as cluster:
+            yield cluster
 
 
 @pytest.fixture(autouse=True)
