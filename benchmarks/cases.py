@@ -11,14 +11,14 @@ import torch.nn.functional as F
 import zarr
 from torch import Tensor, nn
 
-from tilepipe.checkpoint import save_checkpoint
-from tilepipe.model import load_model
-from tilepipe.unet import UNet
+from tilepipe.models.checkpoint import save_checkpoint
+from tilepipe.models.model import load_model
+from tilepipe.models.unet import UNet
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tilepipe.model import Model
+    from tilepipe.models.model import Model
 
 SCALE = f"scale:{1 / 255},0"
 

@@ -31,9 +31,9 @@ def contend(name: str, case: Case, folder: Path, threads: int) -> dict[str, obje
     """Run one contender in this process and return what it took."""
     import torch
 
-    from tilepipe.allocator import keep_memory
+    from tilepipe.host.allocator import keep_memory
 
-    for module in ("tilepipe.segment", "torch.export", "torch._dynamo"):
+    for module in ("tilepipe.segmentation.segment", "torch.export", "torch._dynamo"):
         importlib.import_module(module)  # outside the timer, what the first export imports, too
 
     torch.set_num_threads(threads)
@@ -62,7 +62,7 @@ def bare(name: str, case: Case, folder: Path, threads: int) -> dict[str, object]
     """Time the network alone; the seconds are those of the whole at its best rate."""
     import torch
 
-    from tilepipe.plan import plan
+    from tilepipe.planning.plan import plan
 
     network, best = load(case, folder), (0.0, 0.0, (0,))
     layout = torch.channels_last if len(case.shape) == 2 else torch.channels_last_3d

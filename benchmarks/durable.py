@@ -20,7 +20,7 @@ import torch
 import zarr
 from torch import nn
 
-from tilepipe.unet import UNet
+from tilepipe.models.unet import UNet
 
 CASES = {
     "one 3x3 convolution": lambda: nn.Conv2d(1, 2, 3, padding=1),

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from tilepipe import machine
-from tilepipe.learner import Learner
-from tilepipe.loader import Loader
-from tilepipe.material import open_material
-from tilepipe.recipe import Recipe
-from tilepipe.study import prepare
-from tilepipe.synthetic import write_synthetic
-from tilepipe.team import joined
+from tilepipe.host import limits
+from tilepipe.training.dataset import open_material
+from tilepipe.training.experiment import prepare
+from tilepipe.training.learner import Learner
+from tilepipe.training.loader import Loader
+from tilepipe.training.ranks import joined
+from tilepipe.training.recipe import Recipe
+from tilepipe.volumes.synthetic import write_synthetic
 
 ISOTROPIC = {"base": 16, "depth": 3, "patch": (44, 44, 44), "rotate": "quarter"}
 CASES = {
@@ -39,7 +39,7 @@ def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[floa
     shape, options = CASES[name]
     image, labels = folder / f"{name}.zarr", folder / f"{name}-labels.zarr"
     write_synthetic(image, shape, seed=0, labels_path=labels)
-    cores = machine.cores()
+    cores = limits.cores()
     recipe = Recipe(**{**COMMON, "loaders": cores, **options})
     material = open_material([(str(image), str(labels))], (), recipe)
     with joined("auto") as team:
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"torch {torch.__version__}, {machine.cores()} cores, {device}\n")
+    print(f"torch {torch.__version__}, {limits.cores()} cores, {device}\n")
     print("| case | loader, patches/s | network, patches/s | ratio |\n|---|---|---|---|")
     for name in options.cases:
         with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import zarr
 from cases import Case, load, model_of, multiply_adds
 
-from tilepipe.profile import find_profile
+from tilepipe.models.spec import find_profile
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -61,7 +61,7 @@ def run_engine(engine: str, tiles: int, workers: int, output: str | None) -> Non
     import scale  # under this name the workers find the job
 
     from tilepipe.engines import dask, serial
-    from tilepipe.ledger import Ledger
+    from tilepipe.runs.ledger import Ledger
 
     def follow(outcomes: Iterable[TileResult | TileFailure], ledger: Ledger) -> None:
         from tilepipe.engines import TileResult
@@ -94,8 +94,8 @@ def run_engine(engine: str, tiles: int, workers: int, output: str | None) -> Non
 def run_resume(tiles: int, output: str | None) -> None:
     """Open a half-done ledger and find the first tile that is left."""
     from tilepipe.engines import TileResult
-    from tilepipe.ledger import Ledger, folder_of
-    from tilepipe.place import find
+    from tilepipe.runs.ledger import Ledger, folder_of
+    from tilepipe.storage.location import find
 
     with tempfile.TemporaryDirectory() as folder:
         target = output or folder
@@ -119,8 +119,8 @@ def run_plan(folder: Path) -> None:
     import zarr
 
     import tilepipe as tp
-    from tilepipe.checkpoint import save_checkpoint
-    from tilepipe.unet import UNet
+    from tilepipe.models.checkpoint import save_checkpoint
+    from tilepipe.models.unet import UNet
 
     torch.set_num_threads(1)
     shape: dict[str, object] = {"ndim": 3, "base": 16, "depth": 4}

@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from tilepipe.segment import Report
+    from tilepipe.segmentation.segment import Report
 
 EDGE, JOBS, MEMORY = 256, 4, 1_600_000_000
 """Voxels of a tile along each axis; jobs; bytes that a worker may take."""
@@ -57,7 +57,7 @@ def make(folder: Path, edge: int) -> None:
 
 def reference(folder: Path) -> Path:
     """Segment serially, a process for each half of the tiles; goes on where it was."""
-    from tilepipe.target import read_attributes
+    from tilepipe.volumes.output import read_attributes
 
     target, began = folder / "serial.zarr", time.monotonic()
     if not target.exists() or read_attributes(target).get("state") != "done":
@@ -129,8 +129,8 @@ class Losses(logging.Handler):
 def stress(folder: Path, *, every: float, seconds: float) -> None:
     """Segment on SLURM while jobs are killed, and tell what it took."""
     import tilepipe as tp
-    from tilepipe.cluster import job_name, log_folder
     from tilepipe.engines.jobs import Jobs
+    from tilepipe.segmentation.slurm import job_name, log_folder
 
     target = folder / "stressed.zarr"
     shutil.rmtree(target, ignore_errors=True)

@@ -22,7 +22,7 @@ import click
 from cases import Case, prepare
 
 if TYPE_CHECKING:
-    from tilepipe.segment import Report
+    from tilepipe.segmentation.segment import Report
 
 EDGE = 256
 """Voxels of a tile along each axis."""

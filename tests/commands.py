@@ -25,11 +25,11 @@ os.execv(sys.argv[1], sys.argv[1:])
 FORKING = """
 import json, os, signal, sys
 import torch
-import tilepipe.describe, tilepipe.engines.dask, tilepipe.segment
+import tilepipe.commands.words, tilepipe.engines.dask, tilepipe.segmentation.segment
 from tilepipe.cli import main
-from tilepipe.model import wrap
-from tilepipe.profile import find_profile
-from tilepipe.unet import UNet
+from tilepipe.models.model import wrap
+from tilepipe.models.spec import find_profile
+from tilepipe.models.unet import UNet
 
 torch.set_num_threads(1)
 find_profile(wrap(UNet(ndim=2, base=1, depth=2)))  # imports the rest; starts no thread

@@ -10,15 +10,15 @@ import torch
 from hypothesis import settings
 
 from tests import s3_server
-from tilepipe.bucket import Key
-from tilepipe.place import locate
+from tilepipe.storage.location import locate
+from tilepipe.storage.objects import Key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.s3_server import Server
-    from tilepipe.place import Place
+    from tilepipe.storage.location import Place
 
 torch.set_num_threads(1)
 settings.register_profile("tilepipe", deadline=None)  # shared machines pause

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 import zarr
 
-from tilepipe.checkpoint import save_checkpoint
-from tilepipe.fence import Right
 from tilepipe.geometry import Region, mirror
-from tilepipe.ledger import claimed
-from tilepipe.model import load_model
-from tilepipe.profile import find_profile
-from tilepipe.unet import UNet
-from tilepipe.windows import whole
+from tilepipe.models.checkpoint import save_checkpoint
+from tilepipe.models.model import load_model
+from tilepipe.models.spec import find_profile
+from tilepipe.models.unet import UNet
+from tilepipe.models.windows import whole
+from tilepipe.runs.fence import Right
+from tilepipe.runs.ledger import claimed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

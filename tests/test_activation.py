@@ -17,15 +17,15 @@ from torch import Tensor, nn
 import tilepipe as tp
 from tests.support import noise, one_pass, read, write_unet, write_volume
 from tilepipe.cli import main
+from tilepipe.commands.inspect import inspect
 from tilepipe.errors import BadRequest
-from tilepipe.inspect import inspect
+from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tilepipe.segment import Report
+    from tilepipe.segmentation.segment import Report
 
 
 class Channels(nn.Module):
@@ -236,7 +236,7 @@ def test_networks_of_small_weights_are_not_refused_by_chance(tmp_path: Path, kin
         network = UNet(ndim=2, base=2, depth=2, classes=1)
         torch.save(network.state_dict(), tmp_path / "model.pt")
         arguments = {"ndim": 2, "base": 2, "depth": 2, "classes": 1}
-        options = replace(PLAIN, network="tilepipe.unet:UNet", network_args=arguments)
+        options = replace(PLAIN, network="tilepipe.models.unet:UNet", network_args=arguments)
         tp.plan(source, model=tmp_path / "model.pt", options=options)
         with torch.no_grad():
             found = network.eval()(torch.from_numpy(image[None, None]))

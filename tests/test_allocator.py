@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, threading
 import numpy, zarr, torch
-from tilepipe.allocator import compute_thread, in_main_arena, keep_memory
+from tilepipe.host.allocator import compute_thread, in_main_arena, keep_memory
 
 def layers():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,9 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilepipe.augment import NONE, PAPER, SPLINE_MARGIN, Augmentation, Warp, draw_warp, grey
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
+from tilepipe.training.augment import (
+    NONE,
+    PAPER,
+    SPLINE_MARGIN,
+    Augmentation,
+    Warp,
+    draw_warp,
+    grey,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.support import noise, write_volume
-from tilepipe.cache import ChunkCache
 from tilepipe.geometry import Region
-from tilepipe.volume import open_volume
+from tilepipe.volumes.cache import ChunkCache
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path

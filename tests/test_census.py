@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import write_volume
-from tilepipe.cache import ChunkCache
-from tilepipe.census import Blocks, Census, Kind, Labels
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
-from tilepipe.targets import class_map
-from tilepipe.volume import open_volume
+from tilepipe.training.sampler import Blocks, Census, Kind, Labels
+from tilepipe.training.targets import class_map
+from tilepipe.volumes.cache import ChunkCache
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,12 +14,12 @@ from torch import nn
 import tilepipe as tp
 from tests.support import assert_close, noise, one_pass, read, write_volume
 from tests.test_unet import SHIPPED
-from tilepipe.checkpoint import read_checkpoint, save_checkpoint
+from tilepipe.commands.inspect import inspect
 from tilepipe.errors import BadRequest
-from tilepipe.inspect import inspect
-from tilepipe.model import load_model
+from tilepipe.models.checkpoint import read_checkpoint, save_checkpoint
+from tilepipe.models.model import load_model
+from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.unet import UNet
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,8 +21,8 @@ from tilepipe.engines import dask
 from tilepipe.engines.jobs import Jobs
 from tilepipe.errors import BadRequest
 from tilepipe.options import Options, Shard
-from tilepipe.place import locate, zarr_store
-from tilepipe.segment import Report, segment
+from tilepipe.segmentation.segment import Report, segment
+from tilepipe.storage.location import locate, zarr_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import zoo
-from tilepipe.compute import RegionEvaluator
 from tilepipe.geometry import Region
-from tilepipe.model import wrap
-from tilepipe.network import export
-from tilepipe.readings import NoRule
+from tilepipe.graph.evaluator import RegionEvaluator
+from tilepipe.graph.graph import export
+from tilepipe.graph.readings import NoRule
+from tilepipe.models.model import wrap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tilepipe.model import Model
-    from tilepipe.network import Graph
+    from tilepipe.graph.graph import Graph
+    from tilepipe.models.model import Model
 
 MODELS: dict[str, Model] = {}
 GRAPHS: dict[tuple[str, tuple[int, ...]], Graph] = {}

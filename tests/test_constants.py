@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tilepipe.compute import RegionEvaluator
 from tilepipe.geometry import Region
-from tilepipe.model import wrap
-from tilepipe.network import export
-from tilepipe.readings import NoRule
+from tilepipe.graph.evaluator import RegionEvaluator
+from tilepipe.graph.graph import export
+from tilepipe.graph.readings import NoRule
+from tilepipe.models.model import wrap
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,13 +13,13 @@ import pytest
 
 from tests.commands import ROOT
 from tests.support import noise, read, write_unet, write_volume
-from tilepipe.contents import LEDGER, check_ours, clear
 from tilepipe.errors import BadRequest
 from tilepipe.options import Options
-from tilepipe.place import Place, locate
-from tilepipe.segment import Report, plan_segment, segment
-from tilepipe.target import check_free, read_attributes
-from tilepipe.volume import open_volume
+from tilepipe.segmentation.segment import Report, plan_segment, segment
+from tilepipe.storage.contents import LEDGER, check_ours, clear
+from tilepipe.storage.location import Place, locate
+from tilepipe.volumes.output import check_free, read_attributes
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable

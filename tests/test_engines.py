@@ -26,7 +26,7 @@ from tilepipe.engines.batches import MOST
 from tilepipe.engines.plugin import plugin_name
 from tilepipe.engines.walltime import SPAN, SPARE
 from tilepipe.errors import BadRequest, TileError
-from tilepipe.ledger import Ledger
+from tilepipe.runs.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

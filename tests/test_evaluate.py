@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 
 import tilepipe as tp
 from tests.support import noise, write_volume
-from tilepipe import instances
 from tilepipe.cli import main
 from tilepipe.errors import BadRequest
-from tilepipe.evaluate import evaluate
-from tilepipe.instances import grow
-from tilepipe.scores import object_scores, partition_scores, pixel_scores, tabulate
+from tilepipe.evaluation.evaluate import evaluate
+from tilepipe.evaluation.scores import object_scores, partition_scores, pixel_scores, tabulate
+from tilepipe.instances import components as labelling
+from tilepipe.instances.components import grow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,8 +45,8 @@ def planewise(mask: NDArray[np.generic]) -> NDArray[np.int64]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instances, "BLOCK", 3000)
-    monkeypatch.setattr(instances, "CHUNK", 16)
+    monkeypatch.setattr(labelling, "BLOCK", 3000)
+    monkeypatch.setattr(labelling, "CHUNK", 16)
 
 
 def write(path: Path, image: NDArray[np.generic]) -> Path:

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import zoo
-from tilepipe.checks import find_limit
 from tilepipe.geometry import Region, TileGrid, mirror
+from tilepipe.models.spec import Profile, find_profile
+from tilepipe.models.windows import Windows, cut, whole
 from tilepipe.options import Options
-from tilepipe.profile import Profile, find_profile
-from tilepipe.windows import Windows, cut, whole
+from tilepipe.planning.checks import find_limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.geometry import Shape
-    from tilepipe.model import Model
+    from tilepipe.models.model import Model
 
 Floats = "NDArray[np.float64]"
 KNOWN: dict[str, tuple[Model, Profile]] = {}

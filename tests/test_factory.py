@@ -19,20 +19,20 @@ import torch
 
 import tilepipe as tp
 from tests.support import noise, read, right_to, write_volume
-from tilepipe.begin import _create as create
 from tilepipe.errors import BadRequest
-from tilepipe.factory import build_network, code_of, find_factory
-from tilepipe.model import load_model
+from tilepipe.models.factory import build_network, code_of, find_factory
+from tilepipe.models.model import load_model
+from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.unet import UNet
-from tilepipe.worker import SegmentJob
+from tilepipe.segmentation.resume import _create as create
+from tilepipe.segmentation.worker import SegmentJob
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(tp.__file__).parents[1]
 SMALL = {"base": 2}
-PARTS = "from tilepipe.unet import UNet as Inner\nDEPTH = 2\n"
+PARTS = "from tilepipe.models.unet import UNet as Inner\nDEPTH = 2\n"
 MODEL = """
 from .{name}_parts import DEPTH, Inner
 
@@ -157,7 +157,7 @@ def test_a_folder_of_the_name_of_an_installed_package_hides_nothing(
 def test_no_checkpoint_imports_code_by_itself(
     clone: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tilepipe.checkpoint import save_checkpoint
+    from tilepipe.models.checkpoint import save_checkpoint
 
     folder, name = clone
     monkeypatch.chdir(folder)

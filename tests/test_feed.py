@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilepipe.feed import Feed, Store, blocks
 from tilepipe.geometry import Region
+from tilepipe.segmentation.streams import Feed, Store, blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

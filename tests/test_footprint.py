@@ -14,14 +14,14 @@ import torch
 import tilepipe as tp
 from tests.support import noise, write_volume
 from tilepipe.errors import BadRequest
-from tilepipe.footprint import PROCESS, VARIES, process_memory
+from tilepipe.models.process_memory import PROCESS, VARIES, process_memory
+from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.unet import UNet
 
 MB = 1_000_000
 CODE = """
 import numpy
-from tilepipe.unet import UNet
+from tilepipe.models.unet import UNet
 BALLAST = numpy.ones({mb} * 125_000)
 class Net(UNet):
     def forward(self, image):
@@ -45,7 +45,9 @@ def write_network(folder: Path, mb: int) -> str:
 
 def test_what_the_plan_counts_is_what_a_process_takes(tmp_path: Path) -> None:
     network = write_network(tmp_path, 150)
-    assert process_memory(None, None) == process_memory("tilepipe.unet:UNet", None) == PROCESS
+    assert (
+        process_memory(None, None) == process_memory("tilepipe.models.unet:UNet", None) == PROCESS
+    )
     source = write_volume(tmp_path / "v.zarr", noise(64, 64), "yx")
     options = Options(network=network, network_args=ARCHITECTURE, normalize="none")
     plan = tp.plan(source, model=tmp_path / "weights.pt", options=options)

@@ -18,11 +18,11 @@ from torch import nn
 
 from tests.support import noise, read, write_volume
 from tilepipe.errors import BadRequest
-from tilepipe.identity import ALGORITHM, APART, check_same
-from tilepipe.ledger import LEDGER
 from tilepipe.options import Options
-from tilepipe.plan import Source, plan
-from tilepipe.segment import Report, plan_segment, segment
+from tilepipe.planning.identity import ALGORITHM, APART, check_same
+from tilepipe.planning.plan import Source, plan
+from tilepipe.runs.ledger import LEDGER
+from tilepipe.segmentation.segment import Report, plan_segment, segment
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,21 +15,21 @@ from click.testing import CliRunner
 
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
-from tilepipe.describe import describe_plan
+from tilepipe.commands.inspect import inspect
+from tilepipe.commands.words import describe_plan
 from tilepipe.errors import BadRequest
-from tilepipe.evaluate import evaluate
+from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.geometry import Region
-from tilepipe.inspect import inspect
-from tilepipe.instances import label_components
-from tilepipe.material import open_material
-from tilepipe.ome import parse_multiscale
+from tilepipe.instances.components import label_components
 from tilepipe.options import Options
-from tilepipe.plan import plan
-from tilepipe.recipe import Recipe
-from tilepipe.segment import segment
-from tilepipe.source import source_notices
-from tilepipe.study import prepare
-from tilepipe.volume import Volume, open_volume
+from tilepipe.planning.plan import plan
+from tilepipe.segmentation.segment import segment
+from tilepipe.training.dataset import open_material
+from tilepipe.training.experiment import prepare
+from tilepipe.training.recipe import Recipe
+from tilepipe.volumes.ome import parse_multiscale
+from tilepipe.volumes.source import source_notices
+from tilepipe.volumes.volume import Volume, open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path

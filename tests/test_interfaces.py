@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import tilepipe
-from tilepipe.network import export
+from tilepipe.graph.graph import export
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,20 +40,20 @@ def takes(function: Callable[..., object], *names: str) -> bool:
 def test_torch_operations_and_their_schemas() -> None:
     overload = torch.ops.aten.convolution.default
     assert isinstance(overload, torch._ops.OpOverload), (
-        "tilepipe.network and tilepipe.operations tell operations by torch._ops.OpOverload:"
+        "tilepipe.graph.graph and operations tell operations by torch._ops.OpOverload:"
         " take type(torch.ops.aten.add.Tensor)"
     )
     schema = overload._schema
     assert [argument.name for argument in schema.arguments][:3] == ["input", "weight", "bias"], (
-        "tilepipe.operations binds arguments by OpOverload._schema: read str(overload)"
+        "tilepipe.graph.operations binds arguments by OpOverload._schema: read str(overload)"
     )
     assert schema.name == "aten::convolution"
     assert not schema.is_mutable
-    assert has(schema.returns[0], "alias_info"), "tilepipe.network._is_plain tells views by it"
+    assert has(schema.returns[0], "alias_info"), "tilepipe.graph.graph._is_plain tells views by it"
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     reshape = torch.ops.aten.reshape.default
     assert reshape.has_kernel_for_dispatch_key(composite), (
-        "tilepipe.network._is_plain tells what is to be decomposed by it: decompose always, by"
+        "tilepipe.graph.graph._is_plain tells what is to be decomposed by it: decompose always, by"
         " ExportedProgram.run_decompositions({})"
     )
     assert not overload.has_kernel_for_dispatch_key(composite)
@@ -63,14 +63,14 @@ def test_torch_export_gives_a_graph_as_it_is_read() -> None:
     graph = export(nn.Conv2d(1, 2, 3).to("meta"), (1, 1, 64, 64))
     node = next(n for n in graph.program.graph.nodes if n.op == "call_function")
     assert tuple(node.meta["val"].shape) == (1, 2, 62, 62), (
-        "tilepipe.operations.shape_of reads shapes in node.meta['val']: run torch.fx's"
+        "tilepipe.graph.operations.shape_of reads shapes in node.meta['val']: run torch.fx's"
         " ShapeProp on the exported module"
     )
     signature = graph.program.graph_signature
     assert has(
         signature, "user_inputs", "inputs_to_parameters", "inputs_to_buffers",
         "inputs_to_lifted_tensor_constants",
-    ), "tilepipe.compute._constants reads them: go through signature.input_specs"  # fmt: skip
+    ), "tilepipe.graph reads constants by them: go through signature.input_specs"  # fmt: skip
 
 
 def test_torch_storages_can_be_watched() -> None:
@@ -83,15 +83,19 @@ def test_torch_storages_can_be_watched() -> None:
     assert isinstance(tensor.untyped_storage()._cdata, int)
     assert not watch.expired()
     del tensor
-    assert watch.expired(), "tilepipe.cost.Liveness counts memory by it: use weakref.finalize"
+    assert watch.expired(), (
+        "tilepipe.models.cost.Liveness counts memory by it: use weakref.finalize"
+    )
 
 
 def test_torch_trees() -> None:
     from torch.utils._pytree import tree_leaves, tree_map
 
-    assert tree_leaves({"a": [1, (2,)]}) == [1, 2], "tilepipe.cost: torch.utils.pytree has it too"
+    assert tree_leaves({"a": [1, (2,)]}) == [1, 2], (
+        "tilepipe.models.cost: torch.utils.pytree has it too"
+    )
     assert tree_map(lambda n: n + 1, ([1], {"a": 2})) == ([2], {"a": 3}), (
-        "tilepipe.kernels.call: take torch.fx.node.map_arg"
+        "tilepipe.graph.kernels.call: take torch.fx.node.map_arg"
     )
 
 
@@ -102,7 +106,9 @@ def test_torch_kernels_of_onednn() -> None:
     onto, none = torch.zeros(1, 3, 4, 4, 4), [0, 0, 0]
     ones = [1, 1, 1]
     truth = torch.conv3d(image, weight)
-    said = "tilepipe.kernels calls it with these arguments: look them up anew, or leave it out"
+    said = (
+        "tilepipe.graph.kernels calls it with these arguments: look them up anew, or leave it out"
+    )
     found = torch.mkldnn_convolution(image, weight, None, none, ones, ones, 1)
     assert torch.allclose(found, truth, atol=1e-5), said
     if (added := getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)) is not None:
@@ -120,7 +126,7 @@ def test_torch_scripts_tell_their_last_operation() -> None:
     script = torch.jit.trace(nn.Sigmoid(), torch.rand(1))
     graph = script.inlined_graph
     assert next(iter(graph.outputs())).node().kind() == "aten::sigmoid", (
-        "tilepipe.model.script_activation reads it: take torch.export's converter, or ask"
+        "tilepipe.models.model.script_activation reads it: take torch.export's converter, or ask"
     )
 
 
@@ -128,23 +134,27 @@ def test_zarr_configuration_is_a_dict() -> None:
     import zarr
 
     assert isinstance(zarr.config.config, dict), (
-        "tilepipe.process puts Zarr's configuration back by it: use zarr.config.set as a context"
+        "tilepipe.host.process puts Zarr's configuration back by it: use zarr.config.set"
     )
     for key in ("threading.max_workers", "async.concurrency"):
-        zarr.config.get(key)  # tilepipe.worker bounds the memory of reading by them
+        zarr.config.get(key)  # tilepipe.segmentation.worker bounds the memory of reading by them
 
 
 def test_tifffile_complains_in_these_words(tmp_path: Path) -> None:
     import tifffile
 
-    from tilepipe.tiff import _DAMAGED
+    from tilepipe.volumes.tiff import _DAMAGED
 
     path = tmp_path / "v.tif"
     tifffile.imwrite(path, np.zeros((4, 64, 64), "uint8"), photometric="minisblack", metadata=None)
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
-        assert has(series, "levels", "dataoffset", "nbytes", "axes"), "tilepipe.tiff reads them"
-        assert has(series[0], "dataoffsets", "databytecounts"), "tilepipe.tiff finds the end so"
+        assert has(series, "levels", "dataoffset", "nbytes", "axes"), (
+            "tilepipe.volumes.tiff reads them"
+        )
+        assert has(series[0], "dataoffsets", "databytecounts"), (
+            "tilepipe.volumes.tiff finds the end so"
+        )
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
@@ -158,7 +168,7 @@ def test_tifffile_complains_in_these_words(tmp_path: Path) -> None:
     finally:
         logging.getLogger("tifffile").removeHandler(handler)
     assert any(_DAMAGED.search(record) for record in records), (
-        f"tilepipe.tiff knows a truncated file by tifffile's words; it says now: {records}"
+        f"tilepipe.volumes.tiff knows a truncated file by tifffile's words; it says now: {records}"
     )
 
 
@@ -225,7 +235,7 @@ def test_dask_jobqueue_takes_what_it_is_given() -> None:
     pytest.importorskip("dask_jobqueue")
     from distributed import SpecCluster
 
-    from tilepipe.cluster import engine
+    from tilepipe.segmentation.slurm import engine
 
     engine()  # keeps the signals that importing dask-jobqueue takes
     from dask_jobqueue import slurm as jobqueue

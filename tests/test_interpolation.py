@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilepipe.interpolation import sample
-from tilepipe.rules import Rule, Sampling
+from tilepipe.graph.interpolation import sample
+from tilepipe.graph.rules import Rule, Sampling
 
 LENGTHS = st.integers(1, 3000)
 TYPES = [torch.float32, torch.float64, torch.bfloat16]

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import BATCH, DIGITS, Ledger, claimed, fingerprint
-from tilepipe.target import LEDGER
+from tilepipe.runs.ledger import BATCH, DIGITS, Ledger, claimed, fingerprint
+from tilepipe.volumes.output import LEDGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -247,7 +247,7 @@ def test_one_writer_and_any_readers(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, time
-from tilepipe.ledger import Ledger
+from tilepipe.runs.ledger import Ledger
 ledger = Ledger.open(sys.argv[1])
 ledger.mark(2)
 print("marked", flush=True)

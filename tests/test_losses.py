@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tilepipe.losses import CLASS_LOSSES, LOSSES, VALUE_LOSSES, both, cross_entropy, dice, l1, l2
-from tilepipe.targets import IGNORE
+from tilepipe.training.losses import (
+    CLASS_LOSSES,
+    LOSSES,
+    VALUE_LOSSES,
+    both,
+    cross_entropy,
+    dice,
+    l1,
+    l2,
+)
+from tilepipe.training.targets import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import tilepipe as tp
 from tests.support import noise, one_pass, read, write_volume
-from tilepipe.calls import graph_calls, script_calls
-from tilepipe.meaning import read_meaning
-from tilepipe.network import export
+from tilepipe.graph.calls import graph_calls, script_calls
+from tilepipe.graph.graph import export
+from tilepipe.graph.meaning import read_meaning
 from tilepipe.options import Options
 
 if TYPE_CHECKING:

@@ -14,19 +14,19 @@ import torch
 from torch import nn
 
 from tests import zoo
-from tilepipe import operations
-from tilepipe.checkpoint import save_checkpoint
 from tilepipe.errors import BadRequest
-from tilepipe.model import load_model, wrap
-from tilepipe.profile import find_profile
-from tilepipe.unet import UNet
-from tilepipe.vocabulary import ATEN
+from tilepipe.graph import operations
+from tilepipe.models.checkpoint import save_checkpoint
+from tilepipe.models.model import load_model, wrap
+from tilepipe.models.spec import find_profile
+from tilepipe.models.unet import UNet
+from tilepipe.models.vocabulary import ATEN
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SMALL = {"ndim": 2, "base": 2, "depth": 3}
-FACTORY = "tilepipe.unet:UNet"
+FACTORY = "tilepipe.models.unet:UNet"
 
 
 def small() -> UNet:
@@ -56,7 +56,10 @@ def test_a_state_dict_with_its_factory(tmp_path: Path) -> None:
 
 
 def test_a_factory_in_a_file(tmp_path: Path) -> None:
-    code = "from tilepipe.unet import UNet\ndef make(base): return UNet(ndim=2, base=base, depth=3)"
+    code = (
+        "from tilepipe.models.unet import UNet\n"
+        "def make(base): return UNet(ndim=2, base=base, depth=3)"
+    )
     (tmp_path / "nets.py").write_text(code)
     torch.save(small().state_dict(), tmp_path / "weights.pt")
     model = load_model(
@@ -332,7 +335,7 @@ def test_bad_files_are_refused_in_one_line(make: object, says: str, tmp_path: Pa
     [
         ("unet", {}, "must read package.module:factory"),
         ("no.such:UNet", {}, "cannot be built"),
-        ("tilepipe.unet:NoNet", {}, "cannot be built"),
+        ("tilepipe.models.unet:NoNet", {}, "cannot be built"),
         ("missing.py:UNet", {}, "cannot be built"),
         (FACTORY, {"colour": 3}, "cannot be built"),
         ("tilepipe.geometry:ceil_to", {"value": 3, "multiple": 2}, "gave int"),

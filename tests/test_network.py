@@ -13,10 +13,10 @@ from tests import zoo
 from tests.support import assert_close, noise, read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context
-from tilepipe.model import load_model, wrap
-from tilepipe.network import export, lattice, walk
+from tilepipe.graph.graph import export, lattice, walk
+from tilepipe.models.model import load_model, wrap
+from tilepipe.models.spec import find_profile
 from tilepipe.options import Options
-from tilepipe.profile import find_profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,7 +148,7 @@ def test_the_volumes_channels_are_tried_where_weights_do_not_tell(tmp_path: Path
 def test_probing_finds_that_there_is_no_context(
     network: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tilepipe.probe.LARGEST", {2: 128})
+    monkeypatch.setattr("tilepipe.models.probe.LARGEST", {2: 128})
     script = torch.jit.script(network().eval())
     torch.jit.save(script, tmp_path / "network.pt")
     assert (

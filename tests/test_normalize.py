@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.support import noise, write_volume
-from tilepipe import quantiles
 from tilepipe.errors import BadRequest
-from tilepipe.normalize import Normalization, parse, resolve
-from tilepipe.overlay import stretch
-from tilepipe.volume import open_volume
+from tilepipe.volumes import quantiles
+from tilepipe.volumes.normalize import Normalization, parse, resolve
+from tilepipe.volumes.overlay import stretch
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,15 +17,15 @@ from distributed import Client, LocalCluster
 
 from tests.commands import Commands, script, until
 from tests.support import noise, read, right_to, write_unet, write_volume
-from tilepipe.claim import Claim
 from tilepipe.engines import dask
-from tilepipe.fence import FRESH, Fence, NotOwner
 from tilepipe.geometry import Region
-from tilepipe.ledger import LEDGER, Ledger
 from tilepipe.options import Options
-from tilepipe.place import locate
-from tilepipe.segment import Report, segment
-from tilepipe.target import create_target, open_target
+from tilepipe.runs.fence import FRESH, Fence, NotOwner
+from tilepipe.runs.lease import Claim
+from tilepipe.runs.ledger import LEDGER, Ledger
+from tilepipe.segmentation.segment import Report, segment
+from tilepipe.storage.location import locate
+from tilepipe.volumes.output import create_target, open_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from distributed import Worker
 
-    from tilepipe.place import Place
+    from tilepipe.storage.location import Place
 
 EDGE, TILES = 64, 24
 OPTIONS = Options(write="probabilities", tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1)

@@ -13,18 +13,18 @@ import torch
 from scipy import ndimage
 
 from tests.support import assert_close, noise, one_pass, write_unet, write_volume
-from tilepipe.cache import ChunkCache
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
-from tilepipe.loader import Loader
-from tilepipe.material import _objects, count, make_patches, open_material
-from tilepipe.model import load_model, wrap
-from tilepipe.patches import Patches, frame
-from tilepipe.profile import find_profile
-from tilepipe.recipe import Recipe
-from tilepipe.targets import IGNORE, border_weights, class_map
-from tilepipe.team import Team
-from tilepipe.unet import UNet
+from tilepipe.models.model import load_model, wrap
+from tilepipe.models.spec import find_profile
+from tilepipe.models.unet import UNet
+from tilepipe.training.dataset import _objects, count, make_patches, open_material
+from tilepipe.training.loader import Loader
+from tilepipe.training.patches import Patches, frame
+from tilepipe.training.ranks import Team
+from tilepipe.training.recipe import Recipe
+from tilepipe.training.targets import IGNORE, border_weights, class_map
+from tilepipe.volumes.cache import ChunkCache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tilepipe import bucket
-from tilepipe.bucket import Key, Parts, explain
 from tilepipe.errors import BadRequest
-from tilepipe.place import (
+from tilepipe.storage import objects
+from tilepipe.storage.location import (
     append,
     check_writable,
     find,
@@ -22,12 +21,13 @@ from tilepipe.place import (
     remove_if,
     replace,
 )
+from tilepipe.storage.objects import Key, Parts, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.s3_server import Server
-    from tilepipe.place import Place
+    from tilepipe.storage.location import Place
 
 
 def test_what_is_written_is_found(folder: Place) -> None:
@@ -118,8 +118,8 @@ def granted() -> None:
 
 
 def test_what_is_appended_is_read_in_order(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "PART", 100)
-    monkeypatch.setattr(bucket, "FLUSH", 0.01)
+    monkeypatch.setattr(objects, "PART", 100)
+    monkeypatch.setattr(objects, "FLUSH", 0.01)
     records = [b"%07d\n" % n for n in range(300)]
     for part in (records[:100], records[100:]):
         with closing(append(folder / "done", granted)) as file:
@@ -147,7 +147,7 @@ def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
                 heir.write(b"b%d" % n)
                 heir.sync()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bucket, "PART", 1)
+            patch.setattr(objects, "PART", 1)
             dead.write(b"c")
             dead.sync()
             dead.write(b"d")
@@ -159,7 +159,7 @@ def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
 def test_what_was_appended_is_seen_soon(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "FLUSH", 0.05)
+    monkeypatch.setattr(objects, "FLUSH", 0.05)
     key = Key.parse(prefix()) / "done"
     with closing(Parts(key, granted)) as file:
         file.write(b"1")
@@ -177,15 +177,15 @@ def test_a_store_that_refuses_for_long_is_told(
     key = Key.parse(prefix()) / "done"
     parts = Parts(key, granted)
     parts.write(b"1")
-    bucket._store.cache_clear()
+    objects._store.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(bucket, "PATIENCE", 0.0)
+        patch.setattr(objects, "PATIENCE", 0.0)
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         with pytest.raises(PermissionError, match="SignatureDoesNotMatch"):
             parts.sync()
         with pytest.raises(PermissionError, match="SignatureDoesNotMatch"):
             parts.write(b"2")
-    bucket._store.cache_clear()
+    objects._store.cache_clear()
     parts.write(b"3")
     parts.close()
     [there] = find(key.parent, "done")
@@ -196,10 +196,10 @@ def test_a_thread_that_fails_for_good_is_told(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what is no OSError, such as a fault of a library: nothing is written any more."""
-    monkeypatch.setattr(bucket, "FLUSH", 0.01)
+    monkeypatch.setattr(objects, "FLUSH", 0.01)
     parts = Parts(Key.parse(prefix()) / "done", granted)
     with monkeypatch.context() as patch:
-        patch.setattr(bucket, "_store", lambda *_, **__: None)  # no store, says obstore
+        patch.setattr(objects, "_store", lambda *_, **__: None)  # no store, says obstore
         parts.write(b"1")
         parts._thread.join(timeout=60)
         assert not parts._thread.is_alive()
@@ -242,7 +242,7 @@ def test_a_store_that_creates_again_what_exists_is_refused(
     thread.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
-    bucket._store.cache_clear()
+    objects._store.cache_clear()
     try:
         with pytest.raises(OSError, match="creates again what exists"):
             check_writable(Key.parse("s3://tests/o"))
@@ -251,7 +251,7 @@ def test_a_store_that_creates_again_what_exists_is_refused(
         server.shutdown()
         thread.join()
         server.server_close()
-        bucket._store.cache_clear()
+        objects._store.cache_clear()
 
 
 def test_a_place_to_write_is_left_as_it_was(folder: Place) -> None:
@@ -263,7 +263,7 @@ def test_what_a_store_refuses_is_told_in_one_line(
     s3: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    bucket._store.cache_clear()
+    objects._store.cache_clear()
     try:
         key = Key.parse("s3://tests/refused")
         with pytest.raises(
@@ -273,7 +273,7 @@ def test_what_a_store_refuses_is_told_in_one_line(
         with pytest.raises(OSError, match="SignatureDoesNotMatch") as caught:
             key.is_dir()
     finally:
-        bucket._store.cache_clear()
+        objects._store.cache_clear()
     assert "\n" not in str(caught.value)
 
 

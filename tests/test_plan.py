@@ -16,25 +16,25 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import tilepipe as tp
 from tests import zoo
 from tests.support import noise, right_to, write_unet, write_volume
-from tilepipe.begin import _create
-from tilepipe.compute import RegionEvaluator
-from tilepipe.cost import Liveness
 from tilepipe.engines import serial
 from tilepipe.errors import BadRequest
-from tilepipe.fence import Right
 from tilepipe.geometry import Region, ceil_to, mirror
-from tilepipe.model import wrap
-from tilepipe.network import export
+from tilepipe.graph.evaluator import RegionEvaluator
+from tilepipe.graph.graph import export
+from tilepipe.graph.sweep import Sweep
+from tilepipe.models.cost import Liveness
+from tilepipe.models.model import wrap
+from tilepipe.models.spec import find_profile
+from tilepipe.models.unet import UNet
+from tilepipe.models.windows import whole
 from tilepipe.options import Options
-from tilepipe.plan import default_target
-from tilepipe.profile import find_profile
-from tilepipe.regions import regions_of
-from tilepipe.sweep import Sweep
-from tilepipe.tiling import _decoded
-from tilepipe.unet import UNet
-from tilepipe.volume import Volume
-from tilepipe.windows import whole
-from tilepipe.worker import SegmentJob
+from tilepipe.planning.plan import default_target
+from tilepipe.planning.regions import regions_of
+from tilepipe.planning.tiling import _decoded
+from tilepipe.runs.fence import Right
+from tilepipe.segmentation.resume import _create
+from tilepipe.segmentation.worker import SegmentJob
+from tilepipe.volumes.volume import Volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tilepipe.model import Model
-    from tilepipe.regions import Regions
-    from tilepipe.windows import Span
+    from tilepipe.models.model import Model
+    from tilepipe.models.windows import Span
+    from tilepipe.planning.regions import Regions
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ import pytest
 
 from tests.commands import Commands, until
 from tests.support import noise, read, write_unet, write_volume
-from tilepipe.checkpoint import save_whole
-from tilepipe.ledger import Ledger
+from tilepipe.models.checkpoint import save_whole
 from tilepipe.options import Options
-from tilepipe.place import replace
-from tilepipe.segment import segment
+from tilepipe.runs.ledger import Ledger
+from tilepipe.segmentation.segment import segment
+from tilepipe.storage.location import replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

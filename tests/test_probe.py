@@ -14,10 +14,10 @@ import tilepipe as tp
 from tests import zoo
 from tests.support import assert_close, noise, read, write_volume
 from tilepipe.errors import BadRequest
-from tilepipe.model import load_model
+from tilepipe.models.model import load_model
+from tilepipe.models.spec import find_profile
+from tilepipe.models.trial import Trial, try_windows
 from tilepipe.options import Options
-from tilepipe.profile import find_profile
-from tilepipe.trial import Trial, try_windows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ def traced(network: nn.Module, path: Path, *, side: int = 64, channels: int = 1)
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probe no images larger than the networks here need."""
-    monkeypatch.setattr("tilepipe.probe.LARGEST", {2: 128, 3: 64})
+    monkeypatch.setattr("tilepipe.models.probe.LARGEST", {2: 128, 3: 64})
     torch.manual_seed(0)
 
 
@@ -50,7 +50,7 @@ def test_a_traced_nested_unet_is_exact_unless_its_corners_are_aligned(
 ) -> None:
     """The context of the larger one left nothing to compare in the image that is probed."""
     if size["levels"] == 5:
-        monkeypatch.setattr("tilepipe.probe.LARGEST", {2: 256})
+        monkeypatch.setattr("tilepipe.models.probe.LARGEST", {2: 256})
     model = traced(zoo.Nested(align=align, **size), tmp_path / "script.pt")
     source = write_volume(tmp_path / "v.zarr", noise(90, 110), "yx")
     if align:

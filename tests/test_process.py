@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tilepipe as tp
-from tilepipe.process import borrowed
+from tilepipe.host.process import borrowed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +26,8 @@ import dask, numpy as np, torch, zarr
 import distributed, scipy.ndimage, scipy.sparse.csgraph, sympy, tifffile, torch.export
 import tilepipe as tp
 from tilepipe.options import Options
-from tilepipe.recipe import Recipe
-from tilepipe.unet import UNet
+from tilepipe.training.recipe import Recipe
+from tilepipe.models.unet import UNet
 from tests.support import noise, write_unet, write_volume
 
 LOGGERS = (None, "tilepipe", "tifffile", "zarr", "distributed", "dask", "torch", "asyncio")
@@ -96,7 +96,7 @@ def fail(*_):
 Path("net.py").write_text('''
 import os, random, sys, warnings
 import numpy, torch, zarr
-from tilepipe.unet import UNet
+from tilepipe.models.unet import UNet
 def build():
     torch.manual_seed(7), numpy.random.seed(7), random.seed(7)
     torch.set_num_threads(1), torch.set_default_dtype(torch.float64)

@@ -11,23 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import zoo
-from tilepipe.checks import find_limit
-from tilepipe.compute import RegionEvaluator
 from tilepipe.geometry import Region
+from tilepipe.graph.evaluator import RegionEvaluator
+from tilepipe.graph.sweep import Sweep
+from tilepipe.models.rehearsal import whole_graph
+from tilepipe.models.spec import find_profile
+from tilepipe.models.windows import whole
 from tilepipe.options import Options
-from tilepipe.profile import find_profile
-from tilepipe.regions import regions_of
-from tilepipe.rehearsal import whole_graph
-from tilepipe.sweep import Sweep
-from tilepipe.windows import whole
+from tilepipe.planning.checks import find_limit
+from tilepipe.planning.regions import regions_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tilepipe.geometry import Shape
-    from tilepipe.model import Model
-    from tilepipe.profile import Profile
-    from tilepipe.regions import Regions
+    from tilepipe.models.model import Model
+    from tilepipe.models.spec import Profile
+    from tilepipe.planning.regions import Regions
 
 KNOWN: dict[str, tuple[Model, Profile]] = {}
 

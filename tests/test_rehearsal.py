@@ -13,14 +13,14 @@ import tilepipe as tp
 from tests import zoo
 from tests.support import noise, read, write_volume
 from tests.test_regions import cut, known
-from tilepipe.compute import RegionEvaluator
 from tilepipe.errors import BadRequest, TileError
 from tilepipe.geometry import Region
-from tilepipe.model import wrap
-from tilepipe.network import export
+from tilepipe.graph.evaluator import RegionEvaluator
+from tilepipe.graph.graph import export
+from tilepipe.graph.readings import NoRule
+from tilepipe.models.model import wrap
+from tilepipe.models.rehearsal import rehearse
 from tilepipe.options import Options
-from tilepipe.readings import NoRule
-from tilepipe.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from pathlib import Path

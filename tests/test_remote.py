@@ -21,27 +21,28 @@ from tests import s3_server
 from tests.commands import Commands, until
 from tests.s3_server import SECRET
 from tests.support import noise, write_unet, write_volume
-from tilepipe import bucket, claim
-from tilepipe.bucket import Key, remove_keys
 from tilepipe.cli import _Progress, main
+from tilepipe.commands.inspect import inspect
 from tilepipe.errors import TileError
-from tilepipe.evaluate import evaluate
-from tilepipe.fence import Right
+from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.geometry import Region
-from tilepipe.inspect import inspect
-from tilepipe.ledger import Ledger
 from tilepipe.options import Options
-from tilepipe.segment import plan_segment, segment
-from tilepipe.target import LEDGER, open_target, read_attributes
-from tilepipe.volume import open_volume
-from tilepipe.worker import SegmentJob
+from tilepipe.runs import lease
+from tilepipe.runs.fence import Right
+from tilepipe.runs.ledger import Ledger
+from tilepipe.segmentation.segment import plan_segment, segment
+from tilepipe.segmentation.worker import SegmentJob
+from tilepipe.storage import objects as stores
+from tilepipe.storage.objects import Key, remove_keys
+from tilepipe.volumes.output import LEDGER, open_target, read_attributes
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.s3_server import Server
-    from tilepipe.segment import Report
+    from tilepipe.segmentation.segment import Report
 
 EDGE, TILES = 64, 36
 OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), shards=(EDGE, EDGE), threads=1)
@@ -263,7 +264,7 @@ def test_removing_what_is_not_there_is_no_error(
 ) -> None:
     """S3 says nothing of it; this store does, as Google's and Azure's do."""
     store = obstore.store.LocalStore(tmp_path, automatic_cleanup=True)
-    monkeypatch.setattr(bucket, "_store", lambda *_, **__: store)
+    monkeypatch.setattr(stores, "_store", lambda *_, **__: store)
     key = Key.parse("gs://bucket/folder")
     with pytest.raises(FileNotFoundError):
         obstore.delete(store, "folder")
@@ -305,9 +306,9 @@ def test_a_store_that_is_silent_for_a_while_costs_time_alone(
 def test_a_store_that_is_gone_ends_the_run(
     made: Path, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "RETRIES", 0)
-    monkeypatch.setattr(claim, "BEAT", 0.1)
-    monkeypatch.setattr(claim, "PATIENCE", 0.3)
+    monkeypatch.setattr(stores, "RETRIES", 0)
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "PATIENCE", 0.3)
     with s3_server.serving(tmp_path) as other, fresh_stores():
         monkeypatch.setenv("AWS_ENDPOINT_URL", other.environment["AWS_ENDPOINT_URL"])
 
@@ -330,7 +331,7 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
     class Failing(_Progress):
         def __call__(self, report: Report) -> None:
             if report.done == 2:
-                bucket._store.cache_clear()
+                stores._store.cache_clear()
                 monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
                 if interrupted:
                     raise KeyboardInterrupt
@@ -338,7 +339,7 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
     monkeypatch.setattr("tilepipe.cli._Progress", Failing)
     arguments = command(made, target)
     result = CliRunner().invoke(main, arguments)
-    bucket._store.cache_clear()
+    stores._store.cache_clear()
     last = result.stderr.splitlines()[-1]
     assert result.exit_code == (130 if interrupted else 1), result.stderr
     assert ("interrupted" if interrupted else "SignatureDoesNotMatch") in last
@@ -450,8 +451,8 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
 @contextlib.contextmanager
 def fresh_stores() -> Iterator[None]:
     """Let the environment be read anew, here and afterwards."""
-    bucket._store.cache_clear()
+    stores._store.cache_clear()
     try:
         yield
     finally:
-        bucket._store.cache_clear()
+        stores._store.cache_clear()

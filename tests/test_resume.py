@@ -18,14 +18,14 @@ import torch
 import zarr
 
 from tests.commands import WAIT, Commands, script, until
-from tilepipe.checkpoint import save_checkpoint
 from tilepipe.engines import dask
 from tilepipe.errors import BadRequest
-from tilepipe.ledger import LEDGER, Ledger
+from tilepipe.models.checkpoint import save_checkpoint
+from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.segment import Report, segment
-from tilepipe.target import read_attributes
-from tilepipe.unet import UNet
+from tilepipe.runs.ledger import LEDGER, Ledger
+from tilepipe.segmentation.segment import Report, segment
+from tilepipe.volumes.output import read_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,12 +15,12 @@ from distributed import SpecCluster
 
 from tests.support import write_unet
 from tilepipe.engines import TileResult, dask, serial
-from tilepipe.ledger import Ledger
 from tilepipe.options import Options
-from tilepipe.plan import plan
-from tilepipe.progress import RECENT, Log, read_progress
-from tilepipe.target import LEDGER
-from tilepipe.units import SHARD_BYTES
+from tilepipe.planning.chunking import SHARD_BYTES
+from tilepipe.planning.plan import plan
+from tilepipe.runs.ledger import Ledger
+from tilepipe.runs.log import RECENT, Log, read_progress
+from tilepipe.volumes.output import LEDGER
 
 if TYPE_CHECKING:
     from pathlib import Path

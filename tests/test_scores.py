@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tilepipe.scores import (
+from tilepipe.evaluation.scores import (
     TWENTIETHS,
     Table,
     add,

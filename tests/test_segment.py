@@ -17,10 +17,10 @@ from tests.support import assert_close, noise, one_pass, read, write_unet, write
 from tilepipe.engines import dask
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, mirror
-from tilepipe.model import load_model
+from tilepipe.models.model import load_model
+from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.unet import UNet
-from tilepipe.volume import open_volume
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,23 +19,23 @@ from hypothesis import strategies as st
 
 from tests.commands import ROOT, WAIT, until
 from tests.support import noise, write_unet, write_volume
-from tilepipe import claim
-from tilepipe.claim import Claim, Owner, living
 from tilepipe.cli import main
+from tilepipe.commands.inspect import inspect
 from tilepipe.errors import BadRequest, TileError
-from tilepipe.inspect import inspect
-from tilepipe.ledger import Ledger
 from tilepipe.options import Options, Shard
-from tilepipe.place import find
-from tilepipe.place import replace as replace_file
-from tilepipe.segment import plan_segment, segment
-from tilepipe.target import LEDGER, read_attributes
+from tilepipe.runs import lease
+from tilepipe.runs.lease import Claim, Owner, living
+from tilepipe.runs.ledger import Ledger
+from tilepipe.segmentation.segment import plan_segment, segment
+from tilepipe.storage.location import find
+from tilepipe.storage.location import replace as replace_file
+from tilepipe.volumes.output import LEDGER, read_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tilepipe.place import Place
+    from tilepipe.storage.location import Place
 
 EDGE, TILES, TASKS = 64, 36, 3
 SIZES = ("--tile", "64,64", "--chunks", "64,64", "--threads", "1", "--engine", "serial")
@@ -43,8 +43,8 @@ OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1)
 FORKING = """
 import json, os, sys, time
 import torch
-import tilepipe.describe, tilepipe.segment
-from tilepipe import worker
+import tilepipe.commands.words, tilepipe.segmentation.segment
+from tilepipe.segmentation import worker
 from tilepipe.cli import main
 
 torch.set_num_threads(1)
@@ -291,15 +291,15 @@ def test_a_task_with_another_plan_is_refused(made: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "BEAT", 0.1)
-    monkeypatch.setattr(claim, "LEASE", 0.6)
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "LEASE", 0.6)
 
 
 @contextmanager
 def elsewhere(path: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
     """Hold a claim as a process of another machine does: nobody here can see whether it lives."""
     with monkeypatch.context() as patch:
-        patch.setattr(claim, "_machine", lambda: "another")
+        patch.setattr(lease, "_machine", lambda: "another")
         taken = Claim.take(path, shard="1/2")
     assert isinstance(taken, Claim)
     try:
@@ -335,7 +335,7 @@ class Faulty:
 
 def test_a_claim_that_is_no_longer_kept_up_is_told(quick_claims: None, folder: Place) -> None:
     owner = Owner("host", "machine", 1, 0.0, "token", "")
-    replace_file(folder / "lock", claim._content(owner))
+    replace_file(folder / "lock", lease._content(owner))
     with closing(Claim(folder / "lock", owner, Faulty())) as broken:
         broken._thread.join(timeout=WAIT)
         with pytest.raises(TileError, match=r"cannot be kept .*ZeroDivisionError: of a") as caught:
@@ -423,8 +423,8 @@ def test_of_many_at_once_one_gets_it(quick_claims: None, folder: Place) -> None:
 
 DYING = """
 import os, sys
-from tilepipe.claim import Claim
-from tilepipe.place import locate
+from tilepipe.runs.lease import Claim
+from tilepipe.storage.location import locate
 Claim.take(locate(sys.argv[1], "claim"))
 os._exit(1)
 """

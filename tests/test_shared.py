@@ -10,9 +10,9 @@ import zarr
 
 import tilepipe as tp
 from tests.support import one_pass, read, write_unet
+from tilepipe.models.spec import find_profile
 from tilepipe.options import Options
-from tilepipe.profile import find_profile
-from tilepipe.volume import open_volume
+from tilepipe.volumes.volume import open_volume
 
 SHARED = Path(__file__).parents[2] / "shared"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data: {SHARED} is absent")

@@ -24,12 +24,12 @@ from tests.test_engines import FileJob, notes
 from tests.test_remote import objects, voxels
 from tests.test_resume import ARGUMENTS, OPTIONS, TILES, Case, check_whole, make_case, marked
 from tests.test_train import discs
-from tilepipe.cluster import log_folder
 from tilepipe.engines import TileResult, slurm
 from tilepipe.engines.jobs import Jobs
 from tilepipe.engines.squeue import fate
 from tilepipe.errors import TileError
-from tilepipe.segment import Report, segment
+from tilepipe.segmentation.segment import Report, segment
+from tilepipe.segmentation.slurm import log_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from tests import zoo
 from tests.test_compute import SIZES, graph_of, model_of
-from tilepipe.compute import RegionEvaluator
-from tilepipe.cost import Liveness
 from tilepipe.geometry import Region
-from tilepipe.model import wrap
-from tilepipe.network import export
-from tilepipe.profile import find_profile
-from tilepipe.regions import regions_of
-from tilepipe.rows import clip, extents, reads_along, rows_along
-from tilepipe.sweep import Sweep, steps
-from tilepipe.windows import whole
+from tilepipe.graph.bounds import clip, extents, reads_along, rows_along
+from tilepipe.graph.evaluator import RegionEvaluator
+from tilepipe.graph.graph import export
+from tilepipe.graph.sweep import Sweep, steps
+from tilepipe.models.cost import Liveness
+from tilepipe.models.model import wrap
+from tilepipe.models.spec import find_profile
+from tilepipe.models.windows import whole
+from tilepipe.planning.regions import regions_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,11 +11,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilepipe import synthetic
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
-from tilepipe.overlay import FOUND, GAP, MISSED, WRONG, dice, write_overlay
-from tilepipe.synthetic import nuclei, write_synthetic
+from tilepipe.volumes import synthetic
+from tilepipe.volumes.overlay import FOUND, GAP, MISSED, WRONG, dice, write_overlay
+from tilepipe.volumes.synthetic import nuclei, write_synthetic
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,7 @@ import zarr
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, TileGrid
-from tilepipe.target import (
+from tilepipe.volumes.output import (
     check_target,
     create_target,
     open_target,
@@ -23,7 +23,7 @@ from tilepipe.target import (
     update_attributes,
     write_unit,
 )
-from tilepipe.volume import open_volume
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path

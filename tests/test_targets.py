@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from tilepipe.targets import (
+from tilepipe.training.targets import (
     IGNORE,
     MARGIN,
     REACH,

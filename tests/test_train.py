@@ -21,20 +21,20 @@ from torch import nn
 from tests.support import read, write_volume
 from tilepipe.cli import main
 from tilepipe.errors import BadRequest
-from tilepipe.learner import rate
-from tilepipe.material import open_material
-from tilepipe.model import load_model
+from tilepipe.models.model import load_model
 from tilepipe.options import Options
-from tilepipe.recipe import CHOICES, Recipe
-from tilepipe.segment import segment
-from tilepipe.targets import TARGETS
-from tilepipe.train import Progress, train
-from tilepipe.validate import score
+from tilepipe.segmentation.segment import segment
+from tilepipe.training.dataset import open_material
+from tilepipe.training.learner import rate
+from tilepipe.training.recipe import CHOICES, Recipe
+from tilepipe.training.targets import TARGETS
+from tilepipe.training.train import Progress, train
+from tilepipe.training.validate import score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tilepipe.study import Study
+    from tilepipe.training.experiment import Study
 
 SMALL = {
     "target": "mask", "ndim": 2, "base": 4, "depth": 2, "patch": (24, 24), "elastic": 2.0,

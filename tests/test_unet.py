@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import tilepipe
-from tilepipe.checkpoint import save_checkpoint
 from tilepipe.errors import BadRequest
-from tilepipe.model import wrap
-from tilepipe.profile import find_profile
-from tilepipe.unet import Gate, UNet
+from tilepipe.models.checkpoint import save_checkpoint
+from tilepipe.models.model import wrap
+from tilepipe.models.spec import find_profile
+from tilepipe.models.unet import Gate, UNet
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SHIPPED = Path(tilepipe.__file__).parent / "networks" / "nuclei-2d.pt"
@@ -237,8 +237,8 @@ def test_a_checkpoint_builds_the_network_again(tmp_path: Path):
 
 def test_the_shipped_network_finds_nuclei():
     from tilepipe.geometry import Region
-    from tilepipe.overlay import dice
-    from tilepipe.synthetic import nuclei
+    from tilepipe.volumes.overlay import dice
+    from tilepipe.volumes.synthetic import nuclei
 
     assert SHIPPED.stat().st_size < 2_000_000
     content = torch.load(SHIPPED, weights_only=True)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
-from tilepipe.ome import parse_multiscale
-from tilepipe.tiff import plain_axes
-from tilepipe.volume import Volume, open_volume, read_mirrored, read_zero_padded
+from tilepipe.volumes.ome import parse_multiscale
+from tilepipe.volumes.tiff import plain_axes
+from tilepipe.volumes.volume import Volume, open_volume, read_mirrored, read_zero_padded
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tilepipe.warping import warping_mismatches
+from tilepipe.evaluation.warping import warping_mismatches
 
 masks = arrays(bool, (7, 9), elements=st.booleans())
 

@@ -11,10 +11,10 @@ import torch
 import tilepipe as tp
 from tests.support import assert_close, noise, read, right_to, write_unet, write_volume
 from tilepipe.engines import TileFailure, serial
+from tilepipe.models.predictor import Predictor
+from tilepipe.models.transfer import Transfer, is_out_of_memory
 from tilepipe.options import Options
-from tilepipe.predict import Predictor
-from tilepipe.transfer import Transfer, is_out_of_memory
-from tilepipe.worker import SegmentJob
+from tilepipe.segmentation.worker import SegmentJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.geometry import Region
-    from tilepipe.rows import Rows
+    from tilepipe.graph.bounds import Rows
 
 
 class Small(Predictor):
@@ -70,7 +70,7 @@ def test_where_memory_is_short_tiles_are_computed_in_parts(
     whole = tp.segment(source, model=model, output=tmp_path / "whole.zarr", options=options)
     assert whole.narrowed == 0
     monkeypatch.setattr(Small, "room", room)
-    monkeypatch.setattr("tilepipe.worker.Predictor", Small)
+    monkeypatch.setattr("tilepipe.segmentation.worker.Predictor", Small)
     report = tp.segment(source, model=model, output=tmp_path / "parts.zarr", options=options)
     assert report.done == report.narrowed == 1
     assert not report.failures
@@ -84,7 +84,7 @@ def test_a_worker_remembers_and_gives_up_at_the_smallest_part(
     options = Options(tile=(48, 100), chunks=(48, 25), strategy="sweep")
     tp.segment(source, model=model, output=tmp_path / "o", options=options)
     plan = tp.plan(source, model=model, output=tmp_path / "o", options=options)
-    monkeypatch.setattr("tilepipe.worker.Predictor", Small)
+    monkeypatch.setattr("tilepipe.segmentation.worker.Predictor", Small)
     monkeypatch.setattr(Small, "room", 50)
     with right_to(tmp_path / "o") as right:
         worker = SegmentJob(plan, right).open()

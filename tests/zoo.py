@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tilepipe.model import Model, wrap
-from tilepipe.unet import UNet
+from tilepipe.models.model import Model, wrap
+from tilepipe.models.unet import UNet
 
 if TYPE_CHECKING:
     from collections.abc import Callable

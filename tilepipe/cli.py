@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import click
 
 from tilepipe import __version__
-from tilepipe.allocator import keep_memory
-from tilepipe.arguments import (
+from tilepipe.commands.types import (
     Arguments,
     Numbers,
     paired,
@@ -27,14 +26,15 @@ from tilepipe.arguments import (
     segment_request,
     train_request,
 )
-from tilepipe.bucket import explain
 from tilepipe.errors import BadRequest, TileError
+from tilepipe.host.allocator import keep_memory
 from tilepipe.options import COMPONENTS, KINDS
+from tilepipe.storage.objects import explain
 
 if TYPE_CHECKING:
-    from tilepipe.plan import Plan
-    from tilepipe.segment import Report
-    from tilepipe.train import Progress as Training
+    from tilepipe.planning.plan import Plan
+    from tilepipe.segmentation.segment import Report
+    from tilepipe.training.train import Progress as Training
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -123,8 +123,8 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
 
     Run again after it was stopped, it goes on. Exit code 1: some tiles failed.
     """
-    from tilepipe.describe import describe_plan, describe_report
-    from tilepipe.segment import segment as run
+    from tilepipe.commands.words import describe_plan, describe_report
+    from tilepipe.segmentation.segment import segment as run
 
     def planned(plan: Plan) -> None:
         if plan.sizes.device == "cpu":
@@ -156,14 +156,14 @@ def segment(source: str, model: str, output: str | None, **values: object) -> No
 @_refusing
 def plan(source: str, model: str, output: str | None, as_json: bool, **values: object) -> None:
     """Show what segmenting SOURCE would do and cost; touches nothing."""
-    from tilepipe.describe import describe_plan
-    from tilepipe.segment import plan_segment
+    from tilepipe.commands.words import describe_plan
+    from tilepipe.segmentation.segment import plan_segment
 
     options, jobs = segment_options(values), segment_jobs(values)
     made = plan_segment(source, model=model, output=output, options=options, jobs=jobs, **values)  # type: ignore[arg-type]
     found, text = made.asdict(), describe_plan(made)
     if jobs is not None:
-        from tilepipe.cluster import describe, describe_jobs
+        from tilepipe.segmentation.slurm import describe, describe_jobs
 
         found["slurm"] = describe(made, jobs)
         text += "\n" + describe_jobs(made, jobs)
@@ -195,9 +195,9 @@ def train(
     The best checkpoint is all that `tilepipe segment` needs. What belongs to the training lies
     beside it, in FILE.training. Interrupted, it goes on with --resume.
     """
-    from tilepipe.describe import describe_study, describe_training
-    from tilepipe.predict import find_device
-    from tilepipe.train import train as run
+    from tilepipe.commands.words import describe_study, describe_training
+    from tilepipe.models.predictor import find_device
+    from tilepipe.training.train import train as run
 
     if find_device(str(values["device"])) == "cpu":
         keep_memory()
@@ -239,7 +239,7 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Describe a model, a volume, or an output and how far it is."""
-    from tilepipe.inspect import inspect as describe
+    from tilepipe.commands.inspect import inspect as describe
 
     found, text = describe(
         file, network=network, network_args=network_args, head=head, axes=axes, series=series
@@ -277,8 +277,8 @@ def inspect(
 @_refusing
 def evaluate(prediction: str, labels: str, as_json: bool, **values: object) -> None:
     """Compare PREDICTION with LABELS, block by block: how good a segmentation is."""
-    from tilepipe.describe import describe_scores
-    from tilepipe.evaluate import evaluate as run
+    from tilepipe.commands.words import describe_scores
+    from tilepipe.evaluation.evaluate import evaluate as run
 
     scores = run(prediction, labels, progress=_Progress().stage, **values)  # type: ignore[arg-type]
     click.echo(json.dumps(scores.asdict(), indent=1) if as_json else describe_scores(scores))
@@ -290,7 +290,7 @@ def evaluate(prediction: str, labels: str, as_json: bool, **values: object) -> N
 @_refusing
 def demo(size: int, output: str) -> None:
     """Make an image of nuclei, segment it in tiles and compare it with the truth."""
-    from tilepipe.demo import demo as run
+    from tilepipe.commands.demo import demo as run
 
     if "://" in output:
         raise BadRequest(f"output (={output}) must be a folder of this machine")
@@ -368,7 +368,7 @@ class _Training:
         seconds = 5.0 if sys.stderr.isatty() else LINE_SECONDS
         if report.score is None and time.monotonic() - self._told < seconds:
             return
-        from tilepipe.describe import describe_progress
+        from tilepipe.commands.words import describe_progress
 
         self._told = time.monotonic()
         click.echo(describe_progress(report), err=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tilepipe.model import load_model
-from tilepipe.overlay import dice, write_overlay
+from tilepipe.models.model import load_model
 from tilepipe.slices import parse_region
-from tilepipe.volume import open_volume
+from tilepipe.volumes.overlay import dice, write_overlay
+from tilepipe.volumes.volume import open_volume
 
 PICTURES = 4
 
@@ -25,7 +25,7 @@ def pictures(options: argparse.Namespace) -> list[str]:
     answer = found.read(region)[0] == options.show
     wanted = np.isin(truth.read(region)[0], options.truth)
     if options.membrane_of_objects:
-        from tilepipe.targets import class_map
+        from tilepipe.training.targets import class_map
 
         wanted = class_map(truth.read(region)[0].astype(np.int64), "membrane") == 1
     if grey.ndim == 2:

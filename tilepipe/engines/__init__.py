@@ -1,4 +1,4 @@
-"""What runs tiles. Engines know tiles by their index; they know no torch and no Zarr.
+"""Engines: what runs tiles, which they know by index; they know no torch and no Zarr.
 
 Every engine is a generator ``run(job, tiles)`` that takes tiles as it needs them, never holds
 more than a bounded window of them, and yields what became of each exactly once.

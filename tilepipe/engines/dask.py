@@ -277,7 +277,7 @@ def local_client(
             "memory_limit": 0,
             "host": "127.0.0.1",
             "dashboard_address": local,
-            "preload": [__name__, *["tilepipe.allocator"] * (not gpus)],  # calls dask_setup
+            "preload": [__name__, *["tilepipe.host.allocator"] * (not gpus)],  # calls dask_setup
             "env": env,
             "silence_logs": logging.CRITICAL,
         }

@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tilepipe.allocator import keep_memory
 from tilepipe.engines.walltime import SPAN
+from tilepipe.host.allocator import keep_memory
 
 if TYPE_CHECKING:
     from distributed import Worker

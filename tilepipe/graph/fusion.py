@@ -1,0 +1,126 @@
+"""How a sweep goes through a graph: what is computed together, and what is never made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tilepipe.graph.evaluator import is_special
+from tilepipe.graph.rules import SAME
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from tilepipe.graph.graph import Graph, Node
+
+
+class Course:
+    """How a sweep goes through a graph: what is computed, and what never has rows of its own."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.chains = _chains(graph)
+        """Operations that are computed together, by the last of them."""
+        self.views = {
+            item.node: item
+            for item in graph.nodes
+            if _is_crop(graph, item) and item.node is not graph.output
+        }
+        """Crops along the image's axes: they are read from their source."""
+        inner = {link.node for chain in self.chains.values() for link in chain[:-1]}
+        self.computed = [i for i in graph.nodes if i.node not in inner and i.node not in self.views]
+        """Those that have rows, in order."""
+        heads = (chain[0] for chain in self.chains.values())
+        self.unmade = {i.node for i in heads if i.operation.name == "cat"} | set(self.views)
+        """What is read from its sources again, whenever it is read."""
+        self.pieced = self._pieced(graph)
+        """What is read by concatenations alone, which take it piece by piece."""
+        self.last_reads = self._last_reads(graph)
+        """Which nodes nothing reads after this one."""
+
+    def _pieced(self, graph: Graph) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        whole = {graph.output}
+        for item in reversed(graph.nodes):
+            cat = item.operation.name == "cat" and not is_spatial(graph, item)
+            view = item.node in self.views and item.node not in whole
+            sources = (access.source for access in item.reading.accesses)
+            (found if cat or view else whole).update(sources)
+        return found - whole
+
+    def _last_reads(self, graph: Graph) -> dict[fx.Node, list[fx.Node]]:
+        ends = {link.node: end for end, chain in self.chains.items() for link in chain}
+        order = {item.node: place for place, item in enumerate(graph.nodes)}
+        last: dict[fx.Node, fx.Node] = {}
+        for item in graph.nodes:
+            if item.node in self.views:
+                continue
+            end = ends.get(item.node, item.node)
+            for access in item.reading.accesses:
+                source = access.source
+                while (view := self.views.get(source)) is not None:
+                    source = view.operation.source
+                last[source] = max(last.get(source, end), end, key=order.__getitem__)
+        found: dict[fx.Node, list[fx.Node]] = {item.node: [] for item in graph.nodes}
+        for source, end in last.items():
+            found[end].append(source)
+        return found
+
+
+def _chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
+    """Return the convolutions that only pointwise operations follow, by the last of these.
+
+    A chain is a convolution, operations that take each row from the same row of the one before,
+    and nothing else reads what lies between. It begins with the concatenation of channels that the
+    convolution alone reads, which is then never made.
+    """
+    before = {item.node: item for item in graph.nodes}
+    readers = Counter(access.source for item in graph.nodes for access in item.reading.accesses)
+    found: dict[fx.Node, tuple[Node, ...]] = {}
+    for item in graph.nodes:
+        name = item.operation.name
+        if "conv" in name and not is_transposed(item):
+            read = before.get(item.operation.source)
+            plain = item.operation.number("groups", 1) == 1
+            if plain and read and readers[read.node] == 1 and _joins_channels(graph, read):
+                found[item.node] = (read, item)
+            else:
+                found[item.node] = (item,)
+            continue
+        if len(item.reading.accesses) != 1 or is_special(item):
+            continue
+        [access] = item.reading.accesses
+        same = all(rule == SAME for rule in access.rules) and access.source in found
+        if (
+            same
+            and readers[access.source] == 1
+            and graph.dims[item.node] == graph.dims[access.source]
+        ):
+            found[item.node] = (*found.pop(access.source), item)
+    return {n: chain for n, chain in found.items() if "conv" not in chain[-1].operation.name}
+
+
+def _joins_channels(graph: Graph, item: Node) -> bool:
+    operation = item.operation
+    if operation.name != "cat" or 1 in graph.dims[item.node]:
+        return False
+    return operation.number("dim") % len(operation.shape()) == 1
+
+
+def is_transposed(item: Node) -> bool:
+    """Whether an operation is a transposed convolution."""
+    name = item.operation.name
+    return "conv" in name and (
+        "transpose" in name or bool(item.operation.arguments.get("transposed"))
+    )
+
+
+def _is_crop(graph: Graph, item: Node) -> bool:
+    """Whether an operation crops along the image's axes, so that nothing is copied."""
+    operation = item.operation
+    plain = operation.name == "slice" and operation.number("step", 1) == 1
+    return plain and is_spatial(graph, item)
+
+
+def is_spatial(graph: Graph, item: Node) -> bool:
+    """Whether an operation's ``dim`` is one of the image's axes."""
+    return item.operation.number("dim") % len(item.operation.shape()) in graph.dims[item.node]

@@ -1,0 +1,384 @@
+"""Model files: checkpoints, exported programs, TorchScript and plain state dicts, never unpickled.
+
+Shapes are ``batch, channels, (z,) y, x``; the network is in evaluation mode, on the CPU, as saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+import uuid
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from tilepipe.errors import BadRequest
+from tilepipe.graph.graph import first_line, register_tensors
+from tilepipe.host.process import borrowed
+from tilepipe.models.archive import load_program, load_tensors
+from tilepipe.models.checkpoint import Checkpoint, needs_code, read_checkpoint
+from tilepipe.models.cost import Cost, measure_cost
+from tilepipe.models.factory import build_network, digest_of, find_factory
+from tilepipe.models.intake import SINGLE, find_input
+from tilepipe.models.unet import UNet
+from tilepipe.storage.objects import local_path
+
+if TYPE_CHECKING:
+    from tilepipe.geometry import Shape
+
+log = logging.getLogger(__name__)
+
+
+class _Head(nn.Module):
+    """A network that returns several tensors, with one of them chosen."""
+
+    def __init__(self, network: nn.Module, head: int) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Return output number ``head``, counted through nested tuples, lists and dicts."""
+        outputs = list(tensors_of(self.network(image)))
+        if self.head >= len(outputs):
+            raise IndexError(f"head (={self.head}) must be below the {len(outputs)} outputs")
+        return outputs[self.head]
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """Return the tensors that a network gives, counted through nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return []
+
+
+@dataclass(eq=False, slots=True)
+class Model:
+    """A network ready to run, with what its file says of it."""
+
+    path: str
+    kind: str
+    """"checkpoint", "exported program", "TorchScript" or "state dict"."""
+    module: nn.Module
+    digest: str
+    """sha256 of everything that decides the weights and the architecture."""
+    axes: int
+    """Spatial axes of the input: 2 or 3."""
+    channels: int
+    """Channels of the input."""
+    head: int = 0
+    """Which of the outputs is taken."""
+    outputs: int = 0
+    """Tensors that the network returns; 0 until an input was accepted."""
+    fixed: Shape | None = None
+    """The only input size that an exported program of fixed size takes."""
+    normalize: str | None = None
+    labels: tuple[str, ...] = ()
+    """Names of the output's channels; empty where the file does not say them."""
+    answer: str = "classes"
+    """``classes``, or ``values``: what the network was trained to give."""
+    provenance: Mapping[str, object] = field(default_factory=dict)
+    trained: Mapping[str, object] | None = None
+    """Context of training, as the file says; tiling reads the network's own instead."""
+    accepted_side: int = 0
+    """A side of an input that was accepted; 0 until one was."""
+    _meta: nn.Module | None = None
+    _on_cpu: bool = False
+
+    @property
+    def exportable(self) -> bool:
+        """Whether `torch.export` can be tried; TorchScript is probed instead."""
+        return self.kind != "TorchScript"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides of inputs that a network which takes a single size may have been built for."""
+        return (self.accepted_side,) if self.accepted_side else SINGLE
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(tensor.numel() for tensor in self.module.parameters())
+
+    def on_meta(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return a copy of the network without memory, in a type if not its own."""
+        if dtype is not None and dtype != self.dtype:
+            return copy.deepcopy(self.on_meta()).to(dtype)
+        if self._meta is None:
+            if self.kind == "TorchScript":
+                self._meta = _Head(_load_script(self.path, "meta").eval(), self.head)
+            else:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of torch about parts of its own programs
+                    self._meta = copy.deepcopy(self.module).to("meta")
+        return self._meta
+
+    def in_double(self) -> nn.Module:
+        """Return a copy of the network in double precision."""
+        if self.kind == "TorchScript":
+            return _Head(_load_script(self.path, "cpu").eval().double(), self.head)
+        return copy.deepcopy(self.module).double()
+
+    def output_shape(self, shape: Shape) -> Shape | None:
+        """Return the spatial output shape for a spatial input ``shape``; None if it is refused."""
+        try:
+            return self._try(shape)[2:]
+        except Exception:  # whatever the network's own code raises
+            return None
+
+    def classes(self, shape: Shape) -> int:
+        """Return the channels of the output for a spatial input ``shape`` that is accepted."""
+        return self._try(shape)[1]
+
+    def refusal(self, shape: Shape, dtype: torch.dtype | None = None) -> str:
+        """Return why the network does not take this spatial input ``shape``, or a type."""
+        try:
+            self._try(shape, dtype)
+        except Exception as error:
+            return first_line(error)
+        return ""
+
+    def _try(self, shape: Shape, dtype: torch.dtype | None = None) -> Shape:
+        device, kind = "cpu" if self._on_cpu else "meta", dtype or self.dtype
+        image = torch.zeros((1, self.channels, *shape), device=device, dtype=kind)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                chosen = cast("_Head", self.module if self._on_cpu else self.on_meta(dtype))
+                outputs = tensors_of(chosen.network(image))
+        except (NotImplementedError, RuntimeError) as error:
+            looks = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+            if self._on_cpu or self.exportable or not looks:
+                raise
+            self._on_cpu = True  # a script that looks at values does not run on shapes alone
+            return self._try(shape)
+        self.outputs = len(outputs)
+        return tuple(outputs[self.head].shape)
+
+    def cost(self, shape: Shape) -> Cost:
+        """Return the multiply-adds and the memory of one pass over a spatial input ``shape``.
+
+        Of a script that does not run on shapes alone it is an estimate from a smaller input.
+        """
+        if self._on_cpu:
+            small = next(s for n in range(64, 2048) if self.output_shape(s := (n,) * self.axes))
+            image = torch.zeros((1, self.channels, *small), dtype=self.dtype)
+            found, times = measure_cost(self.module, image), math.prod(shape) / math.prod(small)
+            return Cost(int(found.multiply_adds * times), int(found.peak * times))
+        image = torch.empty((1, self.channels, *shape), device="meta", dtype=self.dtype)
+        return measure_cost(self.on_meta(), image)
+
+    @property
+    def script(self) -> torch.jit.ScriptModule | None:
+        """The network where it is TorchScript, else None."""
+        network = cast("_Head", self.module).network
+        return network if isinstance(network, torch.jit.ScriptModule) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the network's weights."""
+        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(kinds, torch.float32)
+
+
+@borrowed()
+def load_model(
+    path: str | Path,
+    *,
+    network: str | None = None,
+    network_args: Mapping[str, object] | None = None,
+    head: int = 0,
+    folder: str | Path | None = None,
+    channels: int | None = None,
+) -> Model:
+    """Load a model file, as any of the four kinds that the README lists.
+
+    ``network`` (``package.module:factory`` or ``file.py:factory``) builds the architecture of a
+    plain state dict, with ``network_args``, or that of a checkpoint of one's own network, whose
+    saved arguments are the default. ``folder``, by default the working directory, is where its
+    file, or a package that is not installed, is looked for. No code is imported that ``network``
+    does not name. What it reads is found from its weights; ``channels``, those of the volume, are
+    tried first. Raises `BadRequest` with one line otherwise.
+    """
+    if not isinstance(path, str | Path):
+        raise BadRequest(
+            f"model (={type(path).__name__}) must be a file, since every worker loads it: save"
+            " network.state_dict() and give its factory, or export the network to a .pt2"
+        )
+    path = local_path(path, "model")
+    if not path.is_file():
+        there = "a folder" if path.is_dir() else "nothing"
+        raise BadRequest(f"model (={path}) must be a file; there is {there}")
+    if not path.stat().st_size:
+        raise BadRequest(f"model (={path}) is empty")
+    if head < 0:
+        raise BadRequest(f"head (={head}) must not be negative")
+    content = path.read_bytes()
+    _check_magic(path, content)
+    digest, folder = hashlib.sha256(content), Path(folder or Path.cwd())
+    names = _archive_names(content)
+    said: Checkpoint | None = None
+    shape: Shape | None = None
+    takes_network = False
+    try:
+        if any(name.endswith("constants.pkl") for name in names) and any(
+            "/code/" in name for name in names
+        ):
+            kind, module = "TorchScript", _load_script(path, "cpu")
+        elif any(re.search(r"(^|/)models/[^/]+\.json$|exported_program\.json$", n) for n in names):
+            kind, (module, shape) = "exported program", load_program(path, content)
+        else:
+            saved = load_tensors(path, content)
+            if not isinstance(saved, Mapping):
+                raise BadRequest(f"model (={path}) holds a {type(saved).__name__}, not weights")
+            if "tilepipe" in saved:
+                kind, said = "checkpoint", read_checkpoint(path, saved)
+                takes_network = said.network is not None
+                module = _load_checkpoint(path, said, network, network_args, folder)
+            else:
+                kind, takes_network = "state dict", True
+                module = _load_state_dict(path, saved, network, network_args or {}, folder)
+            if takes_network:
+                place, _, name = (network or "").rpartition(":")
+                where = ".py" if place.endswith(".py") else place  # wherever the file lies
+                arguments = json.dumps(network_args or {}, sort_keys=True)
+                digest.update(f"{where}:{name} {arguments}".encode())
+                if network:
+                    digest.update(digest_of(find_factory(network, folder)).encode())
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, BadRequest):
+            raise
+        raise BadRequest(f"model (={path}) cannot be read: {first_line(error)}") from error
+    if network is not None and not takes_network:
+        raise BadRequest(
+            f"network (={network}) is for state dicts and checkpoints of one's own network; {path}"
+            f" is neither ({kind}): leave it out"
+        )
+    digest.update(f"head {head}".encode())
+    if kind != "exported program":  # which is in the mode that it was exported in
+        module.eval()
+    module = _Head(module, head)
+    if kind != "TorchScript":
+        register_tensors(module)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, head)
+    if said is not None:
+        model.normalize, model.labels, model.answer = said.normalize, said.labels, said.answer
+        model.provenance, model.trained = said.provenance, said.context
+    find_input(model, shape, channels)
+    return model
+
+
+def wrap(module: nn.Module, *, head: int = 0, channels: int | None = None) -> Model:
+    """Return a model of a network that is already in memory, in evaluation mode."""
+    register_tensors(module)
+    # Code is not seen, so that a network is like no other, whatever weights they share.
+    digest = hashlib.sha256(f"head {head} {uuid.uuid4()}".encode())
+    model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0, head)
+    find_input(model, None, channels)
+    return model
+
+
+def _check_magic(path: Path, content: bytes) -> None:
+    """Refuse what no version of `torch.save` wrote: neither an archive nor a pickle."""
+    if content[:1] == b"\x80" or (content[:2] == b"PK" and zipfile.is_zipfile(io.BytesIO(content))):
+        return
+    if content[:2] == b"PK":
+        raise BadRequest(f"model (={path}) is an archive that is not whole; copy it again")
+    raise BadRequest(
+        f"model (={path}) must be a file of torch.save, torch.export.save or torch.jit.save;"
+        f" it is none of them{': export the network to a .pt2' if path.suffix == '.onnx' else ''}"
+    )
+
+
+def _archive_names(content: bytes) -> list[str]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.namelist()
+    except zipfile.BadZipFile:
+        return []
+
+
+def _load_script(path: str | Path, device: str) -> nn.Module:
+    with warnings.catch_warnings():  # torch.jit is deprecated; files of its kind live on
+        warnings.simplefilter("ignore")
+        return cast("nn.Module", torch.jit.load(str(path), map_location=device))
+
+
+def _load_checkpoint(
+    path: Path,
+    said: Checkpoint,
+    network: str | None,
+    arguments: Mapping[str, object] | None,
+    folder: Path,
+) -> nn.Module:
+    """Build the paper's network, or by the user's factory, never by what the file names."""
+    module: nn.Module
+    if said.network is None:
+        try:
+            with torch.device("meta"):  # a small file may not ask for all of the memory
+                module = UNet(**said.arguments)  # type: ignore[arg-type]
+        except (TypeError, RuntimeError) as error:
+            raise BadRequest(
+                f"model (={path}) has an architecture that this tilepipe cannot build:"
+                f" {first_line(error)}; use the version that wrote it"
+            ) from None
+        _fill(path, module, said.weights, assign=True)
+        return module.float()
+    if network is None:
+        raise needs_code(path, said)
+    module = build_network(network, said.arguments if arguments is None else arguments, folder)
+    _fill(path, module, said.weights)
+    return module
+
+
+def _load_state_dict(
+    path: Path,
+    saved: Mapping[str, object],
+    network: str | None,
+    arguments: Mapping[str, object],
+    folder: Path,
+) -> nn.Module:
+    for key in ("state_dict", "model_state_dict", "model", "weights"):
+        inner = saved.get(key)
+        if isinstance(inner, Mapping):
+            saved = cast("Mapping[str, object]", inner)
+    weights = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    if not weights:
+        raise BadRequest(f"model (={path}) holds no weights")
+    if network is None:
+        raise BadRequest(
+            f"model (={path}) is a state dict of {len(weights)} tensors without its architecture;"
+            " give it with --network package.module:factory or file.py:factory"
+        )
+    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
+    module = build_network(network, arguments, folder)
+    _fill(path, module, weights)
+    return module
+
+
+def _fill(
+    path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor], *, assign: bool = False
+) -> None:
+    try:
+        module.load_state_dict(dict(weights), assign=assign)
+    except RuntimeError as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+        more = f", and {len(lines) - 2} more" if len(lines) > 2 else ""
+        detail = lines[min(1, len(lines) - 1)].rstrip(". ")[:200]
+        raise BadRequest(f"model (={path}) does not fit the network: {detail}{more}") from None

@@ -1,0 +1,346 @@
+"""Tiles by regions of the whole-image graph: what each reads, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from tilepipe.graph.bounds import clip, extents, reads_along, rows_along
+from tilepipe.graph.fusion import Course, is_transposed
+from tilepipe.graph.graph import lattice, own_context
+from tilepipe.graph.readings import shape_of
+from tilepipe.graph.sweep import Step, piece_rows, steps
+from tilepipe.models.cost import Cost
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import fx
+
+    from tilepipe.geometry import Context, Region, Shape
+    from tilepipe.graph.bounds import Rows
+    from tilepipe.graph.graph import Graph, Node
+    from tilepipe.models.spec import Profile
+    from tilepipe.models.windows import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """Cuts a volume where memory wants it: off the lattice or on it, every region is exact."""
+
+    graph: Graph
+    """Exported at the size of the whole mirrored volume."""
+    origin: Shape
+    """Volume voxel at the graph's first input row, per axis of the network."""
+    offset: Shape
+    """Input row under the graph's first output row."""
+    size: Shape
+    """Voxels of a region, at most."""
+    context: Context | None
+    """That of the graph; None where it has no lattice on which regions repeat."""
+    known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
+    """Rows that were found before, by axis, start and stop; may be shared."""
+    schedules: dict[tuple[int, int, int, int], list[Step]] = field(default_factory=dict)
+    """Steps that were found before, by axis, start, stop and slab; may be shared."""
+
+    def rows(self, axis: int, start: int, stop: int) -> dict[fx.Node, Rows]:
+        """Return the rows of every node that volume voxels ``start:stop`` need."""
+        key = axis, start, stop
+        if key not in self.known:
+            first = self.origin[axis] + self.offset[axis]
+            self.known[key] = rows_along(self.graph, axis, start - first, stop - first)
+        return self.known[key]
+
+    def moved(self, axis: int, start: int, stop: int) -> int:
+        """Return by how much a region may be moved towards the start and need as many rows.
+
+        Away from the borders of the whole, regions that differ by whole steps are alike.
+        """
+        if self.context is None:
+            return 0
+        step = self.context.step[axis]
+        margin = self.context.before[axis] + self.context.after[axis] + step
+        first = self.origin[axis] + self.offset[axis]
+        last = first + shape_of(self.graph.output)[2 + axis]
+        inside = start - first >= margin and last - stop >= margin
+        return (start - first - margin) // step * step if inside else 0
+
+    def along(self, axis: int, start: int, stop: int) -> list[Span]:
+        """Return the regions along one axis: what they read and what they answer for."""
+        spans = []
+        for a in range(start, stop, self.size[axis]):
+            b = min(a + self.size[axis], stop)
+            moved = self.moved(axis, a, b)
+            low, high = self.rows(axis, a - moved, b - moved)[self.graph.source]
+            begin = self.origin[axis] + moved
+            spans.append((low + begin, high + begin, a, b))
+        return spans
+
+    def output_box(self, keep: Region) -> Region:
+        """Return a region of the network's axes in the coordinates of the graph's output."""
+        first = [a + b for a, b in zip(self.origin, self.offset, strict=True)]
+        return keep.grow(first, [-n for n in first])
+
+    def cost(self, spans: Sequence[Sequence[Span]]) -> Cost:
+        """Return the cost of all combinations of the regions along each axis.
+
+        Multiply-adds are exact: those of an operation are a product over the axes of the rows it
+        computes. The peak is that of one region, from the liveness of the tensors.
+        """
+        chosen = [
+            [(self.rows(axis, a, b), n) for (a, b), n in self._alike(axis, along).items()]
+            for axis, along in enumerate(spans)
+        ]
+        total = 0
+        for item in self.graph.nodes:
+            if weights := _weights(item):
+                counts = [
+                    sum(n * _computed(self.graph, item, axis, rows) for rows, n in along)
+                    for axis, along in enumerate(chosen)
+                ]
+                total += weights * math.prod(counts)
+        largest = [
+            {node: max(rows[node][1] - rows[node][0] for rows, _ in along) for node in along[0][0]}
+            for along in chosen
+        ]
+        return Cost(total, self._peak(largest))
+
+    def swept(self, spans: Sequence[Sequence[Span]], axis: int, slab: int) -> Cost:
+        """Return the cost of the same regions, each swept along ``axis`` by ``slab`` rows.
+
+        The peak is that of a region away from the borders, or at the start, and no longer than it
+        takes to be alike from slab to slab.
+        """
+        total = self.cost(spans).multiply_adds + self._again(spans, axis, slab)
+        widths = {
+            node: _voxel_bytes(self.graph, node)
+            for node in (self.graph.source, *(item.node for item in self.graph.nodes))
+        }
+        for other, along in enumerate(spans):
+            if other != axis:
+                rows = [self.rows(other, a, b) for a, b in self._alike(other, along)]
+                for node in widths:
+                    widths[node] *= max(r[node][1] - r[node][0] if node in r else 0 for r in rows)
+        first = self.origin[axis] + self.offset[axis]
+        peak = 0
+        for a, b in list(self._alike(axis, spans[axis]))[:2]:
+            schedule = self._schedule(axis, a - first, b - first, slab)
+            memory = _SweptMemory(self.graph, widths)
+            for step in schedule:
+                memory.take(step)
+            peak = max(peak, memory.peak)
+        return Cost(total, peak)
+
+    def reread(self, spans: Sequence[Sequence[Span]], axis: int) -> int:
+        """Return the multiply-adds of as many rows as convolutions read again in each slab.
+
+        Nothing of it is computed, but to begin a slab takes about a third as long.
+        """
+        total = 0
+        for item in self.graph.nodes:
+            rule = item.reading.accesses[0].rules[axis]
+            weights = 0 if is_transposed(item) else _weights(item) * (rule.last - rule.first)
+            for other, along in enumerate(spans):
+                if other != axis and weights:
+                    alike = self._alike(other, along).items()
+                    weights *= sum(
+                        n * _computed(self.graph, item, other, self.rows(other, a, b))
+                        for (a, b), n in alike
+                    )
+            total += weights
+        return total
+
+    def _again(self, spans: Sequence[Sequence[Span]], axis: int, slab: int) -> int:
+        """Return the multiply-adds of what two slabs compute: where transposed kernels overlap."""
+        total, first = 0, self.origin[axis] + self.offset[axis]
+        for item in self.graph.nodes:
+            rule = item.reading.accesses[0].rules[axis]
+            if not is_transposed(item) or rule.last - rule.first < rule.den:
+                continue
+            rows = 0
+            for (a, b), n in self._alike(axis, spans[axis]).items():
+                once = _computed(self.graph, item, axis, self.rows(axis, a, b))
+                every = steps(self.graph, axis, a - first, b - first, slab)
+                new = (_computed(self.graph, item, axis, step.new) for step in every)
+                rows += n * (sum(new) - once)
+            for other, along in enumerate(spans):
+                if other != axis:
+                    alike = self._alike(other, along).items()
+                    computed = (
+                        n * _computed(self.graph, item, other, self.rows(other, a, b))
+                        for (a, b), n in alike
+                    )
+                    rows *= sum(computed)
+            total += _weights(item) * rows
+        return total
+
+    def _alike(self, axis: int, spans: Sequence[Span]) -> Counter[Rows]:
+        """Return one of all regions that need as many rows, as volume voxels, and their number."""
+        alike: Counter[Rows] = Counter()
+        for _, _, a, b in spans:
+            moved = self.moved(axis, a, b)
+            alike[a - moved, b - moved] += 1
+        return alike
+
+    def _schedule(self, axis: int, start: int, stop: int, slab: int) -> list[Step]:
+        """Return the steps until they are alike."""
+        reach = 0 if self.context is None else self.context.before[axis] + self.context.after[axis]
+        stop = min(stop, start + 2 * reach + 4 * slab) if self.context is not None else stop
+        key = axis, start, stop, slab
+        if key not in self.schedules:
+            self.schedules[key] = list(steps(self.graph, axis, start, stop, slab))
+        return self.schedules[key]
+
+    def _peak(self, rows: Sequence[dict[fx.Node, int]]) -> int:
+        """Return the most bytes alive at once, in the order in which operations are computed."""
+        sizes = {
+            node: math.prod(along[node] for along in rows) * _voxel_bytes(self.graph, node)
+            for node in rows[0]
+        }
+        last: dict[fx.Node, int] = {}
+        for place, item in enumerate(self.graph.nodes):
+            for access in item.reading.accesses:
+                last[access.source] = place
+        alive = sizes[self.graph.source]
+        peak = alive
+        for place, item in enumerate(self.graph.nodes):
+            if item.node not in sizes:
+                continue
+            alive += sizes[item.node]
+            # What windows read is often cut or padded first; in 3D kernels reorder both sides.
+            copies = 0
+            if "conv" in item.operation.name or "pool" in item.operation.name:
+                copies = sizes[item.operation.source]
+                copies += sizes[item.node] if len(rows) == 3 else 0
+            peak = max(peak, alive + copies)
+            for access in item.reading.accesses:
+                if last[access.source] == place:
+                    alive -= sizes.pop(access.source, 0)
+        return peak
+
+
+class _SweptMemory:
+    """The bytes that `Sweep` holds, by the decisions that it takes, without a tensor."""
+
+    def __init__(self, graph: Graph, widths: Mapping[fx.Node, int]) -> None:
+        """``widths`` are the bytes of one row of each node along the axis of the sweep."""
+        self._graph, self._widths = graph, widths
+        self._course = Course(graph)
+        self._held: dict[fx.Node, list[tuple[int, int, int]]] = {node: [] for node in widths}
+        self._alive = self.peak = 0
+
+    def take(self, step: Step) -> None:
+        """Go through a step, and see the most that is held in it."""
+        graph = self._graph
+        if (rows := step.new.get(graph.source)) is not None:
+            self._append(graph.source, rows)
+        for item in self._course.computed:
+            if (rows := step.new.get(item.node)) is not None:
+                self._compute(item, rows)
+            for source in self._course.last_reads[item.node]:
+                self._let_go(source, step.keep[source])
+        for piece in self._held[graph.output]:
+            self._alive -= piece[2]
+        self._held[graph.output] = []
+
+    def _append(self, node: fx.Node, rows: Rows) -> None:
+        size = (rows[1] - rows[0]) * self._widths[node]
+        self._held[node].append((*rows, size))
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+
+    def _compute(self, item: Node, rows: Rows) -> None:
+        node, count = item.node, rows[1] - rows[0]
+        pieces, chain = self._held[node], self._course.chains.get(node)
+        kept = rows[0] - pieces[0][0] if pieces else 0
+        if kept > count or node in self._course.pieced:
+            kept = 0
+        first, width = (chain or (item,))[0], self._widths[node]
+        at_once = piece_rows(count, width) if chain else count
+        sources = [self._seen(access.source) for access in first.reading.accesses]
+        convolution = chain[1] if chain and first.operation.name == "cat" else first
+        # What is read as one, and what is made before it is put in its place.
+        several = [at_once * self._widths[s] for s in sources if len(self._held[s]) > 1]
+        between = 0 if item.operation.name == "cat" else max(several, default=0)
+        if any(rule.first < 0 for a in convolution.reading.accesses for rule in a.rules):
+            between += at_once * max(self._widths[s] for s in sources)  # rows outside put round it
+        if "upsample" in first.operation.name:
+            between += count * width * (2 if "nearest" in first.operation.name else 5) // 2
+        if chain:  # a relu is written where it belongs, others are made and then copied
+            between += at_once * width * (1 if item.operation.name == "relu" else 2)
+        elif kept and item.operation.name not in ("relu", "cat"):
+            between += count * width
+        if not kept:
+            self._append(node, rows)
+        else:
+            old, start = sum(piece[2] for piece in pieces), pieces[0][0]
+            made = (rows[1] - start) * self._widths[node]
+            self.peak = max(self.peak, self._alive + made + between)
+            self._alive += made - old
+            self._held[node] = [(start, rows[1], made)]
+        self.peak = max(self.peak, self._alive + between)
+
+    def _seen(self, node: fx.Node) -> fx.Node:
+        while (view := self._course.views.get(node)) is not None:
+            node = view.operation.source
+        return node
+
+    def _let_go(self, node: fx.Node, keep: int) -> None:
+        pieces, freed = self._held[node], 0
+        while pieces and pieces[0][1] <= keep:
+            freed += pieces.pop(0)[2]
+        if len(pieces) == 1 and 2 * (pieces[0][1] - keep) < pieces[0][1] - pieces[0][0]:
+            size = (pieces[0][1] - keep) * self._widths[node]
+            freed += pieces[0][2]
+            pieces[0] = keep, pieces[0][1], size
+            self._alive += size
+        self._alive -= freed
+
+
+def regions_of(
+    profile: Profile,
+    graph: Graph,
+    box: Region,
+    size: Shape,
+    known: dict[tuple[int, int, int], dict[fx.Node, Rows]] | None = None,
+    schedules: dict[tuple[int, int, int, int], list[Step]] | None = None,
+) -> Regions:
+    """Return the regions of a network whose one pass over ``box`` has this graph."""
+    # The profile's lattice is that of the sizes that suit the network; this one may be another.
+    context = None if graph.off_lattice or lattice(graph)[1] else own_context(graph)
+    return Regions(
+        graph, box.start, profile.offset, size, context, {} if known is None else known,
+        {} if schedules is None else schedules,
+    )  # fmt: skip
+
+
+def _weights(item: Node) -> int:
+    """Return the multiply-adds of an operation for each row and column that it computes."""
+    name = item.operation.name
+    if "conv" in name:
+        return math.prod(shape_of(cast("fx.Node", item.operation.arguments["weight"])))
+    if name in ("linear", "matmul", "mm", "addmm", "bmm", "einsum"):
+        constants = (n for n in item.node.all_input_nodes if n.meta["val"].ndim == 2)
+        return max((math.prod(shape_of(n)) for n in constants), default=0)
+    return 0
+
+
+def _computed(graph: Graph, item: Node, axis: int, rows: Mapping[fx.Node, Rows]) -> int:
+    """Return the rows along one axis that multiply: of the output, or of what is transposed."""
+    if item.node not in rows:
+        return 0
+    low, high = rows[item.node]
+    if is_transposed(item):
+        [(source, read)] = reads_along(graph, item, axis, (low, high))
+        low, high = clip(read, extents(graph, source)[axis])
+    return high - low
+
+
+def _voxel_bytes(graph: Graph, node: fx.Node) -> int:
+    """Return the bytes of a node's tensor for each of its voxels."""
+    value = node.meta["val"]
+    tensors = value if isinstance(value, list | tuple) else [value]
+    spatial = math.prod(extents(graph, node))
+    return sum(int(t.numel() * t.element_size()) for t in tensors if t is not None) // spatial

@@ -1,0 +1,265 @@
+"""Who writes what in a place that many machines share, without locks.
+
+A claim is a small file or object that its owner creates exclusively, and rewrites every `BEAT`
+seconds. An owner on this machine lives while its process does; one elsewhere while its
+file changes, so no clocks are compared. Law: of those who take a claim at once one gets it. What
+claims guard stays right without them, too: two writers of a tile write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import psutil
+
+from tilepipe.errors import TileError
+from tilepipe.storage.location import VACANT, hold, remove_if
+from tilepipe.storage.objects import explain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from tilepipe.storage.location import Hold, Place
+
+log = logging.getLogger(__name__)
+
+BEAT = 15.0
+"""Seconds between two signs of life."""
+LEASE = 60.0
+"""Seconds without one after which an owner on another machine is taken for dead."""
+PATIENCE = 120.0
+"""Seconds for which the place of a claim may be out of reach."""
+READS = 100
+"""How often a claim is read that is just being written, a hundred times a second."""
+WIDTH = 512
+"""Bytes of a claim, whatever it says: it is rewritten in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What a claim says of who holds it."""
+
+    host: str
+    machine: str
+    """Of the processes that this one can see: the boot of a machine, and its container."""
+    pid: int
+    born: float
+    """When the process began, in seconds since 1970 by its own machine."""
+    token: str
+    shard: str
+    """Which part of an array of tasks it is, as ``3/8``; empty where it is none."""
+    beat: int = 0
+
+    def __str__(self) -> str:
+        part = f"shard {self.shard}, " if self.shard else ""
+        return f"{part}host {self.host}, process {self.pid}"
+
+
+class Claim:
+    """A claim that is held until it is closed."""
+
+    def __init__(self, path: Place, owner: Owner, held: Hold, *, after_dead: bool = False) -> None:
+        self._path, self._owner, self._held = path, owner, held
+        self.after_dead = after_dead
+        """Whether its last owner died: what that one's workers write may be on its way."""
+        self._lost = False
+        self._unheard: tuple[float, OSError] | None = None
+        self._broken: BaseException | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="tilepipe-claim", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, path: Place, *, shard: str = "", dead: Owner | None = None) -> Claim | Owner:
+        """Take a claim; where it is held by one who lives, return who that is.
+
+        An owner on another machine is watched until it gives a sign of life, for `LEASE` at most;
+        one that was watched before is given as ``dead``.
+        """
+        mine = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, shard)
+        after_dead = False
+        while True:
+            held = hold(path, _content(mine))
+            if held is not None:
+                return cls(path, mine, held, after_dead=after_dead)
+            before = _read(path)
+            if before is None:
+                continue
+            if before != dead and (found := living([path]).get(path)):
+                return found
+            _remove_dead(path, before)
+            after_dead = True
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return self._path.name
+
+    @property
+    def token(self) -> str:
+        """What the file says as long as this claim is held; no two claims have the same."""
+        return self._owner.token
+
+    def check(self) -> None:
+        """Raise `TileError` where it is another's, as nothing was heard of us, or out of reach."""
+        if self._lost:
+            raise TileError(
+                f"another run has taken over {self._path.parent.parent}, since this one was not"
+                " heard of; what was finished is kept"
+            )
+        if self._broken is not None:
+            raise TileError(
+                f"output (={self._path.parent.parent}) cannot be kept from other runs"
+                f" ({type(self._broken).__name__}: {explain(self._broken)}); what was finished is"
+                " kept: run the same command again to go on"
+            )
+        if self._unheard is not None and time.monotonic() - self._unheard[0] > PATIENCE:
+            raise TileError(
+                f"output (={self._path.parent.parent}) has been out of reach for {PATIENCE:.0f} s"
+                f" ({self._unheard[1]}); run the same command again to go on"
+            )
+
+    def _live(self) -> None:
+        while not self._end.wait(BEAT):
+            try:
+                found = _read(self._path)
+                if found is None or found.token != self._owner.token:
+                    self._lost = True
+                    return
+                self._owner = replace(self._owner, beat=self._owner.beat + 1)
+                self._lost = not self._held.rewrite(_content(self._owner))
+                self._unheard = None
+            except OSError as error:  # of a server that does not answer now
+                log.info("%s cannot be rewritten: %s", self._path, error)
+                self._unheard = self._unheard or (time.monotonic(), error)
+            except BaseException as error:  # nobody else would see that the claim is not kept up
+                self._broken = error
+                return
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._end.is_set():
+            return
+        self._end.set()
+        self._thread.join()
+        self._held.close()
+        with suppress(OSError):
+            found = _read(self._path)
+            if found is not None and found.token == self._owner.token:
+                self._path.unlink()
+
+
+def living(paths: Iterable[Place], *, clear: bool = False) -> dict[Place, Owner]:
+    """Return the claims whose owners live, of these files; all are watched at once.
+
+    With ``clear`` the claims of the dead are removed.
+    """
+    held = watched = {path: owner for path in paths if (owner := _read(path)) is not None}
+    alive = {path: o for path, o in watched.items() if o.machine == _machine() and _runs(o)}
+    watched = {path: owner for path, owner in watched.items() if owner.machine != _machine()}
+    end, told = time.monotonic() + LEASE, False
+    while watched and time.monotonic() < end:
+        if not told:
+            shown = str(next(iter(watched.values())))
+            log.warning("up to %.0f s: waiting to see whether a run still lives (%s)", LEASE, shown)
+            told = True
+        time.sleep(min(1.0, LEASE / 10))
+        for path, before in list(watched.items()):
+            now = _read(path)
+            if now != before:
+                del watched[path]
+                if now is not None:
+                    alive[path] = now
+    if clear:
+        for path in held.keys() - alive.keys():
+            _remove_dead(path, held[path])
+    return alive
+
+
+def take_dead(paths: Iterable[Place], *, shard: str) -> dict[Place, Claim]:
+    """Take the claims of the dead, of these files, unless another is quicker."""
+    held = {path: owner for path in paths if (owner := _read(path)) is not None}
+    alive = living(held)
+    taken = {
+        path: Claim.take(path, shard=shard, dead=owner)
+        for path, owner in held.items()
+        if path not in alive and path.is_file()
+    }
+    return {path: claim for path, claim in taken.items() if isinstance(claim, Claim)}
+
+
+def is_held(path: Place) -> bool:
+    """Whether there is a claim, be it of the dead."""
+    return _read(path) is not None
+
+
+def _content(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner)).encode().ljust(WIDTH)
+
+
+def _read(path: Place) -> Owner | None:
+    """Return what a claim says; None where there is none."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    return None if content.startswith(VACANT) else _owner(content)
+
+
+def read_owner(path: Place) -> Owner | None:
+    """Return who holds a claim, None where nobody does.
+
+    A claim that is just being rewritten is read again. Raises OSError where it cannot be read.
+    """
+    for _ in range(READS):
+        owner = _read(path)
+        if owner is None or owner.token:
+            return owner
+        time.sleep(0.01)
+    raise OSError(f"{path} cannot be read: it is not whole")
+
+
+def _owner(content: bytes) -> Owner:
+    try:
+        return Owner(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):  # its owner has not written it yet
+        return Owner("unknown", "", 0, 0.0, "", "")
+
+
+def _remove_dead(path: Place, dead: Owner) -> None:
+    """Remove a claim of the dead; of those who want to, just one does."""
+    remove_if(path, lambda content: _owner(content) == dead)
+
+
+@cache
+def _machine() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot, space = file.read().strip(), os.readlink("/proc/self/ns/pid")
+        return f"{socket.gethostname()} {boot} {space}"
+    except OSError:
+        return f"{socket.gethostname()} {psutil.boot_time():.0f}"
+
+
+def _born() -> float:
+    return psutil.Process().create_time()
+
+
+def _runs(owner: Owner) -> bool:
+    """Whether the process is there; one that has ended, and is not yet waited for, is not."""
+    try:
+        process = psutil.Process(owner.pid)
+        ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return not ended and abs(process.create_time() - owner.born) < 5
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,168 @@
+"""The log of a run: which tile was finished when, where and how long it took.
+
+A line for each tile, about 45 bytes, appended; each writer has a log of its own. It is for people
+and for what `tilepipe inspect` tells; which tiles are finished, the ledger knows. Lines:
+``worker 0 host:pid`` gives a worker its number in what follows, and
+``time tile worker read compute write starved attempts nonfinite`` is a tile, the time in whole
+seconds since 1970, what it took in milliseconds.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tilepipe.storage.location import append, find
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tilepipe.engines import TileResult
+    from tilepipe.storage.location import Appending, Place
+
+RECENT = 300
+"""Seconds over which a rate is told."""
+
+
+class Log:
+    """Appends to a log."""
+
+    def __init__(self, path: Place, leave: Callable[[], None]) -> None:
+        """``leave`` raises OSError where nothing more may be written."""
+        self._path, self._leave = path, leave
+        self._file: Appending | None = None
+        self._workers: dict[str, int] = {}
+
+    def add(self, result: TileResult) -> None:
+        """Enter a tile that has just been finished."""
+        if self._file is None:
+            self._file = append(self._path, self._leave)
+            self._file.write(b"\n")  # the last line may be torn
+        number = self._workers.get(result.worker)
+        if number is None:
+            number = self._workers[result.worker] = len(self._workers)
+            self._file.write(f"worker {number} {result.worker}\n".encode())
+        took = (
+            result.read_seconds,
+            result.compute_seconds,
+            result.write_seconds,
+            result.starved_seconds,
+        )
+        shown = " ".join(f"{max(seconds, 0) * 1000:.0f}" for seconds in took)
+        self._file.write(
+            f"{time.time():.0f} {result.index} {number} {shown}"
+            f" {result.attempts} {result.nonfinite}\n".encode()
+        )
+
+    def sync(self) -> None:
+        """Let others see all of it."""
+        if self._file is not None:
+            self._file.sync()
+
+    def close(self) -> None:
+        """End it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@dataclass(slots=True)
+class Share:
+    """What one worker has done; seconds."""
+
+    tiles: int = 0
+    recent: int = 0
+    """Tiles of the last `RECENT` seconds."""
+    begun: float = 0.0
+    """When its first tile was begun, since 1970."""
+    ended: float = 0.0
+    """When its last tile was finished, since 1970."""
+    read: float = 0.0
+    compute: float = 0.0
+    write: float = 0.0
+    starved: float = 0.0
+    """How long its device waited for data."""
+
+    @property
+    def seconds(self) -> float:
+        """From the beginning of its first tile to the end of its last."""
+        return self.ended - self.begun
+
+    def add(
+        self, ended: float, *, read: float, compute: float, write: float, starved: float
+    ) -> None:
+        """Enter a tile."""
+        begun = ended - read - compute - write
+        self.begun = min(self.begun, begun) if self.tiles else begun
+        self.ended = max(self.ended, ended)
+        self.tiles += 1
+        self.read += read
+        self.compute += compute
+        self.write += write
+        self.starved += starved
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the logs of an output say, of all its runs."""
+
+    workers: dict[str, Share] = field(default_factory=dict)
+    """By name, ``host:process``."""
+    retries: int = 0
+    nonfinite: dict[int, int] = field(default_factory=dict)
+    """Values that were not finite, of the tiles that had any."""
+    began: float = 0.0
+    """When the first of the recent tiles was begun, since 1970."""
+    now: float = 0.0
+
+    @property
+    def recent(self) -> int:
+        """Tiles of the last `RECENT` seconds."""
+        return sum(share.recent for share in self.workers.values())
+
+    @property
+    def rate(self) -> float:
+        """Tiles per second over the last `RECENT` seconds, or since the run began; 0 for none."""
+        return self.recent / max(1.0, min(RECENT, self.now - self.began)) if self.recent else 0.0
+
+
+def read_progress(folder: Place, *, now: float | None = None) -> Progress:
+    """Read the logs in a ledger's folder; a line that is torn is left out.
+
+    Memory grows with the workers, not with the tiles.
+    """
+    found = Progress(now=time.time() if now is None else now)
+    writers: dict[str, dict[int, str]] = {}
+    for path in find(folder, "log"):
+        names = writers.setdefault(path.name.partition(".")[0], {})
+        with path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError, KeyError):  # torn
+                    _enter(found, names, line.decode(errors="replace").split())
+    return found
+
+
+def _enter(found: Progress, names: dict[int, str], words: list[str]) -> None:
+    if len(words) == 3 and words[0] == "worker":
+        names[int(words[1])] = words[2]
+        return
+    if not words:
+        return
+    ended, tile, number, read, compute, write, starved, attempts, nonfinite = map(int, words)
+    share = found.workers.setdefault(names[number], Share())
+    share.add(
+        ended,
+        read=read / 1000,
+        compute=compute / 1000,
+        write=write / 1000,
+        starved=starved / 1000,
+    )
+    if ended > found.now - RECENT:
+        begun = ended - (read + compute + write) / 1000
+        found.began = min(found.began, begun) if found.recent else begun
+        share.recent += 1
+    found.retries += attempts - 1
+    if nonfinite:
+        found.nonfinite[tile] = nonfinite

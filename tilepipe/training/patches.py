@@ -1,0 +1,230 @@
+"""Training samples: patches of images with their labels, straight from storage.
+
+Sample ``i`` is a function of the seed and of ``i`` alone: any number of threads, and a training
+that goes on, see the same samples. Arrays are ``(channels, *patch)`` in the axes of the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from tilepipe.errors import BadRequest
+from tilepipe.geometry import Region, Shape, ceil_to, mirror
+from tilepipe.training.augment import Augmentation, draw_warp, grey
+from tilepipe.training.targets import IGNORE, MARGIN, border_weights, class_map, weights_margin
+from tilepipe.volumes.volume import read_mirrored
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from tilepipe.models.spec import Profile
+    from tilepipe.training.sampler import Census
+    from tilepipe.volumes.normalize import Normalization
+    from tilepipe.volumes.volume import Readable
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What the network reads and gives for one patch, per axis of the network."""
+
+    answer: Shape
+    """Voxels that the loss sees."""
+    before: Shape
+    """Voxels that the network reads before them."""
+    after: Shape
+    """Voxels that it reads after them."""
+    skip: Shape
+    """Voxels that it gives before them, which saw its own padding."""
+
+    @property
+    def read(self) -> Region:
+        """The input, in coordinates of the answer."""
+        return Region.whole(self.answer).grow(self.before, self.after)
+
+
+def frame(profile: Profile, patch: Shape) -> Frame:
+    """Return the frame of a patch of at least ``patch`` voxels, as large as the network's answer.
+
+    A network that pads with zeros reads its context round the patch, and what saw the zeros does
+    not count: it learns what `segment` will ask of it.
+    """
+    answer, before, after, skip = [], [], [], []
+    for axis, want in enumerate(patch):
+        lead, offset, shrink = profile.lead[axis], profile.offset[axis], profile.shrink[axis]
+        padded = lead > offset and not profile.troubles
+        beyond = profile.context.after[axis] if padded else shrink - offset
+        first = lead if padded else offset
+        if padded:  # what the network is asked for ends on its lattice
+            want = ceil_to(want, profile.context.step[axis])
+        size = profile.accepted(axis, first + want + beyond)
+        kept = want if padded and not profile.fixed else size - first - beyond
+        if kept <= 0:
+            raise BadRequest(
+                f"network reads {size} voxels and nothing else, which must be more than its"
+                f" context, {first + beyond}; build it for a larger size, or for any"
+            )
+        answer.append(kept)
+        before.append(first)
+        after.append(size - first - kept)
+        skip.append(first - offset)
+    return Frame(tuple(answer), tuple(before), tuple(after), tuple(skip))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An image with its labels, read through a cache of chunks."""
+
+    image: Readable
+    labels: Readable
+    mask: Readable | None
+    """Where it is 0 the labels say nothing; None where they do everywhere."""
+    objects: Readable | None
+    """Numbered objects for the weights between them; None where there are none."""
+    normalization: Normalization
+    regions: tuple[Region, ...]
+    """What is learned from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What a patch is made into."""
+
+    target: str
+    ignore: int | None
+    in_plane: bool
+    class_weights: tuple[float, ...] | None
+    w0: float | None
+    """Weight where objects touch; None: no weights between them."""
+    sigma: float
+    augmentation: Augmentation
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One patch to learn from."""
+
+    image: NDArray[np.float32]
+    """``(channels, *read)``, normalised."""
+    truth: NDArray[np.generic]
+    """Classes ``(*answer)`` as int64 with `IGNORE`; or values ``(channels, *answer)``."""
+    weights: NDArray[np.float32]
+    """``(*answer)``; 0 where the truth says nothing."""
+
+
+class Patches:
+    """All samples of a training, by number."""
+
+    def __init__(
+        self, pairs: Sequence[Pair], census: Census, *, frame: Frame, learning: Learning, seed: int
+    ) -> None:
+        self.pairs, self.census, self.frame = pairs, census, frame
+        self.learning, self.seed = learning, seed
+
+    def __getitem__(self, number: int) -> Sample:
+        """Return a sample: where it lies, how it is deformed and its grey values are drawn."""
+        rng = np.random.default_rng((self.seed, number))
+        index, region, voxel = self.census.draw(number, rng)
+        pair, frame, learning = self.pairs[index], self.frame, self.learning
+        axes = len(frame.answer)
+        start = self._start(voxel[-axes:], region, axes)
+        answer = Region.whole(frame.answer)
+        margin = MARGIN if learning.w0 is None else weights_margin(learning.sigma)
+        seen = answer.grow((margin,) * axes, (margin,) * axes)
+        warp = draw_warp(learning.augmentation, rng, _hull(frame.read, seen))
+        box = _place(warp.box, start, voxel[:-axes])
+
+        def source(volume: Readable) -> NDArray[np.generic]:
+            voxels = read_mirrored(volume, box)
+            return voxels.reshape(voxels.shape[0], *warp.box.shape)
+
+        image = warp.image(_finite(pair.normalization.apply(source(pair.image))), frame.read)
+        image = grey(learning.augmentation, rng, image)
+        inside = _inside(box, pair.labels.shape, pair.regions).reshape(warp.box.shape)
+        if pair.mask is not None:
+            inside &= source(pair.mask)[0] != 0
+        known = warp.labels(inside, answer).astype(bool)
+        if learning.target == "values":
+            values = warp.image(source(pair.labels).astype(np.float32), answer)
+            values[:, ~known] = np.nan
+            return Sample(image, values, known.astype(np.float32))
+        labels = _integers(warp.labels(source(pair.labels)[0], seen))
+        classes = class_map(
+            labels, learning.target, ignore=learning.ignore, in_plane=learning.in_plane
+        )
+        inner = answer.within(seen.start)
+        truth = np.where(known, classes[inner], IGNORE).astype(np.int64)
+        weights = self._class_weights(truth)
+        if learning.w0 is not None:
+            numbered = _integers(warp.labels(source(pair.objects or pair.labels)[0], seen))
+            between = border_weights(
+                numbered,
+                w0=learning.w0,
+                sigma=learning.sigma,
+                in_plane=learning.in_plane,
+                at=_between(classes, learning.target),
+                ignore=learning.ignore if pair.objects is None else None,
+            )
+            weights += between[inner] * (truth != IGNORE)
+        return Sample(image, truth, weights)
+
+    def _start(self, voxel: Shape, region: Region, axes: int) -> Shape:
+        """Return where the answer begins: round the voxel, inside the region where it fits."""
+        return tuple(
+            min(max(v - n // 2, a), max(a, b - n))
+            for v, n, a, b in zip(
+                voxel, self.frame.answer, region.start[-axes:], region.stop[-axes:], strict=True
+            )
+        )
+
+    def _class_weights(self, truth: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the weight of each voxel's class; 0 where the truth says nothing."""
+        known = truth != IGNORE
+        weights: NDArray[np.float32] = known.astype(np.float32)
+        if self.learning.class_weights is not None:
+            each = np.asarray(self.learning.class_weights, np.float32)
+            weights *= each[np.where(known, truth, 0)]
+        return weights
+
+
+def _hull(one: Region, other: Region) -> Region:
+    return Region(tuple(map(min, one.start, other.start)), tuple(map(max, one.stop, other.stop)))
+
+
+def _place(box: Region, start: Shape, leading: Shape) -> Region:
+    """Return the box of a patch that begins at ``start`` in coordinates of the volume."""
+    moved = box.shift(start)
+    return Region((*leading, *moved.start), (*(n + 1 for n in leading), *moved.stop))
+
+
+def _inside(box: Region, shape: Shape, regions: Sequence[Region]) -> NDArray[np.bool_]:
+    """Return which voxels of a box are learned from: mirrored, they lie in a training region."""
+    inside: NDArray[np.bool_] = np.zeros(box.shape, bool)
+    places = [mirror(*ends) for ends in zip(box.start, box.stop, shape, strict=True)]
+    for region in regions:
+        along = [
+            (place >= a) & (place < b)
+            for place, a, b in zip(places, region.start, region.stop, strict=True)
+        ]
+        inside[np.ix_(*along)] = True
+    return inside
+
+
+def _finite(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the image with 0 for what is not finite, as `segment` does."""
+    finite: NDArray[np.float32] = np.nan_to_num(image, nan=0.0, posinf=0.0, neginf=0.0)
+    return finite
+
+
+def _integers(labels: NDArray[np.generic]) -> NDArray[np.integer]:
+    return cast("NDArray[np.integer]", labels)
+
+
+def _between(classes: NDArray[np.uint8], target: str) -> NDArray[np.bool_]:
+    """Return the voxels between objects."""
+    between: NDArray[np.bool_] = classes == (1 if target == "membrane" else 0)
+    return between

@@ -1,0 +1,251 @@
+"""Where which classes lie: counted once, block by block, so that patches can be drawn by class.
+
+A block is a few whole chunks; the labels of one block are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tilepipe.errors import BadRequest
+from tilepipe.geometry import Region, Shape
+from tilepipe.training.targets import IGNORE, MARGIN, class_map
+from tilepipe.volumes.volume import read_mirrored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from tilepipe.volumes.volume import Readable
+
+STAY = 16
+"""Patches that are drawn from a block while its chunks are kept, where not all can be kept."""
+TRIES = 8
+"""Voxels of a block that are looked at before all of them are."""
+SMALL = 2**15
+"""Voxels that are looked at all at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What is counted: labels, what is learned from them, and where."""
+
+    volume: Readable
+    mask: Readable | None
+    """Where it is 0 the labels say nothing."""
+    chunks: Shape
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How labels become classes."""
+
+    target: str
+    ignore: int | None
+    in_plane: bool
+    axes: int
+    """Axes of the network: along those before them planes do not see one another."""
+
+    def read(self, volume: Readable, mask: Readable | None, region: Region) -> NDArray[np.uint8]:
+        """Return the classes of a region inside the volume, ``(*region.shape)``."""
+        classes = self._classes(volume, region)
+        if mask is not None:
+            classes[mask.read(region)[0] == 0] = IGNORE
+        return classes
+
+    def _classes(self, volume: Readable, region: Region) -> NDArray[np.uint8]:
+        if self.target == "values":
+            return np.zeros(region.shape, np.uint8)
+        leading = len(region.start) - self.axes
+        grow = (0,) * leading + (MARGIN,) * self.axes
+        labels = read_mirrored(volume, region.grow(grow, grow))[0]
+        if self.target == "classes":
+            _check_classes(labels, self.ignore, region)
+        inner = tuple(slice(m, m + n) for m, n in zip(grow, region.shape, strict=True))[leading:]
+        planes = labels.reshape(-1, *labels.shape[leading:])
+        classes = [
+            class_map(plane, self.target, ignore=self.ignore, in_plane=self.in_plane)[inner]
+            for plane in planes
+        ]
+        return np.stack(classes).reshape(region.shape)
+
+
+class Census:
+    """How many voxels of each class every block of the training regions holds."""
+
+    def __init__(
+        self, labels: Sequence[Labels], kind: Kind, *, balance: bool, kept: int, seed: int
+    ) -> None:
+        """``kept`` is the number of blocks whose chunks fit into the cache."""
+        self.labels, self._kind, self._kept, self._seed = labels, kind, kept, seed
+        self._balance = balance
+        self._parts = [
+            (index, region, Blocks.of(item.volume.shape, item.chunks, region))
+            for index, item in enumerate(labels)
+            for region in item.regions
+        ]
+        self._ends = np.cumsum([len(blocks) for _, _, blocks in self._parts])
+        self.table = np.zeros((int(self._ends[-1]), 0), np.int64)
+        """Voxels of each class, block by block."""
+
+    def count(
+        self, *, classes: int | None, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Read all labels once. None counts as many classes as there are, two at least.
+
+        Raises `BadRequest` where nothing is labelled, or a label is no class.
+        """
+        rows = len(self.table)
+        table = np.zeros((rows, classes or 2), np.int64)
+        for row in range(rows):
+            index, _, block = self._place(row)
+            found = np.bincount(self._read(index, block).ravel(), minlength=256)[:IGNORE]
+            highest = int(np.flatnonzero(found).max(initial=0))
+            if highest >= table.shape[1]:
+                if classes is not None:
+                    raise BadRequest(
+                        f"labels hold the class {highest} in {block}, but classes (={classes}) end"
+                        f" before it; give --classes {highest + 1}, --ignore {highest}, or another"
+                        " target"
+                    )
+                table = np.pad(table, ((0, 0), (0, highest + 1 - table.shape[1])))
+            table[row] = found[: table.shape[1]]
+            if progress is not None:
+                progress(row + 1, rows)
+        self.take(table)
+
+    def take(self, table: NDArray[np.int64]) -> None:
+        """Take a table that was counted before, of the same labels and regions."""
+        if len(table) != len(self.table):
+            raise BadRequest("the counts of an earlier run are of other volumes; begin anew")
+        totals = table.sum(axis=0)
+        if not totals.any():
+            raise BadRequest("labels: no voxel of the training regions is labelled; name others")
+        self.table = table
+        self.counts: list[int] = totals.tolist()
+        """Voxels of each class in the training regions."""
+        there = totals > 0
+        wanted = there / there.sum() if self._balance else totals / totals.sum()
+        self._worth = wanted / np.maximum(totals, 1)
+        """Of one voxel of a class: its share of all patches."""
+        self._of_block = np.cumsum(table @ self._worth)
+
+    def draw(self, number: int, rng: np.random.Generator) -> tuple[int, Region, Shape]:
+        """Return the pair, the region and the voxel round which sample ``number`` lies.
+
+        Law: over many samples each labelled voxel of a class is as likely as any other; with
+        balance each class is as likely as any other. Where not all blocks fit the cache, some are
+        open at a time, each for `STAY` samples.
+        """
+        if len(self.table) <= self._kept:
+            row = self._block(rng)
+        else:
+            slot = int(rng.integers(self._kept))
+            turn = (number + slot * STAY) // (self._kept * STAY)
+            row = self._block(np.random.default_rng((self._seed, 1, slot, turn)))
+        index, region, _ = self._place(row)
+        chances = self.table[row] * self._worth
+        wanted = int(rng.choice(len(chances), p=chances / chances.sum()))
+        return index, region, self._voxel(row, wanted, rng)
+
+    def _place(self, row: int) -> tuple[int, Region, Region]:
+        """Return the pair, the region and the block of a row."""
+        part = int(np.searchsorted(self._ends, row, side="right"))
+        index, region, blocks = self._parts[part]
+        return index, region, blocks[row - int(self._ends[part]) + len(blocks)]
+
+    def _voxel(self, row: int, wanted: int, rng: np.random.Generator) -> Shape:
+        """Return a voxel of a class, each of the block's as likely as any other.
+
+        Where the block is large and the class not rare in it, a few voxels are tried before the
+        whole block is read.
+        """
+        index, _, block = self._place(row)
+        count = self.table[row, wanted]
+        tries = TRIES if block.size > SMALL and count * TRIES > block.size else 0
+        for _ in range(tries):
+            voxel = tuple(int(n) for n in rng.integers(block.start, block.stop))
+            if count == block.size or self._read(index, _only(voxel)).item() == wanted:
+                return voxel
+        found = np.flatnonzero(self._read(index, block) == wanted)
+        place = np.unravel_index(found[rng.integers(len(found))], block.shape)
+        return tuple(a + int(n) for a, n in zip(block.start, place, strict=True))
+
+    def _read(self, index: int, block: Region) -> NDArray[np.uint8]:
+        return self._kind.read(self.labels[index].volume, self.labels[index].mask, block)
+
+    def _block(self, rng: np.random.Generator) -> int:
+        at = np.searchsorted(self._of_block, rng.random() * self._of_block[-1], side="right")
+        return min(int(at), len(self.table) - 1)
+
+
+def _only(voxel: Shape) -> Region:
+    return Region(voxel, tuple(n + 1 for n in voxel))
+
+
+def _check_classes(labels: NDArray[np.generic], ignore: int | None, region: Region) -> None:
+    if labels.dtype.kind == "f":
+        raise BadRequest(f"labels of type {labels.dtype} must be integers; convert them to uint8")
+    said = labels if ignore is None else labels[labels != ignore]
+    if said.size and not 0 <= int(said.min()) <= int(said.max()) < IGNORE:
+        wrong = int(said.min()) if int(said.min()) < 0 else int(said.max())
+        raise BadRequest(
+            f"labels hold {wrong} in {region}, which is no class in 0:{IGNORE}; give"
+            f" --ignore {wrong}, or --target mask or foreground"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The parts of a region that lie in one block of chunks each, of about a million voxels.
+
+    >>> whole = Blocks.of((4000, 700), (512, 700), Region((100, 0), (2000, 700)))
+    >>> len(whole), [str(block) for block in whole]
+    (2, ['100:1024,0:700', '1024:2000,0:700'])
+    """
+
+    region: Region
+    size: Shape
+    """Voxels of a block: whole chunks."""
+
+    @classmethod
+    def of(cls, shape: Shape, chunks: Shape, region: Region) -> Blocks:
+        """Return the blocks of a region of a volume of this shape."""
+        size = list(chunks)
+        while math.prod(size) < 2**19:
+            grow = [axis for axis, n in enumerate(shape) if size[axis] < n]
+            if not grow:
+                break
+            axis = min(grow, key=lambda a: size[a])
+            size[axis] *= 2
+        return cls(region, tuple(size))
+
+    @property
+    def _first(self) -> Shape:
+        return tuple(a // n for a, n in zip(self.region.start, self.size, strict=True))
+
+    @property
+    def _counts(self) -> Shape:
+        ends = zip(self._first, self.region.stop, self.size, strict=True)
+        return tuple(-(-b // n) - a for a, b, n in ends)
+
+    def __len__(self) -> int:
+        return math.prod(self._counts)
+
+    def __getitem__(self, number: int) -> Region:
+        if not 0 <= number < len(self):
+            raise IndexError(f"block (={number}) must lie in 0:{len(self)}")
+        place = np.unravel_index(number, self._counts)
+        ends = zip(place, self._first, self.size, strict=True)
+        start = tuple((int(p) + a) * n for p, a, n in ends)
+        stop = tuple(a + n for a, n in zip(start, self.size, strict=True))
+        return Region(start, stop).intersect(self.region)
+
+    def __iter__(self) -> Iterator[Region]:
+        return (self[number] for number in range(len(self)))
