@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from tilepipe.segmentation.segment import Report
+    from tilepipe.segmentation.report import Report
 
 EDGE, JOBS, MEMORY = 256, 4, 1_600_000_000
 """Voxels of a tile along each axis; jobs; bytes that a worker may take."""
@@ -64,7 +64,7 @@ def reference(folder: Path) -> Path:
         where = (str(folder / "image.zarr"), "--model", str(folder / "unet.pt"), "-o", str(target))
         command = (sys.executable, "-m", "tilepipe.cli", "segment", *where, *TOLD)
         halves = [
-            subprocess.Popen([*command, "--engine", "serial", "--shard", f"{n}/2"]) for n in (1, 2)
+            subprocess.Popen([*command, "--engine", "serial", "--task", f"{n}/2"]) for n in (1, 2)
         ]
         codes = [half.wait() for half in halves]
         if any(codes):

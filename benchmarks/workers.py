@@ -22,7 +22,7 @@ import click
 from cases import Case, prepare
 
 if TYPE_CHECKING:
-    from tilepipe.segmentation.segment import Report
+    from tilepipe.segmentation.report import Report
 
 EDGE = 256
 """Voxels of a tile along each axis."""
@@ -40,7 +40,7 @@ CONTENDERS = {
 def run(folder: Path, name: str, part: int) -> dict[str, float]:
     """Segment once in this process."""
     import tilepipe as tp
-    from tilepipe.options import Shard
+    from tilepipe.runs.array import ArrayTask
 
     workers, parts = CONTENDERS[name]
     times, cpu = list[float](), list[float]()
@@ -53,7 +53,7 @@ def run(folder: Path, name: str, part: int) -> dict[str, float]:
     report = tp.segment(
         folder / "image.zarr", model=folder / "unet.pt", output=folder / f"{name}.zarr",
         engine="dask" if workers else "serial", workers=workers or None, progress=progress,
-        shard=Shard(part, parts) if parts > 1 else None,
+        task=ArrayTask(part, parts) if parts > 1 else None,
         options=tp.Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1, memory=MEMORY,
                            device="cpu"),
     )  # fmt: skip

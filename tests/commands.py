@@ -25,7 +25,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 FORKING = """
 import json, os, signal, sys
 import torch
-import tilepipe.commands.words, tilepipe.engines.dask, tilepipe.segmentation.segment
+import tilepipe.commands.segment, tilepipe.engines.dask, tilepipe.segmentation.segment
 from tilepipe.cli import main
 from tilepipe.models.model import wrap
 from tilepipe.models.spec import find_profile

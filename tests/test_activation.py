@@ -25,7 +25,7 @@ from tilepipe.options import Options
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tilepipe.segmentation.segment import Report
+    from tilepipe.segmentation.report import Report
 
 
 class Channels(nn.Module):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.support import write_volume
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Region
-from tilepipe.training.sampler import Blocks, Census, Kind, Labels
+from tilepipe.geometry import Blocks, Region
+from tilepipe.training.sampler import Census, Kind, Labels
 from tilepipe.training.targets import class_map
 from tilepipe.volumes.cache import ChunkCache
 from tilepipe.volumes.volume import open_volume

@@ -20,14 +20,17 @@ from tests.support import noise, write_unet
 from tilepipe.engines import dask
 from tilepipe.engines.jobs import Jobs
 from tilepipe.errors import BadRequest
-from tilepipe.options import Options, Shard
-from tilepipe.segmentation.segment import Report, segment
+from tilepipe.options import Options
+from tilepipe.runs.array import ArrayTask
+from tilepipe.segmentation.segment import segment
 from tilepipe.storage.location import locate, zarr_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
+
+    from tilepipe.segmentation.report import Report
 
 TABLE = Path(__file__).parents[1] / "docs" / "combinations.md"
 CHOICES = {
@@ -159,7 +162,7 @@ def runner(row: Row, files: Path, request: pytest.FixtureRequest) -> Callable[..
     if row.engine == "dask":
         requests = [{"engine": "dask", "scheduler": request.getfixturevalue("scheduler")}]
     elif row.engine == "array":
-        requests = [{"shard": Shard(number, 2)} for number in (1, 2)]
+        requests = [{"task": ArrayTask(number, 2)} for number in (1, 2)]
     elif row.engine == "slurm":
         requests = [{"engine": "slurm", "jobs": request.getfixturevalue("jobs")}]
 
@@ -220,5 +223,5 @@ def test_an_array_does_not_overwrite(files: Path, tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="must not be with --overwrite"):
         segment(
             files / "even-file.zarr", model=files / "net.pt", output=tmp_path / "o.zarr",
-            shard=Shard(1, 2), overwrite=True,
+            task=ArrayTask(1, 2), overwrite=True,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from tests.commands import ROOT
 from tests.support import noise, read, write_unet, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.options import Options
-from tilepipe.segmentation.segment import Report, plan_segment, segment
+from tilepipe.segmentation.segment import plan_segment, segment
 from tilepipe.storage.contents import LEDGER, check_ours, clear
 from tilepipe.storage.location import Place, locate
 from tilepipe.volumes.output import check_free, read_attributes
@@ -23,6 +23,8 @@ from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tilepipe.segmentation.report import Report
 
 
 TILES = 6
@@ -263,10 +265,10 @@ def test_keys_of_others_below_an_output_are_left(made: Path, prefix: Callable[[]
 def test_what_every_engine_leaves_is_ours(made: Path, tmp_path: Path) -> None:
     for output in (made / "whole-0.5", made / "begun-0.4"):
         check_ours(output)
-    from tilepipe.options import Shard
+    from tilepipe.runs.array import ArrayTask
 
     for number in (1, 2):
-        run(made, tmp_path / "o", shard=Shard(number, 2))
+        run(made, tmp_path / "o", task=ArrayTask(number, 2))
     check_ours(tmp_path / "o")
 
 

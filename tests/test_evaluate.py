@@ -20,7 +20,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.evaluation.scores import object_scores, partition_scores, pixel_scores, tabulate
 from tilepipe.instances import components as labelling
-from tilepipe.instances.components import grow
+from tilepipe.instances.growth import grow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilepipe.geometry import Region
-from tilepipe.segmentation.streams import Feed, Store, blocks
+from tilepipe.planning.costs import blocks
+from tilepipe.segmentation.streams import Feed, Store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -22,10 +22,12 @@ from tilepipe.options import Options
 from tilepipe.planning.identity import ALGORITHM, APART, check_same
 from tilepipe.planning.plan import Source, plan
 from tilepipe.runs.ledger import LEDGER
-from tilepipe.segmentation.segment import Report, plan_segment, segment
+from tilepipe.segmentation.segment import plan_segment, segment
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tilepipe.segmentation.report import Report
 
 NETWORK = """
 from torch import nn

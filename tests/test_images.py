@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
 from tilepipe.commands.inspect import inspect
-from tilepipe.commands.words import describe_plan
+from tilepipe.commands.segment import describe_plan
 from tilepipe.errors import BadRequest
 from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.geometry import Region

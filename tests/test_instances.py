@@ -16,7 +16,8 @@ from tests.support import read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.instances import components
-from tilepipe.instances.components import grow, grow_objects, label_components
+from tilepipe.instances.components import label_components
+from tilepipe.instances.growth import grow, grow_objects
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:

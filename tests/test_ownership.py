@@ -23,7 +23,7 @@ from tilepipe.options import Options
 from tilepipe.runs.fence import FRESH, Fence, NotOwner
 from tilepipe.runs.lease import Claim
 from tilepipe.runs.ledger import LEDGER, Ledger
-from tilepipe.segmentation.segment import Report, segment
+from tilepipe.segmentation.segment import segment
 from tilepipe.storage.location import locate
 from tilepipe.volumes.output import create_target, open_target
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from distributed import Worker
 
+    from tilepipe.segmentation.report import Report
     from tilepipe.storage.location import Place
 
 EDGE, TILES = 64, 24

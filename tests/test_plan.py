@@ -28,9 +28,9 @@ from tilepipe.models.spec import find_profile
 from tilepipe.models.unet import UNet
 from tilepipe.models.windows import whole
 from tilepipe.options import Options
+from tilepipe.planning.costs import _decoded
 from tilepipe.planning.plan import default_target
 from tilepipe.planning.regions import regions_of
-from tilepipe.planning.tiling import _decoded
 from tilepipe.runs.fence import Right
 from tilepipe.segmentation.resume import _create
 from tilepipe.segmentation.worker import SegmentJob

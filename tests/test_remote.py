@@ -21,8 +21,9 @@ from tests import s3_server
 from tests.commands import Commands, until
 from tests.s3_server import SECRET
 from tests.support import noise, write_unet, write_volume
-from tilepipe.cli import _Progress, main
+from tilepipe.cli import main
 from tilepipe.commands.inspect import inspect
+from tilepipe.commands.progress import SegmentProgress
 from tilepipe.errors import TileError
 from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.geometry import Region
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.s3_server import Server
-    from tilepipe.segmentation.segment import Report
+    from tilepipe.segmentation.report import Report
 
 EDGE, TILES = 64, 36
 OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), shards=(EDGE, EDGE), threads=1)
@@ -211,8 +212,8 @@ def test_tasks_of_an_array_share_a_bucket(slow: Path, s3: Server, target: str) -
     """All begin at once; one is killed, and what it leaves the others do."""
     forks = [Commands(slow / name) for name in ("1", "2", "3") if (slow / name).mkdir() is None]
     try:
-        shards = [command(slow, target, "--shard", f"{n}/3", model="slow.pt") for n in (1, 2, 3)]
-        pids = [fork.start(shard) for fork, shard in zip(forks, shards, strict=True)]
+        shards = [command(slow, target, "--task", f"{n}/3", model="slow.pt") for n in (1, 2, 3)]
+        pids = [fork.start(task) for fork, task in zip(forks, shards, strict=True)]
         until(lambda: (Key.parse(target) / LEDGER / "lock-2").is_file())
         os.killpg(pids[1], signal.SIGKILL)
         ends = [fork.end() for fork in forks]
@@ -328,7 +329,7 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
 ) -> None:
     """Whoever is interrupted then is told just that, and the claim is let go."""
 
-    class Failing(_Progress):
+    class Failing(SegmentProgress):
         def __call__(self, report: Report) -> None:
             if report.done == 2:
                 stores._store.cache_clear()
@@ -336,7 +337,7 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
                 if interrupted:
                     raise KeyboardInterrupt
 
-    monkeypatch.setattr("tilepipe.cli._Progress", Failing)
+    monkeypatch.setattr("tilepipe.commands.segment.SegmentProgress", Failing)
     arguments = command(made, target)
     result = CliRunner().invoke(main, arguments)
     stores._store.cache_clear()

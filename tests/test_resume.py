@@ -24,7 +24,7 @@ from tilepipe.models.checkpoint import save_checkpoint
 from tilepipe.models.unet import UNet
 from tilepipe.options import Options
 from tilepipe.runs.ledger import LEDGER, Ledger
-from tilepipe.segmentation.segment import Report, segment
+from tilepipe.segmentation.segment import segment
 from tilepipe.volumes.output import read_attributes
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from distributed import Client
+
+    from tilepipe.segmentation.report import Report
 
 EDGE, TILES = 64, 36
 OPTIONS = Options(write="probabilities", tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1)

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Region
-from tilepipe.slices import outside, parse_region
+from tilepipe.geometry import Region, outside, parse_region
 
 SHAPE = (5, 7, 6)
 

@@ -28,11 +28,13 @@ from tilepipe.engines import TileResult, slurm
 from tilepipe.engines.jobs import Jobs
 from tilepipe.engines.squeue import fate
 from tilepipe.errors import TileError
-from tilepipe.segmentation.segment import Report, segment
+from tilepipe.segmentation.segment import segment
 from tilepipe.segmentation.slurm import log_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tilepipe.segmentation.report import Report
 
 pytestmark = [
     pytest.mark.slurm,

@@ -28,13 +28,14 @@ from tilepipe.training.dataset import open_material
 from tilepipe.training.learner import rate
 from tilepipe.training.recipe import CHOICES, Recipe
 from tilepipe.training.targets import TARGETS
-from tilepipe.training.train import Progress, train
+from tilepipe.training.train import train
 from tilepipe.training.validate import score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.training.experiment import Study
+    from tilepipe.training.log import Progress
 
 SMALL = {
     "target": "mask", "ndim": 2, "base": 4, "depth": 2, "patch": (24, 24), "elastic": 2.0,

@@ -6,7 +6,8 @@ from .models.model import load_model
 from .models.spec import context
 from .options import Options
 from .planning.plan import plan
-from .segmentation.segment import Report, segment
+from .segmentation.report import Report
+from .segmentation.segment import segment
 from .training.recipe import Recipe
 from .training.train import train
 from .volumes.volume import open_volume

@@ -7,15 +7,20 @@ All coordinates are voxel indices in the order of the volume's spatial axes (``z
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tilepipe.errors import BadRequest
+from tilepipe.text import comma
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
+
 
 Shape = tuple[int, ...]
 
@@ -232,3 +237,106 @@ def _cut(region: Region, axis: int, size: int) -> list[Region]:
     stop = (*region.stop[:axis], place, *region.stop[axis + 1 :])
     start = (*region.start[:axis], place, *region.start[axis + 1 :])
     return [Region(region.start, stop), Region(start, region.stop)]
+
+
+def parse_region(text: str, shape: Shape, *, name: str = "region") -> Region:
+    """Return the region of a volume of ``shape`` that slices with commas spell, one per axis.
+
+    Ends may be left out or count from the end, as in Python. BadRequest, with ``name`` as the
+    argument, for other text, other axes than the volume's, or a region that is empty or outside.
+
+    >>> str(parse_region("20:24,:,-256:", (24, 512, 512)))
+    '20:24,0:512,256:512'
+    """
+    parts = text.replace(" ", "").split(",")
+    found = [re.fullmatch(r"(-?\d+)?:(-?\d+)?", part) for part in parts]
+    if len(parts) != len(shape) or None in found:
+        raise BadRequest(
+            f"{name} (={text}) must be slices for each of the {len(shape)} axes of the volume,"
+            f" {comma(shape)}; as in {','.join(['0:16', *[':'] * (len(shape) - 1)])}"
+        )
+    start, stop = [], []
+    for match, length in zip(found, shape, strict=True):
+        assert match is not None
+        first, last = (int(end) if end else None for end in match.groups())
+        a = 0 if first is None else first + length * (first < 0)
+        b = length if last is None else last + length * (last < 0)
+        if not 0 <= a < b <= length:
+            raise BadRequest(
+                f"{name} (={text}) must hold voxels and lie inside the volume, {comma(shape)}"
+            )
+        start.append(a)
+        stop.append(b)
+    return Region(tuple(start), tuple(stop))
+
+
+def outside(box: Region, hole: Region) -> list[Region]:
+    """Return boxes that cover what of ``box`` lies outside ``hole``, each voxel once.
+
+    >>> [str(part) for part in outside(Region.whole((8, 9)), Region((2, 0), (4, 5)))]
+    ['0:2,0:9', '4:8,0:9', '2:4,5:9']
+    """
+    hole = box.intersect(hole)
+    if not hole.size:
+        return [box]
+    parts = []
+    for axis in range(len(box.start)):
+        for a, b in ((box.start[axis], hole.start[axis]), (hole.stop[axis], box.stop[axis])):
+            if a < b:
+                start, stop = list(box.start), list(box.stop)
+                start[axis], stop[axis] = a, b
+                parts.append(Region(tuple(start), tuple(stop)))
+        start, stop = list(box.start), list(box.stop)
+        start[axis], stop[axis] = hole.start[axis], hole.stop[axis]
+        box = Region(tuple(start), tuple(stop))
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The parts of a region that lie in one block of chunks each, of about a million voxels.
+
+    >>> whole = Blocks.of((4000, 700), (512, 700), Region((100, 0), (2000, 700)))
+    >>> len(whole), [str(block) for block in whole]
+    (2, ['100:1024,0:700', '1024:2000,0:700'])
+    """
+
+    region: Region
+    size: Shape
+    """Voxels of a block: whole chunks."""
+
+    @classmethod
+    def of(cls, shape: Shape, chunks: Shape, region: Region) -> Blocks:
+        """Return the blocks of a region of a volume of this shape."""
+        size = list(chunks)
+        while math.prod(size) < 2**19:
+            grow = [axis for axis, n in enumerate(shape) if size[axis] < n]
+            if not grow:
+                break
+            axis = min(grow, key=lambda a: size[a])
+            size[axis] *= 2
+        return cls(region, tuple(size))
+
+    @property
+    def _first(self) -> Shape:
+        return tuple(a // n for a, n in zip(self.region.start, self.size, strict=True))
+
+    @property
+    def _counts(self) -> Shape:
+        ends = zip(self._first, self.region.stop, self.size, strict=True)
+        return tuple(-(-b // n) - a for a, b, n in ends)
+
+    def __len__(self) -> int:
+        return math.prod(self._counts)
+
+    def __getitem__(self, number: int) -> Region:
+        if not 0 <= number < len(self):
+            raise IndexError(f"block (={number}) must lie in 0:{len(self)}")
+        place = np.unravel_index(number, self._counts)
+        ends = zip(place, self._first, self.size, strict=True)
+        start = tuple((int(p) + a) * n for p, a, n in ends)
+        stop = tuple(a + n for a, n in zip(start, self.size, strict=True))
+        return Region(start, stop).intersect(self.region)
+
+    def __iter__(self) -> Iterator[Region]:
+        return (self[number] for number in range(len(self)))

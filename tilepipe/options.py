@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tilepipe.errors import BadRequest, comma
+from tilepipe.errors import BadRequest
+from tilepipe.text import comma
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,36 +31,6 @@ KINDS = ("auto", "classes", "mask", "instances", "membrane")
 """What is compared in an evaluation."""
 COMPONENTS = ("plane", "volume")
 """Within what objects lie in an evaluation."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One task of an array, each of which computes its share of the tiles.
-
-    Law: the shares of all tasks are every tile once, neighbours together.
-
-    >>> str(Shard(2, 3)), [Shard(n, 3).share(10) for n in (1, 2, 3)]
-    ('2/3', [range(0, 3), range(3, 6), range(6, 10)])
-    """
-
-    number: int
-    """Counted from 1, as ``SLURM_ARRAY_TASK_ID`` of ``--array=1-N`` is."""
-    count: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.count:
-            raise BadRequest(
-                f"shard (={self}) must be I/N with I from 1 to N; submit the array as"
-                f" 1-{max(self.count, 1)}"
-            )
-
-    def share(self, tiles: int) -> range:
-        """Return the tiles of this task, of so many."""
-        first, last = (tiles * n // self.count for n in (self.number - 1, self.number))
-        return range(first, last)
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tilepipe.geometry import parse_region
 from tilepipe.models.model import load_model
-from tilepipe.slices import parse_region
 from tilepipe.volumes.overlay import dice, write_overlay
 from tilepipe.volumes.volume import open_volume
 

@@ -1,4 +1,4 @@
-"""The story of ``tilepipe demo``: an image with known truth, segmented in tiles, and compared."""
+"""The command demo: an image with known truth is made, segmented in tiles and compared."""
 
 from __future__ import annotations
 
@@ -6,21 +6,39 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
+from tilepipe.commands.exits import refusing
+from tilepipe.commands.progress import SegmentProgress
+from tilepipe.commands.types import Place
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Region
-from tilepipe.options import Options
-from tilepipe.segmentation.segment import segment
-from tilepipe.volumes.overlay import dice, write_overlay
-from tilepipe.volumes.synthetic import write_synthetic
-from tilepipe.volumes.volume import open_volume
+from tilepipe.host.allocator import keep_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tilepipe.segmentation.segment import Report
+    from tilepipe.segmentation.report import Report
 
 SHOWN = 1024
 """Pixels of each side, at most, of the picture and of the comparison."""
+
+
+@click.command()
+@click.option("--size", type=int, default=1024, show_default=True, help="The pixels of each side.")
+@click.option(
+    "-o", "--output", type=Place(), default="demo", show_default=True,
+    help="A folder for the results.",
+)  # fmt: skip
+@refusing
+def demo(size: int, output: str) -> None:
+    """Make an image of nuclei, segment it in tiles and compare it with the truth."""
+    if "://" in output:
+        raise BadRequest(f"output (={output}) must be a folder of this machine")
+    keep_memory()
+    progress = SegmentProgress()
+    for line in _demonstrate(Path(output), size=size, progress=progress):
+        progress.end()
+        click.echo(line)
 
 
 def network_path() -> Path:
@@ -28,10 +46,17 @@ def network_path() -> Path:
     return Path(str(files("tilepipe") / "networks" / "nuclei-2d.pt"))
 
 
-def demo(
+def _demonstrate(
     folder: Path, *, size: int, progress: Callable[[Report], None] | None = None
 ) -> Iterator[str]:
     """Do it, and yield a line for each thing that was done."""
+    from tilepipe.geometry import Region
+    from tilepipe.options import Options
+    from tilepipe.segmentation.segment import segment
+    from tilepipe.volumes.overlay import dice, write_overlay
+    from tilepipe.volumes.synthetic import write_synthetic
+    from tilepipe.volumes.volume import open_volume
+
     if size < 64:
         raise BadRequest(f"size (={size}) must be at least 64")
     picture = folder / "overlay.png"

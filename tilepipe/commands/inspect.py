@@ -1,31 +1,60 @@
-"""The story of ``tilepipe inspect``: what a file is, in words and as plain values."""
+"""The command inspect: what a file is, in words and as plain values."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from tilepipe.commands.words import describe_live, describe_model, describe_volume
+import click
+
+from tilepipe.commands.exits import refusing
+from tilepipe.commands.segment import channels_in_words, context_in_words, describe_devices
+from tilepipe.commands.types import Arguments, Place
 from tilepipe.errors import BadRequest
 from tilepipe.host.process import borrowed
-from tilepipe.runs.ledger import Ledger, folder_of
-from tilepipe.runs.log import read_progress
 from tilepipe.storage.location import locate
-from tilepipe.volumes.output import read_attributes
-from tilepipe.volumes.source import source_notices
-from tilepipe.volumes.volume import open_volume
+from tilepipe.text import comma, counted, describe_bytes, duration, table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from tilepipe.models.model import Model
+    from tilepipe.models.spec import Profile
+    from tilepipe.runs.log import Progress
+    from tilepipe.volumes.volume import Volume
 
 MODELS = (".pt", ".pth", ".pt2", ".ckpt", ".ts")
 """Names of model files; everything else is looked at as a volume first."""
 
 
+@click.command()
+@click.argument("file", type=Place())
+@click.option(
+    "--network",
+    metavar="REF",
+    help="The code that builds the network of a state dict: module:factory or file.py:factory.",
+)
+@click.option("--network-args", type=Arguments(), help="The arguments of that factory, as JSON.")
+@click.option(
+    "--head", type=int, default=0, metavar="N", help="Which output of a network that has several."
+)
+@click.option("--axes", metavar="ZYX", help="The axes of a volume that does not say them.")
+@click.option(
+    "--series", type=int, metavar="N", help="Which image is read of a file that holds several."
+)
+@click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
+@refusing
+def inspect(file: str, as_json: bool, **values: object) -> None:
+    """Describe a model, a volume, or an output and how far it is."""
+    facts, text = describe_file(file, **values)  # type: ignore[arg-type]
+    click.echo(json.dumps(facts, indent=1) if as_json else text)
+
+
 @borrowed()
-def inspect(
+def describe_file(
     path: str | Path,
     *,
     network: str | None = None,
@@ -51,6 +80,9 @@ def inspect(
                  "activation": profile.meaning.activation,
                  "provenance": dict(model.provenance), "trained": model.trained}  # fmt: skip
         return {**facts, **asdict(profile)}, describe_model(model, profile)
+    from tilepipe.volumes.source import source_notices
+    from tilepipe.volumes.volume import open_volume
+
     volume = open_volume(path, axes=axes, series=series)
     notices = source_notices(volume)
     values: dict[str, object] = {
@@ -66,6 +98,10 @@ def inspect(
 
 def _output(path: str) -> tuple[dict[str, object], str]:
     """Describe how far an output of ours is, and with what it was made."""
+    from tilepipe.runs.ledger import Ledger, folder_of
+    from tilepipe.runs.log import read_progress
+    from tilepipe.volumes.output import read_attributes
+
     try:
         attributes = read_attributes(path)
     except BadRequest:
@@ -96,3 +132,133 @@ def _output(path: str) -> tuple[dict[str, object], str]:
             values |= {"tiles_per_second": progress.rate, "retries": progress.retries}
             values["workers"] = {name: asdict(share) for name, share in progress.workers.items()}
     return values, "\n".join(filter(None, lines))
+
+
+WORKERS = 20
+"""Workers that are shown one by one."""
+
+
+def describe_model(model: Model, profile: Profile) -> str:
+    """Return what tiling needs to know of a model."""
+    context = profile.context
+    how = "read from the graph" if profile.method == "graph" else "measured by probing"
+    sizes = [
+        f"{n}" if profile.fixed else f"{n} + {s}k" if s > 1 else f"{n} and more"
+        for n, s in zip(profile.smallest, context.step, strict=True)
+    ]
+    rows = [
+        ("model", f"{model.path} ({model.kind})"),
+        ("weights", f"{model.parameters:,}"),
+        (
+            "input",
+            f"{profile.axes}D, {counted(profile.channels, 'channel')}, sizes {', '.join(sizes)}",
+        ),
+        (
+            "output",
+            f"{counted(profile.classes, 'channel')}{_ends(profile)},"
+            f" {comma(profile.shrink)} smaller"
+            + (f"; number {model.head} of {model.outputs}" if model.outputs > 1 else ""),
+        ),
+        ("context", f"{context_in_words(profile)} ({how})"),
+        ("step", comma(context.step)),
+        ("grey values", model.normalize or "not said"),
+        ("labels", ", ".join(model.labels) or "not said"),
+        ("exact tiling", "yes" if profile.exact else "no"),
+    ]
+    if model.kind == "checkpoint":
+        rows.append(("trained for", model.answer + _trained(model)))
+    rows += [("no context", why) for why in profile.troubles]
+    rows += [
+        ("off lattice", why + (": exact as regions" if profile.exact else ""))
+        for why in profile.off_lattice
+    ]
+    if profile.autocast:
+        rows.append(("autocast", f"{profile.autocast}: run in windows, as the network says"))
+    return table(rows)
+
+
+def describe_volume(volume: Volume, notices: Iterable[str] = ()) -> str:
+    """Return shape, type and storage of a volume, and what there is to say of it besides."""
+    units = [
+        f"{size:g} {unit or ''}".strip()
+        for size, unit in zip(volume.scale, volume.units, strict=True)
+    ]
+    assumed = " (assumed)" if volume.axes_assumed else ""
+    shards = f" in shards of {comma(volume.shards)}" if volume.shards else ""
+    rows = [
+        ("volume", f"{volume.path} ({volume.kind})"),
+        (
+            "axes",
+            f"{volume.axes}{assumed} = {comma(volume.shape)}{channels_in_words(volume.channels)}",
+        ),
+        ("type", f"{volume.dtype}, {describe_bytes(volume.nbytes)}"),
+        ("chunks", comma(volume.chunks) + shards),
+        ("voxel", " x ".join(units)),
+    ]
+    if any(volume.translation):
+        rows.append(("lies at", ", ".join(f"{place:g}" for place in volume.translation)))
+    if volume.channel_names:
+        rows.append(("channels", ", ".join(name or "?" for name in volume.channel_names)))
+    return table(rows) + "".join(f"\nnote: {notice}" for notice in notices)
+
+
+def describe_live(progress: Progress, *, done: int, tiles: int, voxels: float) -> str:
+    """Return how a run goes by its logs; a tile has so many ``voxels`` on average."""
+    shares = progress.workers.values()
+    if not progress.workers:
+        return ""
+    ago = progress.now - max(share.ended for share in shares)
+    computed = sum(share.tiles for share in shares)
+    rows = [
+        (
+            "computed",
+            f"{counted(computed, 'tile')} in all runs, {progress.retries} tried again;"
+            f" the last {duration(ago)} ago",
+        )
+    ]
+    if progress.rate and done < tiles:
+        left = (tiles - done) / progress.rate
+        rows.append(
+            (
+                "rate",
+                f"{progress.rate:.3g} tiles/s, {progress.rate * voxels / 1e6:.3g} megavoxels/s;"
+                f" about {duration(left)} left",
+            )
+        )
+    told = describe_devices(
+        len(progress.workers),
+        seconds=sum(share.seconds for share in shares),
+        computing=sum(share.compute for share in shares),
+        starved=sum(share.starved for share in shares),
+        voxels=round(computed * voxels),
+    )
+    rows.append(("devices", told))
+    latest = sorted(progress.workers.items(), key=lambda item: -item[1].ended)
+    for name, share in latest[:WORKERS]:
+        rate = share.tiles * voxels / max(share.seconds, 1.0) / 1e6
+        rows.append(
+            (
+                "worker",
+                f"{name}: {counted(share.tiles, 'tile')}, {rate:.3g} megavoxels/s,"
+                f" the last {duration(progress.now - share.ended)} ago",
+            )
+        )
+    if len(latest) > WORKERS:
+        rows.append(("", f"and {len(latest) - WORKERS} workers more: see --json"))
+    return table(rows)
+
+
+def _trained(model: Model) -> str:
+    """Return the context that a model's file says it was trained with."""
+    if model.trained is None:
+        return ""
+    sizes = (cast("list[int]", model.trained[name]) for name in ("before", "after", "step"))
+    return ", with a context of {} before, {} after, step {}".format(*map(comma, sizes))
+
+
+def _ends(profile: Profile) -> str:
+    meaning = profile.meaning
+    if not meaning.activation:
+        return f" of {meaning.strange}" if meaning.strange else ""
+    apart = ", each a probability of its own" if meaning.apart and profile.classes > 1 else ""
+    return f" after a {meaning.activation}{apart}"

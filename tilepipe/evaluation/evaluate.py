@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from tilepipe.errors import BadRequest, comma, counted
+from tilepipe.errors import BadRequest
 from tilepipe.evaluation.position import place_on
 from tilepipe.evaluation.scores import (
     Table,
@@ -25,11 +25,13 @@ from tilepipe.evaluation.scores import (
     tabulate,
 )
 from tilepipe.evaluation.warping import LARGEST_PLANE, warping_mismatches
-from tilepipe.geometry import Region, TileGrid
+from tilepipe.geometry import Region, TileGrid, parse_region
 from tilepipe.host.process import borrowed
-from tilepipe.instances.components import block_of, grow_objects, label_components
+from tilepipe.instances.blocks import block_of
+from tilepipe.instances.components import label_components
+from tilepipe.instances.growth import grow_objects
 from tilepipe.options import COMPONENTS, KINDS
-from tilepipe.slices import parse_region
+from tilepipe.text import comma, counted
 from tilepipe.volumes.source import open_named
 from tilepipe.volumes.volume import open_volume
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from tilepipe.errors import BadRequest, comma
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
+from tilepipe.text import comma
 
 if TYPE_CHECKING:
     from tilepipe.geometry import Shape

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from tilepipe.geometry import Context
 from tilepipe.graph.operations import read_operation
 from tilepipe.graph.readings import Flattened, NoRule, Operation, Reading, shape_of
+from tilepipe.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -135,12 +136,6 @@ def _is_plain(node: fx.Node) -> bool:
     return not schema.is_mutable and not (
         views and operation.has_kernel_for_dispatch_key(composite)
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, cast
 from torch import nn
 
 from tilepipe.errors import BadRequest
-from tilepipe.graph.graph import first_line
 from tilepipe.host.process import undisturbed
+from tilepipe.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from tilepipe.errors import BadRequest
-from tilepipe.graph.graph import first_line, register_tensors
+from tilepipe.graph.graph import register_tensors
 from tilepipe.host.process import borrowed
 from tilepipe.models.archive import load_program, load_tensors
 from tilepipe.models.checkpoint import Checkpoint, needs_code, read_checkpoint
@@ -33,6 +33,7 @@ from tilepipe.models.factory import build_network, digest_of, find_factory
 from tilepipe.models.intake import SINGLE, find_input
 from tilepipe.models.unet import UNet
 from tilepipe.storage.objects import local_path
+from tilepipe.text import first_line
 
 if TYPE_CHECKING:
     from tilepipe.geometry import Shape

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tilepipe.errors import BadRequest, comma
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context, Shape
+from tilepipe.text import comma
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

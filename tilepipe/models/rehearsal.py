@@ -9,9 +9,10 @@ import torch
 
 from tilepipe.geometry import Region
 from tilepipe.graph.evaluator import RegionEvaluator
-from tilepipe.graph.graph import Graph, NotExported, export, first_line
+from tilepipe.graph.graph import Graph, NotExported, export
 from tilepipe.graph.readings import NoRule
 from tilepipe.graph.sweep import Sweep
+from tilepipe.text import first_line
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tilepipe.errors import BadRequest, comma
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context, Shape, ceil_to
 from tilepipe.graph.calls import graph_calls, script_calls
 from tilepipe.graph.graph import NotExported, covering, export, lattice, own_context, unbound
@@ -18,6 +18,7 @@ from tilepipe.host.process import borrowed
 from tilepipe.models.model import Model, load_model, wrap
 from tilepipe.models.probe import probe
 from tilepipe.models.trial import try_windows
+from tilepipe.text import comma
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

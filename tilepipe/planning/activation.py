@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tilepipe.errors import BadRequest, counted
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.models.predictor import label_type
+from tilepipe.text import counted
 from tilepipe.volumes.normalize import Normalization, parse, resolve
 from tilepipe.volumes.volume import read_mirrored
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tilepipe.errors import BadRequest, comma, counted
+from tilepipe.errors import BadRequest
 from tilepipe.geometry import Shape, ceil_to
 from tilepipe.graph.graph import NotExported, export, lattice
 from tilepipe.graph.readings import NoRule
 from tilepipe.host import limits
 from tilepipe.models.trial import try_windows
+from tilepipe.text import comma, counted
 from tilepipe.volumes.source import source_notices
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tilepipe.models.model import Model
     from tilepipe.models.spec import Profile
     from tilepipe.options import Options
-    from tilepipe.planning.tiling import Tiling
+    from tilepipe.planning.costs import Tiling
     from tilepipe.volumes.volume import Volume
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tilepipe.geometry import Shape, TileGrid, ceil_to
 
 if TYPE_CHECKING:
-    from tilepipe.planning.tiling import Tiling
+    from tilepipe.planning.costs import Tiling
 
 CHUNK_EDGES = {1: (16, 256, 256), 2: (1024, 1024), 3: (128, 128, 128)}
 """Chunk edges: for slices, planes and volumes of small numbers; about 1 to 2 MB."""

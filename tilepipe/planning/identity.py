@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, cast
 
 from tilepipe import __version__
-from tilepipe.errors import BadRequest, comma
+from tilepipe.errors import BadRequest
+from tilepipe.text import comma
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,8 +19,8 @@ from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context, Region, Shape, TileGrid, ceil_to
 from tilepipe.host import limits
 from tilepipe.host.process import borrowed
+from tilepipe.models.device import PRECISIONS, find_device
 from tilepipe.models.model import load_model
-from tilepipe.models.predictor import PRECISIONS, find_device
 from tilepipe.models.process_memory import VARIES, process_memory
 from tilepipe.models.rehearsal import whole_graph
 from tilepipe.models.spec import Profile, find_profile
@@ -29,18 +29,12 @@ from tilepipe.options import Options
 from tilepipe.planning import checks
 from tilepipe.planning.activation import Activation, Answer, find_activation, find_answer
 from tilepipe.planning.chunking import choose_chunks, choose_shards
+from tilepipe.planning.costs import Tiling, Work, floor_work, sweep_work, work
 from tilepipe.planning.identity import check_same, ground, identity, plain
-from tilepipe.planning.tiling import (
-    Tiling,
-    Work,
-    choose,
-    describe_bytes,
-    floor_work,
-    sweep_work,
-    work,
-)
+from tilepipe.planning.tiling import choose
 from tilepipe.storage.location import locate
 from tilepipe.storage.objects import Key
+from tilepipe.text import describe_bytes
 from tilepipe.volumes.normalize import Normalization, parse, resolve
 from tilepipe.volumes.source import open_source
 

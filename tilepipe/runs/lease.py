@@ -56,12 +56,12 @@ class Owner:
     born: float
     """When the process began, in seconds since 1970 by its own machine."""
     token: str
-    shard: str
+    task: str
     """Which part of an array of tasks it is, as ``3/8``; empty where it is none."""
     beat: int = 0
 
     def __str__(self) -> str:
-        part = f"shard {self.shard}, " if self.shard else ""
+        part = f"task {self.task}, " if self.task else ""
         return f"{part}host {self.host}, process {self.pid}"
 
 
@@ -80,13 +80,13 @@ class Claim:
         self._thread.start()
 
     @classmethod
-    def take(cls, path: Place, *, shard: str = "", dead: Owner | None = None) -> Claim | Owner:
+    def take(cls, path: Place, *, task: str = "", dead: Owner | None = None) -> Claim | Owner:
         """Take a claim; where it is held by one who lives, return who that is.
 
         An owner on another machine is watched until it gives a sign of life, for `LEASE` at most;
         one that was watched before is given as ``dead``.
         """
-        mine = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, shard)
+        mine = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, task)
         after_dead = False
         while True:
             held = hold(path, _content(mine))
@@ -186,12 +186,12 @@ def living(paths: Iterable[Place], *, clear: bool = False) -> dict[Place, Owner]
     return alive
 
 
-def take_dead(paths: Iterable[Place], *, shard: str) -> dict[Place, Claim]:
+def take_dead(paths: Iterable[Place], *, task: str) -> dict[Place, Claim]:
     """Take the claims of the dead, of these files, unless another is quicker."""
     held = {path: owner for path in paths if (owner := _read(path)) is not None}
     alive = living(held)
     taken = {
-        path: Claim.take(path, shard=shard, dead=owner)
+        path: Claim.take(path, task=task, dead=owner)
         for path, owner in held.items()
         if path not in alive and path.is_file()
     }

@@ -6,7 +6,7 @@ of its own, and who reads merges them. There are no locks (see `tilepipe.runs.le
 
 Files, in ``TARGET/.tilepipe``: ``plan.json`` (whole or absent); of each writer ``done`` (appended,
 one line of fixed width for each tile), ``log`` (see `tilepipe.runs.log`), ``failed.json`` where
-tiles failed, ``lock`` while it runs. Shard 3 of an array has ``done-3``, ``log-3`` and so on. In an
+tiles failed, ``lock`` while it runs. Task 3 of an array has ``done-3``, ``log-3`` and so on. In an
 object store, where nothing can be appended to, ``done`` and ``log`` are rows of objects
 (`tilepipe.storage.objects.Parts`), and a kill may also cost the tiles of the last `FLUSH` seconds.
 """
@@ -27,7 +27,7 @@ import numpy as np
 
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
-from tilepipe.options import Shard
+from tilepipe.runs.array import ArrayTask
 from tilepipe.runs.fence import Fence, NotOwner, Right
 from tilepipe.runs.lease import Claim, Owner, is_held, living, take_dead
 from tilepipe.runs.log import Log, read_progress
@@ -113,11 +113,11 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, target: str | Path, *, write: bool = True, shard: Shard | None = None
+        cls, target: str | Path, *, write: bool = True, task: ArrayTask | None = None
     ) -> Ledger | None:
         """Open the ledger of a target; None where there is none.
 
-        Of an array's tasks each opens it for its ``shard``, and all may write at once. Raises
+        Of an array's tasks each opens it for its ``task``, and all may write at once. Raises
         `BadRequest` where it cannot be read, or where another process writes it.
         """
         folder = folder_of(target)
@@ -133,7 +133,7 @@ class Ledger:
                 f"output (={target}) has a ledger that cannot be read ({error}); replace the"
                 " output with --overwrite"
             ) from error
-        claim = claimed(target, shard=shard) if write else None
+        claim = claimed(target, task=task) if write else None
         return cls(folder, plan, tiles=tiles, claim=claim)
 
     def refresh(self) -> None:
@@ -199,7 +199,7 @@ class Ledger:
     def set_aside(self, failures: Sequence[TileFailure]) -> None:
         """Keep the tiles that failed in this run; none removes those of earlier runs.
 
-        A shard speaks for itself, any other run for all.
+        A task speaks for itself, any other run for all.
         """
         self.check()
         if not self._name:
@@ -229,17 +229,18 @@ class Ledger:
             self._log.sync()
         return sum(read_progress(self._folder).nonfinite.values())
 
-    def adopt(self, shard: Shard) -> dict[int, Claim]:
+    def adopt(self, task: ArrayTask) -> dict[int, Claim]:
         """Claim the shares of an array's tasks that began and died before they were done.
 
         A task that has not begun is not dead: its turn may come.
         """
         left: dict[Place, int] = {
             self._folder / f"lock-{number}": number
-            for number in range(1, shard.count + 1)
-            if next(self.remaining(Shard(number, shard.count).share(self.tiles)), None) is not None
+            for number in range(1, task.count + 1)
+            if next(self.remaining(ArrayTask(number, task.count).share(self.tiles)), None)
+            is not None
         }
-        return {left[path]: claim for path, claim in take_dead(left, shard=str(shard)).items()}
+        return {left[path]: claim for path, claim in take_dead(left, task=str(task)).items()}
 
     def close(self) -> None:
         """Force what was entered to disk and let others write."""
@@ -290,24 +291,24 @@ def lay_plan(target: str | Path, plan: Mapping[str, object], *, tiles: int) -> d
     return content
 
 
-def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
-    """Claim a target, be it to create it; with a shard, that part of the work on it.
+def claimed(target: str | Path, *, task: ArrayTask | None = None) -> Claim:
+    """Claim a target, be it to create it; with a task, that part of the work on it.
 
-    The tasks of an array have a claim each; a run without a shard needs the whole. Raises
+    The tasks of an array have a claim each; a run without a task needs the whole. Raises
     `BadRequest` where one lives that is in the way.
     """
     folder = folder_of(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        name = "lock" if shard is None else f"lock-{shard.number}"
-        claim = Claim.take(folder / name, shard="" if shard is None else str(shard))
+        name = "lock" if task is None else f"lock-{task.number}"
+        claim = Claim.take(folder / name, task="" if task is None else str(task))
     except OSError as error:
         raise BadRequest(f"output (={target}) cannot be written: {error}") from error
     if isinstance(claim, Owner):
         raise _held(target, claim)
     others = (
         [path for path in find(folder, "lock-") if "." not in path.name]
-        if shard is None
+        if task is None
         else [folder / "lock"]
     )
     before = sum(map(is_held, others))
@@ -318,12 +319,12 @@ def claimed(target: str | Path, *, shard: Shard | None = None) -> Claim:
     return claim
 
 
-def claimed_first(target: str | Path, shard: Shard) -> Claim | None:
+def claimed_first(target: str | Path, task: ArrayTask) -> Claim | None:
     """Claim a target for a task of an array that creates it; None where another has begun to."""
     folder = folder_of(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim = Claim.take(folder / "lock", shard=str(shard))
+        claim = Claim.take(folder / "lock", task=str(task))
     except OSError as error:
         raise BadRequest(f"output (={target}) cannot be written: {error}") from error
     if isinstance(claim, Owner):
@@ -341,7 +342,7 @@ def await_first(target: str | Path) -> None:
     """
     path = folder_of(target) / "lock"
     while owner := living([path], clear=True).get(path):
-        if not owner.shard:
+        if not owner.task:
             raise _held(target, owner)
         log.info("waiting for %s to create %s", owner, target)
         time.sleep(LOOK)

@@ -40,8 +40,8 @@ from tilepipe.volumes.source import open_source
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from tilepipe.options import Shard
     from tilepipe.planning.plan import Plan
+    from tilepipe.runs.array import ArrayTask
     from tilepipe.runs.lease import Claim
 
 
@@ -157,11 +157,11 @@ def normalized(
 
 
 def open_ledger(
-    made: Plan, earlier: Mapping[str, object] | None, *, shard: Shard | None, overwrite: bool
+    made: Plan, earlier: Mapping[str, object] | None, *, task: ArrayTask | None, overwrite: bool
 ) -> Ledger:
     """Open the ledger of the earlier run, or create the target and a new one."""
-    there = earlier is not None or shard is not None
-    opened = Ledger.open(made.target, shard=shard) if there else None
+    there = earlier is not None or task is not None
+    opened = Ledger.open(made.target, task=task) if there else None
     if opened is not None:
         try:
             restore_metadata(made, opened)
@@ -178,7 +178,7 @@ def agree(
     target: str,
     make: Callable[[], tuple[Plan, dict[str, object] | None]],
     *,
-    shard: Shard,
+    task: ArrayTask,
     scanned: Callable[[int, int], None] | None,
 ) -> Plan:
     """Return the plan of an array's tasks: the first creates the target, the others wait for it.
@@ -198,7 +198,7 @@ def agree(
             return normalized(made, earlier, scanned)
         if short := made.short_of_disk():
             raise BadRequest(short)
-        claim = claimed_first(target, shard)
+        claim = claimed_first(target, task)
         if claim is not None:
             with closing(claim):
                 _begin(made, claim, overwrite=False, scanned=scanned)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilepipe.engines.jobs import Jobs, seconds
-from tilepipe.errors import BadRequest, counted
-from tilepipe.planning.tiling import SLOTS
+from tilepipe.errors import BadRequest
+from tilepipe.planning.costs import SLOTS
 from tilepipe.storage.contents import LEDGER
+from tilepipe.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,7 +10,7 @@ import numpy as np
 from tilepipe.geometry import Region
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from concurrent.futures import Executor, Future
 
     from numpy.typing import NDArray
@@ -20,27 +20,6 @@ if TYPE_CHECKING:
 
         def write(self, region: Region, array: NDArray[np.generic]) -> None:
             """Write all channels of a region."""
-
-
-def blocks(start: int, stop: int, length: int, edge: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a range that are read at once: cut where chunks end.
-
-    What is mirrored at the volume's ends is read with the chunk that it is made from. Law: the
-    parts cover ``start:stop``, each row once and in order.
-
-    >>> list(blocks(-3, 25, 20, 8))
-    [(-3, 8), (8, 16), (16, 25)]
-    >>> list(blocks(-10, 25, 20, 4))
-    [(-10, -8), (-8, -4), (-4, 4), (4, 8), (8, 12), (12, 16), (16, 24), (24, 25)]
-    """
-    last = (length - 1) // edge * edge
-    while start < stop:
-        end = (start // edge + 1) * edge
-        if end == 0 or end == last + edge:
-            end += edge
-        end = min(end, stop)
-        yield start, end
-        start = end
 
 
 class Feed:

@@ -19,15 +19,16 @@ from tilepipe.engines import TileResult, one_line
 from tilepipe.errors import TileError
 from tilepipe.geometry import Region, halved
 from tilepipe.host.allocator import compute_thread
+from tilepipe.models.device import PRECISIONS
 from tilepipe.models.model import load_model
-from tilepipe.models.predictor import PRECISIONS, Predictor
+from tilepipe.models.predictor import Predictor
 from tilepipe.models.rehearsal import whole_graph
 from tilepipe.models.transfer import is_out_of_memory
 from tilepipe.models.windows import Window, Windows, cut, read_box
+from tilepipe.planning.costs import READS, SLOTS, block_rows, blocks
 from tilepipe.planning.regions import Regions, regions_of
-from tilepipe.planning.tiling import READS, SLOTS, block_rows
 from tilepipe.runs.fence import Fence
-from tilepipe.segmentation.streams import Feed, Store, blocks
+from tilepipe.segmentation.streams import Feed, Store
 from tilepipe.volumes.output import open_target
 from tilepipe.volumes.source import open_source
 from tilepipe.volumes.volume import read_mirrored, read_zero_padded

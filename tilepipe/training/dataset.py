@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zarr
 
-from tilepipe.errors import BadRequest, comma
-from tilepipe.geometry import Region, Shape
+from tilepipe.errors import BadRequest
+from tilepipe.geometry import Blocks, Region, Shape, outside, parse_region
 from tilepipe.instances.components import label_components
-from tilepipe.slices import outside, parse_region
+from tilepipe.text import comma
 from tilepipe.training.augment import NONE, Augmentation
 from tilepipe.training.patches import Frame, Learning, Pair, Patches
-from tilepipe.training.sampler import Blocks, Census, Kind, Labels
+from tilepipe.training.sampler import Census, Kind, Labels
 from tilepipe.training.targets import balance_weights, class_count
 from tilepipe.volumes.normalize import Normalization, parse, resolve, restore
 from tilepipe.volumes.source import series_for, source_notices

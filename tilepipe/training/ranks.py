@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tilepipe.models.predictor import find_device
+from tilepipe.models.device import find_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

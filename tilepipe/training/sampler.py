@@ -5,19 +5,18 @@ A block is a few whole chunks; the labels of one block are in memory at a time.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Region, Shape
+from tilepipe.geometry import Blocks, Region, Shape
 from tilepipe.training.targets import IGNORE, MARGIN, class_map
 from tilepipe.volumes.volume import read_mirrored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -199,53 +198,3 @@ def _check_classes(labels: NDArray[np.generic], ignore: int | None, region: Regi
             f"labels hold {wrong} in {region}, which is no class in 0:{IGNORE}; give"
             f" --ignore {wrong}, or --target mask or foreground"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """The parts of a region that lie in one block of chunks each, of about a million voxels.
-
-    >>> whole = Blocks.of((4000, 700), (512, 700), Region((100, 0), (2000, 700)))
-    >>> len(whole), [str(block) for block in whole]
-    (2, ['100:1024,0:700', '1024:2000,0:700'])
-    """
-
-    region: Region
-    size: Shape
-    """Voxels of a block: whole chunks."""
-
-    @classmethod
-    def of(cls, shape: Shape, chunks: Shape, region: Region) -> Blocks:
-        """Return the blocks of a region of a volume of this shape."""
-        size = list(chunks)
-        while math.prod(size) < 2**19:
-            grow = [axis for axis, n in enumerate(shape) if size[axis] < n]
-            if not grow:
-                break
-            axis = min(grow, key=lambda a: size[a])
-            size[axis] *= 2
-        return cls(region, tuple(size))
-
-    @property
-    def _first(self) -> Shape:
-        return tuple(a // n for a, n in zip(self.region.start, self.size, strict=True))
-
-    @property
-    def _counts(self) -> Shape:
-        ends = zip(self._first, self.region.stop, self.size, strict=True)
-        return tuple(-(-b // n) - a for a, b, n in ends)
-
-    def __len__(self) -> int:
-        return math.prod(self._counts)
-
-    def __getitem__(self, number: int) -> Region:
-        if not 0 <= number < len(self):
-            raise IndexError(f"block (={number}) must lie in 0:{len(self)}")
-        place = np.unravel_index(number, self._counts)
-        ends = zip(place, self._first, self.size, strict=True)
-        start = tuple((int(p) + a) * n for p, a, n in ends)
-        stop = tuple(a + n for a, n in zip(start, self.size, strict=True))
-        return Region(start, stop).intersect(self.region)
-
-    def __iter__(self) -> Iterator[Region]:
-        return (self[number] for number in range(len(self)))

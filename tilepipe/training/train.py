@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,8 @@ from tilepipe.training.experiment import cores, prepare
 from tilepipe.training.interrupt import stopping
 from tilepipe.training.learner import Learner, check_recipe, check_sources, rate
 from tilepipe.training.loader import Loader
-from tilepipe.training.log import TrainLog, check_tensorboard, write_preview
+from tilepipe.training.log import Progress, TrainLog, check_tensorboard
+from tilepipe.training.preview import write_preview
 from tilepipe.training.ranks import is_first, joined
 
 if TYPE_CHECKING:
@@ -54,34 +55,6 @@ LEFT = (
 """What a training leaves in its folder."""
 SUFFIX, MARK = ".training", ".tilepipe-training"
 """How the folder's name ends that a training chooses; a file in it, whatever it is called."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How a training goes."""
-
-    step: int
-    done: float
-    """Share of the steps, or of the minutes, whichever is nearer its end."""
-    seconds: float
-    """Of this run and of those before it."""
-    loss: float
-    """Mean since the last report."""
-    lr: float
-    patches_per_second: float
-    waited: float
-    """Share of the time in which the loop waited for patches."""
-    bytes_per_patch: float
-    """Bytes decoded from storage in this run, for each of its patches."""
-    best: float | None
-    """The best of `Score.good` so far."""
-    score: Score | None = None
-    """Of a validation, where this reports one."""
-
-    @property
-    def left(self) -> float:
-        """Seconds until the end, as it goes."""
-        return self.seconds * (1 - self.done) / max(self.done, 1e-9)
 
 
 @borrowed()

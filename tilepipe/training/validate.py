@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tilepipe.errors import BadRequest
+from tilepipe.geometry import Blocks
 from tilepipe.segmentation.segment import segment
-from tilepipe.training.sampler import Blocks
 from tilepipe.training.targets import IGNORE
 from tilepipe.volumes.volume import open_volume
 

@@ -22,8 +22,9 @@ from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
 from tilepipe.commands.inspect import inspect
 from tilepipe.errors import BadRequest, TileError
-from tilepipe.options import Options, Shard
+from tilepipe.options import Options
 from tilepipe.runs import lease
+from tilepipe.runs.array import ArrayTask
 from tilepipe.runs.lease import Claim, Owner, living
 from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import plan_segment, segment
@@ -43,7 +44,7 @@ OPTIONS = Options(tile=(EDGE, EDGE), chunks=(EDGE, EDGE), threads=1)
 FORKING = """
 import json, os, sys, time
 import torch
-import tilepipe.commands.words, tilepipe.segmentation.segment
+import tilepipe.commands.segment, tilepipe.segmentation.segment
 from tilepipe.segmentation import worker
 from tilepipe.cli import main
 
@@ -96,11 +97,11 @@ class Tasks:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def start(self, target: Path, shard: str, *, free: int) -> int:
+    def start(self, target: Path, task: str, *, free: int) -> int:
         """Start a task that waits, after so many tiles, for the file ``gate`` beside its target."""
         command = ["segment", str(self.made / "v.zarr"), "--model", str(self.made / "net.pt")]
-        command += ["-o", str(target), "--shard", shard, *SIZES]
-        log = target.with_name("log-" + shard.replace("/", "-"))
+        command += ["-o", str(target), "--task", task, *SIZES]
+        log = target.with_name("log-" + task.replace("/", "-"))
         return self._ask(command, str(log), free, str(target.with_name("gate")))
 
     def end(self, pid: int) -> int:
@@ -118,14 +119,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, target: Path, *, shard: Shard | None = None, options: Options = OPTIONS):  # type: ignore[no-untyped-def]
+def run(folder: Path, target: Path, *, task: ArrayTask | None = None, options: Options = OPTIONS):  # type: ignore[no-untyped-def]
     return segment(
         folder / "v.zarr",
         model=folder / "net.pt",
         output=target,
         options=options,
         engine="serial",
-        shard=shard,
+        task=task,
     )
 
 
@@ -158,21 +159,21 @@ def tasks(made: Path) -> Iterator[Tasks]:
 @settings(max_examples=60, derandomize=True)
 @given(tiles=st.integers(0, 300), count=st.integers(1, 40))
 def test_the_shares_are_every_tile_once(tiles: int, count: int) -> None:
-    shares = [Shard(number, count).share(tiles) for number in range(1, count + 1)]
+    shares = [ArrayTask(number, count).share(tiles) for number in range(1, count + 1)]
     assert [index for share in shares for index in share] == [*range(tiles)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("number", [0, 4, -1])
 def test_tasks_are_counted_from_one(number: int) -> None:
-    with pytest.raises(BadRequest, match=rf"^shard \(={number}/3\) .* as 1-3$"):
-        Shard(number, 3)
+    with pytest.raises(BadRequest, match=rf"^task \(={number}/3\) .* as 1-3$"):
+        ArrayTask(number, 3)
 
 
 def test_tasks_one_after_the_other_and_the_last_ends_it(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
     for number in (2, 3, 1):
-        report = run(made, target, shard=Shard(number, TASKS))
+        report = run(made, target, task=ArrayTask(number, TASKS))
         assert (report.tiles, report.before, report.done, report.left) == (12, 0, 12, 0)
         state = read_attributes(target)["state"]
         assert state == ("done" if number == 1 else "started")
@@ -183,9 +184,9 @@ def test_tasks_one_after_the_other_and_the_last_ends_it(made: Path, tmp_path: Pa
 
 
 def test_a_task_without_tiles_does_none(made: Path, tmp_path: Path) -> None:
-    report = run(made, tmp_path / "o", shard=Shard(1, 2 * TILES))
+    report = run(made, tmp_path / "o", task=ArrayTask(1, 2 * TILES))
     assert (report.tiles, report.done, report.unfinished) == (0, 0, TILES)
-    report = run(made, tmp_path / "o", shard=Shard(2, 2 * TILES))
+    report = run(made, tmp_path / "o", task=ArrayTask(2, 2 * TILES))
     assert (report.tiles, report.done, report.unfinished) == (1, 1, TILES - 1)
 
 
@@ -193,7 +194,7 @@ def test_a_task_without_tiles_does_none(made: Path, tmp_path: Path) -> None:
     ("text", "rule"), [("0/3", "must be I/N with I from 1 to N"), ("2", "as in 3/8")]
 )
 def test_what_is_no_shard_is_refused_in_a_line(made: Path, text: str, rule: str) -> None:
-    where = [str(made / "v.zarr"), "--model", str(made / "net.pt"), "--shard", text]
+    where = [str(made / "v.zarr"), "--model", str(made / "net.pt"), "--task", text]
     ended = CliRunner().invoke(main, ["segment", *where])
     assert ended.exit_code == 2
     assert rule in ended.stderr
@@ -202,7 +203,7 @@ def test_what_is_no_shard_is_refused_in_a_line(made: Path, text: str, rule: str)
 
 def test_a_later_call_without_a_shard_ends_it(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
-    run(made, target, shard=Shard(2, TASKS))
+    run(made, target, task=ArrayTask(2, TASKS))
     report = run(made, target)
     assert (report.before, report.done) == (12, 24)
     check_whole(made, target)
@@ -218,7 +219,7 @@ def test_an_array_goes_on_with_what_a_run_has_begun(made: Path, tmp_path: Path) 
         segment(made / "v.zarr", model=made / "net.pt", output=target, options=OPTIONS,
                 engine="serial", progress=stop)  # fmt: skip
     for number in (1, 2):  # of another number of tasks, and with sizes left to what was begun
-        run(made, target, shard=Shard(number, 2), options=Options())
+        run(made, target, task=ArrayTask(number, 2), options=Options())
     check_whole(made, target)
 
 
@@ -228,9 +229,9 @@ def test_tasks_at_once_one_killed_and_the_last_ends_it(
     target = tmp_path / "o"
     pids = [tasks.start(target, f"{n}/3", free=2) for n in (1, 2, 3)]
     until(lambda: all(marked(target, n) == 2 for n in (1, 2, 3)))
-    with pytest.raises(BadRequest, match=r"is being written by another run \(shard 2/3, host"):
-        Ledger.open(target, shard=Shard(2, TASKS))
-    with pytest.raises(BadRequest, match=r"is being written by another run \(shard ./3, host"):
+    with pytest.raises(BadRequest, match=r"is being written by another run \(task 2/3, host"):
+        Ledger.open(target, task=ArrayTask(2, TASKS))
+    with pytest.raises(BadRequest, match=r"is being written by another run \(task ./3, host"):
         Ledger.open(target)
     again = tasks.start(target, "2/3", free=0)
     assert tasks.end(again) == 2
@@ -239,7 +240,7 @@ def test_tasks_at_once_one_killed_and_the_last_ends_it(
     (tmp_path / "gate").touch()
     assert [tasks.end(pids[n]) for n in (0, 2)] == [0, 0]
     said = "".join((tmp_path / f"log-{n}-3").read_text() for n in (1, 3))
-    assert said.count("shard 2/3 died: its tiles are done here") == 1
+    assert said.count("task 2/3 died: its tiles are done here") == 1
     assert "all shards are done: the output is whole" in said
     check_whole(made, target)
 
@@ -252,7 +253,7 @@ def test_all_killed_and_a_later_call_ends_it(tasks: Tasks, made: Path, tmp_path:
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         assert tasks.end(pid) == -signal.SIGKILL
-    report = run(made, target, shard=Shard(2, 2))  # and what the first has left
+    report = run(made, target, task=ArrayTask(2, 2))  # and what the first has left
     assert (report.done, report.adopted, report.unfinished) == (TILES - 3, [1], 0)
     check_whole(made, target)
 
@@ -267,16 +268,16 @@ def marked(target: Path, number: int) -> int:
 def test_what_an_array_cannot_be_asked_is_refused(
     made: Path, tmp_path: Path, more: dict[str, object]
 ) -> None:
-    with pytest.raises(BadRequest, match=r"^shard \(=1/2\) ") as caught:
+    with pytest.raises(BadRequest, match=r"^task \(=1/2\) ") as caught:
         segment(made / "v.zarr", model=made / "net.pt", output=tmp_path / "o",
-                shard=Shard(1, 2), **more)  # type: ignore[arg-type]  # fmt: skip
+                task=ArrayTask(1, 2), **more)  # type: ignore[arg-type]  # fmt: skip
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "o").exists()
 
 
 def test_a_plan_of_a_task_touches_nothing(made: Path, tmp_path: Path) -> None:
     planned = plan_segment(
-        made / "v.zarr", model=made / "net.pt", output=tmp_path / "o", shard=Shard(1, 2)
+        made / "v.zarr", model=made / "net.pt", output=tmp_path / "o", task=ArrayTask(1, 2)
     )
     assert planned.target == str(tmp_path / "o")
     assert not (tmp_path / "o").exists()
@@ -284,9 +285,9 @@ def test_a_plan_of_a_task_touches_nothing(made: Path, tmp_path: Path) -> None:
 
 def test_a_task_with_another_plan_is_refused(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
-    run(made, target, shard=Shard(1, TASKS))
+    run(made, target, task=ArrayTask(1, TASKS))
     with pytest.raises(BadRequest, match=r"another plan \(precision float32, not bfloat16\)"):
-        run(made, target, shard=Shard(2, TASKS), options=replace(OPTIONS, precision="bfloat16"))
+        run(made, target, task=ArrayTask(2, TASKS), options=replace(OPTIONS, precision="bfloat16"))
 
 
 @pytest.fixture
@@ -300,7 +301,7 @@ def elsewhere(path: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
     """Hold a claim as a process of another machine does: nobody here can see whether it lives."""
     with monkeypatch.context() as patch:
         patch.setattr(lease, "_machine", lambda: "another")
-        taken = Claim.take(path, shard="1/2")
+        taken = Claim.take(path, task="1/2")
     assert isinstance(taken, Claim)
     try:
         yield taken
@@ -315,7 +316,7 @@ def test_an_owner_elsewhere_lives_while_it_beats(
     with elsewhere(path, monkeypatch):
         found = Claim.take(path)
         assert isinstance(found, Owner)
-        assert found.shard == "1/2"
+        assert found.task == "1/2"
         assert [*living([path, folder / "none"])] == [path]
     assert not path.exists()
     taken = Claim.take(path)
@@ -432,7 +433,7 @@ os._exit(1)
 
 def test_progress_is_seen_from_elsewhere(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
-    run(made, target, shard=Shard(1, TASKS))
+    run(made, target, task=ArrayTask(1, TASKS))
     values, text = inspect(target)
     assert (values["done"], values["tiles"]) == (12, 36)
     assert "12 of 36 done" in text
