@@ -10,14 +10,7 @@ import numpy as np
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, TileGrid
-from tilepipe.instances.blocks import (
-    Ids,
-    Progress,
-    block_of,
-    check_free,
-    created_labels,
-    grown_axes,
-)
+from tilepipe.instances.blocks import block_of, check_free, created_labels, grown_axes
 from tilepipe.storage.contents import remove
 from tilepipe.volumes.volume import open_volume
 
