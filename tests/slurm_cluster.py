@@ -119,7 +119,9 @@ class Slurm:
         self.kill_daemon(name)
         for process in psutil.process_iter():
             try:
-                if process.environ().get("SLURMD_NODENAME") == name:
+                there = process.environ()
+                here = there.get("SLURM_CONF") == str(self.conf)
+                if here and there.get("SLURMD_NODENAME") == name:
                     process.kill()
             except psutil.Error:
                 continue
@@ -162,11 +164,12 @@ def ids(state: str = "all") -> list[str]:
 
 
 def workers() -> list[psutil.Process]:
-    """Return the processes of jobs that compute."""
+    """Return the processes of jobs that compute, of this cluster: others may run beside it."""
     found = []
     for process in psutil.process_iter():
         try:
-            inside = "SLURM_JOB_ID" in process.environ()
+            there = process.environ()
+            inside = "SLURM_JOB_ID" in there and there["SLURM_CONF"] == os.environ["SLURM_CONF"]
             if inside and "multiprocessing.spawn" in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:

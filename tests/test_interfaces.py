@@ -202,7 +202,7 @@ def test_dask_scheduler_may_be_given_other_extensions() -> None:
 
 def test_dask_clusters_workers_and_clients_have_what_is_asked_of_them() -> None:
     from dask.utils import key_split
-    from distributed import Client, KilledWorker, Nanny, SpecCluster, Worker
+    from distributed import Client, KilledWorker, Nanny, Scheduler, SpecCluster, Worker
     from distributed.cli import dask_worker
     from distributed.comm.core import connect
     from distributed.core import Status
@@ -225,6 +225,7 @@ def test_dask_clusters_workers_and_clients_have_what_is_asked_of_them() -> None:
         "tilepipe.engines.walltime pauses a worker by its status"
     )
     assert has(Status, "running", "paused", "closed")
+    assert takes(Scheduler.remove_worker, "stimulus_id"), "tilepipe.engines.slurm lets one go"
     assert {"processing", "has_what", "name"} <= {*dir(WorkerState)}, "tilepipe.engines.slurm"
     assert callable(dask_worker.main), "tilepipe.engines.jobworker: run `dask worker` instead"
     assert callable(get_ip_interface)

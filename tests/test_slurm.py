@@ -9,20 +9,34 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import psutil
 import pytest
 
 from tests import slurm_cluster
 from tests.commands import HEEDING, ROOT
 from tests.s3_server import SECRET
 from tests.slurm_cluster import NODES, Slurm, ids, listeners, run, submit, until, workers
-from tests.support import write_volume
+from tests.support import read, write_volume
 from tests.test_engines import FileJob, notes
 from tests.test_remote import objects, voxels
-from tests.test_resume import ARGUMENTS, OPTIONS, TILES, Case, check_whole, make_case, marked
+from tests.test_resume import (
+    ARGUMENTS,
+    OPTIONS,
+    TILES,
+    Case,
+    check_whole,
+    chunk_files,
+    make_case,
+    marked,
+)
 from tests.test_train import discs
 from tilepipe.engines import TileResult, slurm
 from tilepipe.engines.jobs import Jobs
@@ -30,6 +44,7 @@ from tilepipe.engines.squeue import fate
 from tilepipe.errors import TileError
 from tilepipe.segmentation.segment import segment
 from tilepipe.segmentation.slurm import log_folder
+from tilepipe.volumes.output import read_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +58,11 @@ pytestmark = [
 ]
 JOBS = Jobs(partition="debug", cores=1, memory=1_500_000_000, poll=0.5, walltime="00:10:00")
 CPU = replace(OPTIONS, device="cpu")
+TILE, CHUNK = 128, 16
+LARGE = ("--tile", f"{TILE},{TILE}", "--chunks", f"{CHUNK},{CHUNK}")
+"""9 tiles of 64 chunks for each of two channels: a worker can be stopped while it writes one."""
+OTHER = replace(CPU, tile=(TILE, TILE), chunks=(CHUNK, CHUNK), normalize="scale:0.001,0.5")
+"""Grey values that give other answers."""
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +430,115 @@ def test_a_driver_that_is_put_back_into_the_queue_goes_on(case: Case, tmp_path: 
     assert code == 0, said
     assert 4 <= done[0] < TILES
     check_whole(target, case)
+
+
+@pytest.fixture(scope="module")
+def truth(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one undisturbed serial run with `OTHER` makes."""
+    target = tmp_path_factory.mktemp("truth") / "truth.zarr"
+    segment(case.source, model=case.model, output=target, options=OTHER, engine="serial")
+    return target
+
+
+@contextmanager
+def out_of_reach(site: Slurm, node: str) -> Iterator[None]:
+    """Let a node answer SLURM no more: what runs there runs on, and cannot be cancelled."""
+    site.kill_daemon(node)
+    try:
+        yield
+    finally:
+        run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=no answer")
+        site.start_node(node)
+        until(lambda: slurm_cluster.ready() == len(NODES))
+
+
+def stop_in_mid_tile(target: Path) -> psutil.Process:
+    """Stop the worker while at least half of the chunks of a tile are still to be written."""
+    until(lambda: len(workers()) == 1 and marked(target) >= 1)
+    [worker] = workers()
+    folder = target / "0" / "c"
+    while True:
+        worker.suspend()
+        until(lambda: worker.status() == psutil.STATUS_STOPPED)
+        written = Counter(
+            (int(path.parent.name) * CHUNK // TILE, int(path.name) * CHUNK // TILE)
+            for path in folder.glob("*/*/*")
+            if path.suffix != ".partial"
+        )
+        if any(number < (TILE // CHUNK) ** 2 for number in written.values()):
+            return worker
+        worker.resume()
+        time.sleep(0.003)
+
+
+def check_late(case: Case, target: Path, worker: psutil.Process, truth: Path) -> None:
+    """Overwrite what a stopped worker was writing to, let it go on then: it changes nothing."""
+    report = segment(
+        case.source, model=case.model, output=target, options=OTHER, engine="serial", overwrite=True
+    )
+    assert (report.done, report.unfinished, report.failures) == (9, 0, [])
+    before = files(target)
+    assert read_attributes(target)["state"] == "done"
+    assert worker.status() == psutil.STATUS_STOPPED
+    worker.resume()
+    until(lambda: not workers())
+    assert np.count_nonzero(read(target) != read(truth)) == 0
+    assert chunk_files(target) == chunk_files(truth)
+    assert files(target) == before
+
+
+def files(target: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of an output; leftovers of killed writers aside."""
+    return {
+        str(path.relative_to(target)): path.read_bytes()
+        for path in target.rglob("*")
+        if path.is_file() and path.suffix != ".partial"
+    }
+
+
+@pytest.mark.parametrize("more", [(), ("--full", "--signal", "KILL")], ids=["ended", "killed"])
+def test_a_worker_that_outlives_its_cancelled_driver_writes_nothing_to_the_next_output(
+    case: Case, truth: Path, tmp_path: Path, site: Slurm, more: tuple[str, ...]
+) -> None:
+    """The driver is a job, and cancels its worker's, whose node does not answer."""
+    target = tmp_path / "target.zarr"
+    (tmp_path / "site.toml").write_text(
+        'job-memory = "1500MB"\ncores = 1\ndirectives = ["--nodelist=n2"]\n'
+    )
+    script = (str(SCRIPTS / "segment.sbatch"), str(case.source), str(case.model), str(target))
+    asked = ("--nodelist=n1", *script, *ARGUMENTS, *LARGE, "--threads", "1")
+    thread = threading.Thread(target=submit, args=(tmp_path, *asked))
+    thread.start()
+    worker = stop_in_mid_tile(target)
+    assert marked(target) < 9
+    [driver] = run("squeue", "--noheader", "--name", "tilepipe-driver", "--format", "%i").split()
+    with out_of_reach(site, "n2"):
+        run("scancel", *more, driver)
+        until(lambda: driver not in ids())
+        check_late(case, target, worker, truth)
+    thread.join()
+
+
+def test_a_worker_that_outlives_its_cancelled_job_is_done_without_and_writes_nothing_late(
+    case: Case, truth: Path, tmp_path: Path, site: Slurm
+) -> None:
+    """It hangs with its node: neither `scancel` reaches it nor the driver."""
+    target = tmp_path / "target.zarr"
+    (tmp_path / "site.toml").write_text("poll = 0.5\n")
+    command = slurm_command(case, target, *LARGE, "--cluster", str(tmp_path / "site.toml"))
+    driver = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        worker = stop_in_mid_tile(target)
+        assert marked(target) < 9
+        job, node = run("squeue", "--noheader", "--format", "%i %N").split()
+        with out_of_reach(site, node):
+            run("scancel", job)
+            assert driver.wait(120) == 0
+            assert fate(job) == "CANCELLED"
+            check_late(case, target, worker, truth)
+    finally:
+        driver.kill()
+        driver.wait()
 
 
 @pytest.mark.parametrize(("script", "gpus"), [("train.sbatch", 1), ("train-multi.sbatch", 2)])

@@ -213,7 +213,7 @@ class Fleet:
         idle = self._idle(here, known, found)[:surplus] if surplus > 0 else []
         if gone or refused or idle or missing > 0:
             log.info("jobs: %d gone, %d let go, %d new", len(gone), len(idle), max(0, missing))
-            self._cluster.sync(self._adjust, [*gone, *refused, *idle], max(0, missing))
+            self._cluster.sync(self._adjust, gone, [*refused, *idle], max(0, missing))
 
     def _judge(self, name: str) -> None:
         """Give up where jobs fail again and again and no tile is done meanwhile."""
@@ -246,10 +246,18 @@ class Fleet:
                 nothing_to_do.append(name)
         return waiting + nothing_to_do
 
-    async def _adjust(self, drop: Sequence[str], add: int) -> None:
+    async def _adjust(self, gone: Sequence[str], drop: Sequence[str], add: int) -> None:
+        """Let the jobs that are gone, and others, be no more, and submit new ones.
+
+        The worker of a job that is gone may hang with its node, or never have been told: its tiles
+        would wait for it.
+        """
         spec = self._cluster.worker_spec
-        for name in drop:
+        for name in (*gone, *drop):
             spec.pop(name, None)
+        for address, state in list(self._scheduler.workers.items()):
+            if str(state.name) in gone:
+                await self._scheduler.remove_worker(address, stimulus_id="tilepipe-job-gone")
         for _ in range(add):
             spec[f"job-{next(self._numbers)}"] = self._cluster.new_spec
         self._cluster.scale(jobs=len(spec))
