@@ -18,7 +18,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.graph import operations
 from tilepipe.models.checkpoint import save_checkpoint
 from tilepipe.models.model import load_model, wrap
-from tilepipe.models.spec import find_profile
+from tilepipe.models.spec import context, find_profile
 from tilepipe.models.unet import UNet
 from tilepipe.models.vocabulary import ATEN
 
@@ -101,6 +101,12 @@ def test_one_of_several_outputs(tmp_path: Path) -> None:
     assert (one.outputs, two.outputs, two.head) == (2, 2, 1)
     with pytest.raises(BadRequest, match=r"head \(=2\) must be below the 2 outputs"):
         load_model(tmp_path / "weights.pt", network="tests.zoo:Restoring", head=2)
+    network = zoo.Restoring()
+    assert context(two, head=1) == context(two) == context(network, head=1) == context(network)
+    with pytest.raises(BadRequest, match=r"head \(=0\) must be that of the loaded model \(=1\)"):
+        context(two, head=0)
+    with pytest.raises(BadRequest, match=r"head \(=-1\) must not be negative"):
+        context(network, head=-1)
 
 
 class Choosy(nn.Conv2d):

@@ -157,20 +157,71 @@ def test_a_sparse_volume_is_not_called_constant(tmp_path: Path) -> None:
     assert resolve(parse("percentile:1,99.9"), volume).scale == (1 / 200,)
 
 
+def crowd(name: str) -> NDArray[np.generic]:
+    """Return 40,000 values of a name's kind, of which some percentiles lie in a crowd."""
+    random, size = np.random.default_rng(3), 40_000
+    kind, _, about = name.partition(" ")
+    if about == "everything":
+        bits = random.integers(0, 2**64 - 1, size, "uint64", endpoint=True)
+        return bits.view(kind) if kind[-2:] == "64" else bits.astype("uint32").view(kind)
+    values = {
+        "": lambda: random.normal(size=size),
+        "to 1": lambda: random.random(size),
+        "masked": lambda: np.maximum(0, random.normal(size=size)),
+        "grey": lambda: random.integers(0, 65536, size),
+        "small": lambda: random.integers(-1000, 1000, size),
+        "half": lambda: random.integers(0, 2**31, size),
+    }
+    return values[about]().astype(kind)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "room", "passes"),
-    [("uint16", 0, 1), ("float16", 0, 1), ("float32", 0, 2), ("uint32", 0, 2), ("float64", 0, 4),
-     ("float64", 4000, 2), ("int64", 0, 4)],
+    ("name", "room", "passes"),
+    [("uint16 grey", 0, 1), ("float16", 0, 1), ("int32 small", 0, 1), ("int64 grey", 0, 1),
+     ("int64 small", 0, 1), ("float32", 0, 2), ("float32 masked", 0, 2), ("uint32 half", 0, 2),
+     ("float64", 1000, 2), ("float64 to 1", 1000, 2), ("float64 masked", 1000, 2),
+     ("int64 half", 1000, 2), ("int64 everything", 1000, 2), ("uint64 everything", 1000, 2),
+     ("uint64 everything", 0, 3)],
 )  # fmt: skip
 def test_percentiles_take_few_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, room: int, passes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, room: int, passes: int
 ) -> None:
+    """One for 16 bits, two else: no more than a histogram between the extremes takes."""
     monkeypatch.setattr(quantiles, "ROOM", room)
-    image = noise(40, 50, dtype=dtype)
-    volume = open_volume(write_volume(tmp_path / "v.zarr", image, "yx", chunks=(16, 50)))
+    image = crowd(name).reshape(200, 200)
+    volume = open_volume(write_volume(tmp_path / "v.zarr", image, "yx", chunks=(16, 200)))
     blocks: list[tuple[int, int]] = []
-    resolve(parse("percentile:1,99"), volume, lambda done, number: blocks.append((done, number)))
+    resolve(parse("percentile:1,99.8"), volume, lambda done, number: blocks.append((done, number)))
     assert sum(done == number for done, number in blocks) == passes
+
+
+@pytest.mark.parametrize("room", [0, 300], ids=["counted", "gathered"])
+@pytest.mark.parametrize("order", ["as they come", "rising", "falling", "outward"])
+@pytest.mark.parametrize("name", ["uint16 grey", "int64 everything", "float32 masked", "float64"])
+def test_bins_grow_in_whatever_order_values_come(
+    monkeypatch: pytest.MonkeyPatch, name: str, order: str, room: int
+) -> None:
+    """With bins so few and pieces so small that they grow all the time."""
+    monkeypatch.setattr(quantiles, "DIGIT", 3)
+    monkeypatch.setattr(quantiles, "PIECE", 7)
+    monkeypatch.setattr(quantiles, "ROOM", room)
+    values = crowd(name)[:1500]
+    ranked = np.sort(values)
+    orders = {
+        "as they come": values,
+        "rising": ranked,
+        "falling": ranked[::-1].copy(),
+        "outward": np.stack([ranked[:750][::-1], ranked[750:]], axis=1).ravel(),
+    }
+    blocks = [[part] for part in np.array_split(orders[order], 9)]
+    fractions = (0, 0.01, 0.3, 0.5, 0.998, 1)
+    (found,) = quantiles.order_statistics(lambda: blocks, values.dtype, 1, fractions)
+    assert (found.count, found.least, found.greatest) == (1500, ranked[0], ranked[-1])
+    for fraction, (low, high, within) in zip(fractions, found.neighbours, strict=True):
+        rank = fraction * 1499
+        assert (low, high) == (ranked[math.floor(rank)], ranked[math.ceil(rank)]) or within == 0
+        assert low == ranked[math.floor(rank)]
+        assert within == rank - math.floor(rank)
 
 
 def test_a_map_of_grey_values_is_applied_per_channel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +15,7 @@ import tilepipe as tp
 from tests import zoo
 from tests.support import assert_close, noise, read, write_volume
 from tilepipe.errors import BadRequest
-from tilepipe.models.model import load_model
+from tilepipe.models.model import load_model, tensors_of
 from tilepipe.models.spec import find_profile
 from tilepipe.models.trial import Trial, try_windows
 from tilepipe.options import Options
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def traced(network: nn.Module, path: Path, *, side: int = 64, channels: int = 1) -> Path:
-    """Write TorchScript of a network with random weights."""
+    """Write TorchScript of a network with random weights, which may give several tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         example = torch.rand(1, channels, side, side)
-        torch.jit.save(torch.jit.trace(network.eval(), example), path)
+        torch.jit.save(torch.jit.trace(network.eval(), example, strict=False), path)
     return path
 
 
@@ -149,6 +150,60 @@ def test_a_pattern_of_columns_is_seen_by_windows_that_begin_on_every_phase(
     options = Options(boundary=boundary, tile=(30, 30), chunks=(30, 30))
     with pytest.raises(BadRequest, match="the answer depends on the size or the place"):
         tp.plan(source, model=model, output=tmp_path / "o", options=options)
+
+
+class Heads(nn.Module):
+    """Two outputs: windows give one exactly; the other knows the whole, or places."""
+
+    def __init__(self, form: str, exact: int) -> None:
+        super().__init__()
+        self.form, self.exact = form, exact
+        self.one, self.two = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> object:
+        y = self.one(x)
+        if self.form == "no rule":
+            y = torch.special.bessel_j0(y)
+        good = self.two(y)
+        place = torch.ones_like(x).cumsum(3) / x.shape[3]
+        bad = good + (x.mean() if self.form == "nested" else place)
+        first, second = (good, bad) if self.exact == 0 else (bad, good)
+        if self.form == "dict":
+            return {"b": first, "a": second}
+        return (first, (second,)) if self.form == "nested" else (first, second)
+
+
+@pytest.mark.parametrize("exact", [0, 1])
+@pytest.mark.parametrize("form", ["tuple", "nested", "dict", "no rule"])
+def test_the_output_that_is_written_is_the_one_that_is_probed_and_tried(
+    form: str, exact: int, tmp_path: Path
+) -> None:
+    """Each can be asked for, and is exact or refused by itself: no other output matters to it."""
+    network, image = Heads(form, exact).eval(), noise(24, 40, dtype="float32")
+    source = write_volume(tmp_path / "v.zarr", image, "yx")
+    options = Options(write="values", tile=(16, 16), chunks=(16, 16))
+    if form == "no rule":
+        model = tmp_path / "weights.pt"
+        torch.save(network.state_dict(), model)
+        arguments = {"form": form, "exact": exact}
+        options = replace(options, network="tests.test_probe:Heads", network_args=arguments)
+    else:
+        model = traced(network, tmp_path / "script.pt")
+    grown = 0 if form == "tuple" else 4
+    good = replace(options, head=exact, boundary="mirror" if grown else "network")
+    report = tp.segment(source, model=model, output=tmp_path / "good", options=good)
+    assert report.plan.strategy == "windows"
+    padded = F.pad(torch.from_numpy(image)[None, None], (grown,) * 4, mode="reflect")
+    with torch.no_grad():
+        whole = tensors_of(network(padded))[exact][0].numpy()
+    assert_close(read(tmp_path / "good"), whole[:, grown : grown + 24, grown : grown + 40])
+    bad = replace(good, head=1 - exact)
+    why = "a single voxel reaches all" if form == "nested" else "windows differ from one pass"
+    with pytest.raises(BadRequest, match=why):
+        tp.plan(source, model=model, output=tmp_path / "bad", options=bad)
+    assert tp.context(model if form != "no rule" else network, head=exact).step == (1, 1)
+    with pytest.raises(BadRequest, match=why):
+        tp.context(model if form != "no rule" else network, head=1 - exact)
 
 
 class Cast(nn.Module):

@@ -226,8 +226,7 @@ def load_model(
         raise BadRequest(f"model (={path}) must be a file; there is {there}")
     if not path.stat().st_size:
         raise BadRequest(f"model (={path}) is empty")
-    if head < 0:
-        raise BadRequest(f"head (={head}) must not be negative")
+    _check_head(head)
     content = path.read_bytes()
     _check_magic(path, content)
     digest, folder = hashlib.sha256(content), Path(folder or Path.cwd())
@@ -287,12 +286,18 @@ def load_model(
 
 def wrap(module: nn.Module, *, head: int = 0, channels: int | None = None) -> Model:
     """Return a model of a network that is already in memory, in evaluation mode."""
+    _check_head(head)
     register_tensors(module)
     # Code is not seen, so that a network is like no other, whatever weights they share.
     digest = hashlib.sha256(f"head {head} {uuid.uuid4()}".encode())
     model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0, head)
     find_input(model, None, channels)
     return model
+
+
+def _check_head(head: int) -> None:
+    if head < 0:
+        raise BadRequest(f"head (={head}) must not be negative")
 
 
 def _check_magic(path: Path, content: bytes) -> None:

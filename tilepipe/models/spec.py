@@ -127,22 +127,34 @@ def find_profile(model: Model) -> Profile:
 
 
 @borrowed()
-def context(model: str | Path | Model | nn.Module, *, network: str | None = None) -> Context:
+def context(
+    model: str | Path | Model | nn.Module, *, network: str | None = None, head: int | None = None
+) -> Context:
     """Return the context of a network: voxels before and after, and step, for each axis.
 
     ``model`` is a file, what `load_model` gave, or a network in memory; ``network`` builds a state
-    dict's. Raises `BadRequest` where the network has no finite context.
+    dict's. Of several outputs it is that of number ``head``, by default of what `load_model` was
+    asked for, else of the first. Raises `BadRequest` where the network has no finite context.
     """
+    if isinstance(model, Model) and head not in (None, model.head):
+        raise BadRequest(
+            f"head (={head}) must be that of the loaded model (={model.head}): give load_model"
+            f" head={head}"
+        )
     if isinstance(model, nn.Module):
         modes = [(part, part.training) for part in model.modules()]
         try:
-            loaded = wrap(model)
+            loaded = wrap(model, head=head or 0)
             profile = find_profile(loaded)
         finally:
             for part, training in modes:
                 part.training = training
     else:
-        loaded = model if isinstance(model, Model) else load_model(model, network=network)
+        loaded = (
+            model
+            if isinstance(model, Model)
+            else load_model(model, network=network, head=head or 0)
+        )
         profile = find_profile(loaded)
     if why := profile.troubles or profile.off_lattice:
         raise BadRequest(f"model (={loaded.path}) has no fixed context: {why[0]}")

@@ -127,12 +127,13 @@ def resolve(
 ) -> Normalization:
     """Return the normalization of a volume, reading it as often as the rule needs it.
 
-    zscore takes one pass, percentiles one for types of up to 16 bits, two for those of 32 and up
-    to four for those of 64 (see `tilepipe.volumes.quantiles`). Law: equals ``numpy.percentile``, or
-    ``numpy.mean`` and ``numpy.std``, of the whole in float64, and of integers of 64 bits what
-    these would be without rounding. ``progress`` is called with the blocks done and their number,
-    in each pass. Voxels that are not finite do not count. Bounded memory: one storage chunk, or
-    about 16 MB, at a time. Raises BadRequest where grey values do not vary as the rule needs.
+    zscore takes one pass; percentiles one for values that span up to 16 bits, at most two for
+    types of 32, and for those of 64 mostly two, at most four (see the module `quantiles`).
+    Law: equals ``numpy.percentile``, or ``numpy.mean`` and ``numpy.std``, of the whole in float64, and
+    of integers of 64 bits what these would be without rounding. ``progress`` is called with the
+    blocks done and their number, in each pass. Voxels that are not finite do not count. Bounded
+    memory: one storage chunk, or about 16 MB, at a time. Raises BadRequest where grey values do
+    not vary as the rule needs.
     """
     channels = volume.channels
     if rule.kind == "none":
@@ -200,7 +201,11 @@ def _blocks(
     for done, tile in enumerate(grid, start=1):
         image = volume.read(tile.write).reshape(volume.channels, -1)
         if image.dtype.kind == "f":
-            yield [channel[np.isfinite(channel)] for channel in image]
+            finite = np.isfinite(image)  # a copy is dear, and mostly not needed
+            yield [
+                values if among.all() else values.compress(among)
+                for values, among in zip(image, finite, strict=True)
+            ]
         else:
             yield list(image)
         if progress is not None:

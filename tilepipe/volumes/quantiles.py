@@ -1,33 +1,38 @@
 """Order statistics of more values than memory holds, exact, from histograms of their bits.
 
-A value's bits are turned into an integer without a sign that is ordered as the values are (of
-floats: Terdiman 2000, Herf 2001). The first pass counts the highest 16 bits of all values; each
-further pass looks only at the bins in which a wanted rank lies, and counts 16 bits more, or
-gathers and sorts what is left where that is little. So types of up to 16 bits take one pass,
-those of 32 two, those of 64 two where the values of a bin are few or span 16 bits, else up to four.
+A value's bits are turned into a key, an integer without a sign that is ordered as the values are
+(of floats: Terdiman 2000, Herf 2001). The first pass counts all keys in 2**16 bins that grow wider
+as keys further apart come; each further pass looks only at the bins in which a wanted rank lies,
+and counts 16 bits more, or gathers and sorts what is left where that is little. So values that
+span 16 bits take one pass, those of 32 bits at most two, those of 64 two where the values of a bin
+are few, else up to four. All is done in pieces that the processor's caches hold.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     Blocks = Iterable[Sequence[NDArray[np.generic]]]
     """The values of every channel, block by block; flat, finite."""
+    _Bounds = tuple[int, int, int]
+    """A channel, and the least and the greatest key that are looked for in it."""
 
 DIGIT = 16
 """Bits that one pass counts."""
 ROOM = 2**21
 """Values that are gathered and sorted at most, instead of being counted."""
-_PIECE = 2**18
+PIECE = 2**17
+"""Values that are worked on at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,46 @@ class _Search:
     held: int
     """Values between the two keys."""
 
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """The two keys."""
-        return self.low, self.high
+
+@dataclass(slots=True)
+class _Histogram:
+    """How many keys lie in each of 2**16 bins, of ``2**shift`` keys each."""
+
+    shift: int = 0
+    first: int = 0
+    """What the keys of bin 0 are without their lowest ``shift`` bits."""
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2**DIGIT, np.int64))
+    least: int = 2**64
+    greatest: int = -1
+
+    def add(self, keys: NDArray[np.unsignedinteger]) -> None:
+        """Count keys, one at least."""
+        low, high = int(keys.min()), int(keys.max())
+        self.least, self.greatest = min(self.least, low), max(self.greatest, high)
+        bins = range(self.first, self.first + self.counts.size)
+        if low >> self.shift not in bins or high >> self.shift not in bins:
+            self._widen()
+        bottom = low >> self.shift
+        found = np.bincount(((keys >> self.shift) - keys.dtype.type(bottom)).astype(np.intp))
+        self.counts[bottom - self.first :][: found.size] += found
+
+    def _widen(self) -> None:
+        """Choose the narrowest bins that hold the least and the greatest key, these in the middle.
+
+        Law: each bin so far lies within one of the new ones.
+        """
+        shift = self.shift
+        while (self.greatest >> shift) - (self.least >> shift) >= 2**DIGIT:
+            shift += 1
+        low, high, grown = self.least >> shift, self.greatest >> shift, shift - self.shift
+        first = low - (2**DIGIT - 1 - (high - low)) // 2
+        earlier, filled = self.counts, np.flatnonzero(self.counts)
+        self.counts = np.zeros_like(earlier)
+        if filled.size:
+            above, below = self.first >> grown, self.first % (1 << grown)
+            places = ((filled + below) >> grown) + (above - first)
+            np.add.at(self.counts, places, earlier[filled])
+        self.shift, self.first = shift, first
 
 
 def order_statistics(
@@ -69,43 +110,32 @@ def order_statistics(
     ``scan`` begins a pass over all values. Integers come back as integers, whatever their width.
     Law: linear interpolation between the neighbours equals ``numpy.percentile``.
     """
-    bits = 8 * dtype.itemsize
-    shift = max(0, bits - DIGIT)
-    counts = np.zeros((channels, 2 ** (bits - shift)), np.int64)
-    ends = [[2**bits - 1, 0] for _ in range(channels)]
+    histograms = [_Histogram() for _ in range(channels)]
     for block in scan():
-        for channel, values in enumerate(block):
-            if values.size:
-                keys = _keys(values)
-                counts[channel] += _histogram(keys >> shift, counts.shape[1])
-                low, high = ends[channel]
-                ends[channel] = [min(low, int(keys.min())), max(high, int(keys.max()))]
+        for histogram, values in zip(histograms, block, strict=True):
+            for keys in _keys(values):
+                histogram.add(keys)
     searches: list[dict[int, _Search]] = []
     places: list[list[tuple[int, int, float]]] = []
-    for channel in range(channels):
-        total = int(counts[channel].sum())
+    for histogram in histograms:
+        total = int(histogram.counts.sum())
         places.append([_place(fraction, total) for fraction in fractions] if total else [])
         ranks = {rank for first, second, _ in places[-1] for rank in (first, second)}
-        found = {rank: _Search(rank, 0, 2**bits - 1, total) for rank in ranks}
+        found = {rank: _Search(rank, 0, 0, total) for rank in ranks}
         for search in found.values():
-            _narrow(search, counts[channel], shift)
-            search.low = max(search.low, ends[channel][0])
-            search.high = min(search.high, ends[channel][1])
+            _narrow(search, histogram)
         searches.append(found)
     while any(search.low < search.high for found in searches for search in found.values()):
         _pass(scan, searches)
     orders = []
-    for channel, found in enumerate(searches):
-        low, high = (_value(key, dtype) for key in ends[channel])
-        ranked = {rank: _value(search.low, dtype) for rank, search in found.items()}
-        orders.append(
-            Order(
-                int(counts[channel].sum()),
-                low,
-                high,
-                tuple((ranked[a], ranked[b], within) for a, b, within in places[channel]),
-            )
+    for histogram, neighbours, found in zip(histograms, places, searches, strict=True):
+        total = int(histogram.counts.sum())
+        low, high = (
+            _value(key, dtype) if total else 0 for key in (histogram.least, histogram.greatest)
         )
+        ranked = {rank: _value(search.low, dtype) for rank, search in found.items()}
+        around = tuple((ranked[a], ranked[b], within) for a, b, within in neighbours)
+        orders.append(Order(total, low, high, around))
     return orders
 
 
@@ -117,80 +147,73 @@ def _place(fraction: float, total: int) -> tuple[int, int, float]:
 
 
 def _pass(scan: Callable[[], Blocks], searches: list[dict[int, _Search]]) -> None:
-    """Read all values once; count those between the keys of each search, or sort them."""
-    ranges = [
-        {search.bounds: search.held for search in found.values() if search.low < search.high}
-        for found in searches
-    ]
-    few = sum(held for found in ranges for held in found.values()) <= ROOM
-    gathered: list[dict[tuple[int, int], list[NDArray[np.unsignedinteger]]]] = [
-        {bounds: [] for bounds in found} for found in ranges
-    ]
-    counts = [
-        {bounds: np.zeros(0 if few else 2**DIGIT, np.int64) for bounds in found} for found in ranges
-    ]
+    """Read all values once; sort those between the keys of a search where few, else count them."""
+    held = {
+        (channel, search.low, search.high): search.held
+        for channel, found in enumerate(searches)
+        for search in found.values()
+        if search.low < search.high
+    }
+    smallest = sorted(held, key=held.__getitem__)
+    totals = itertools.accumulate(held[bounds] for bounds in smallest)
+    gathered: dict[_Bounds, list[NDArray[np.unsignedinteger]]] = {
+        bounds: [] for bounds, total in zip(smallest, totals, strict=True) if total <= ROOM
+    }
+    histograms = {bounds: _Histogram() for bounds in held if bounds not in gathered}
     for block in scan():
-        for channel, values in enumerate(block):
-            if not ranges[channel]:
-                continue
-            keys = _keys(values)
-            for low, high in ranges[channel]:
-                inside = keys[(keys >= low) & (keys <= high)]
-                if few:
-                    gathered[channel][low, high].append(inside)
-                else:
-                    digits = (inside - inside.dtype.type(low)) >> _shift(low, high)
-                    counts[channel][low, high] += _histogram(digits, 2**DIGIT)
-    for channel, found in enumerate(searches):
-        ordered = {
-            bounds: np.sort(np.concatenate(parts))
-            for bounds, parts in gathered[channel].items()
-            if few
-        }
-        for search in found.values():
-            bounds = search.bounds
-            if search.low == search.high:
-                continue
-            if few:
-                search.low = search.high = int(ordered[bounds][search.rank])
+        for bounds, keys in _keys_between(held, block):
+            if bounds in gathered:
+                gathered[bounds].append(keys)
             else:
-                _narrow(search, counts[channel][bounds], _shift(*bounds))
+                histograms[bounds].add(keys)
+    ordered = {bounds: np.sort(np.concatenate(parts)) for bounds, parts in gathered.items()}
+    for channel, found in enumerate(searches):
+        for search in found.values():
+            bounds = channel, search.low, search.high
+            if bounds in ordered:
+                search.low = search.high = int(ordered[bounds][search.rank])
+            elif bounds in histograms:
+                _narrow(search, histograms[bounds])
 
 
-def _shift(low: int, high: int) -> int:
-    """Return how many bits are left when the highest ones between two keys are known."""
-    return max(0, (high - low).bit_length() - DIGIT)
+def _keys_between(
+    wanted: Iterable[_Bounds], block: Sequence[NDArray[np.generic]]
+) -> Iterator[tuple[_Bounds, NDArray[np.unsignedinteger]]]:
+    """Yield the keys of a block that lie between bounds, with these; those that there are."""
+    for channel, values in enumerate(block):
+        ranges = [bounds for bounds in wanted if bounds[0] == channel]
+        for keys in _keys(values) if ranges else ():
+            for bounds in ranges:
+                inside = keys.compress((keys >= bounds[1]) & (keys <= bounds[2]))
+                if inside.size:
+                    yield bounds, inside
 
 
-def _narrow(search: _Search, counts: NDArray[np.int64], shift: int) -> None:
-    """Go on in the bin of a search's range in which its rank lies."""
-    total = np.cumsum(counts)
+def _narrow(search: _Search, histogram: _Histogram) -> None:
+    """Go on in the bin in which a search's rank lies."""
+    total, shift = np.cumsum(histogram.counts), histogram.shift
     place = int(np.searchsorted(total, search.rank, side="right"))
-    search.held = int(counts[place])
+    search.held = int(histogram.counts[place])
     search.rank -= int(total[place]) - search.held
-    search.low += place << shift
-    search.high = min(search.high, search.low + (1 << shift) - 1)
+    search.low = max((histogram.first + place) << shift, histogram.least)
+    search.high = min(((histogram.first + place + 1) << shift) - 1, histogram.greatest)
 
 
-def _histogram(digits: NDArray[np.generic], bins: int) -> NDArray[np.int64]:
-    """Count whole numbers below ``bins``, without a wide copy of all of them."""
-    counts = np.zeros(bins, np.int64)
-    for start in range(0, digits.size, _PIECE):
-        counts += np.bincount(digits[start : start + _PIECE].astype(np.int64), minlength=bins)
-    return counts
-
-
-def _keys(values: NDArray[np.generic]) -> NDArray[np.unsignedinteger]:
-    """Return integers without a sign that are ordered as the values are."""
-    kind, bits = values.dtype.kind, 8 * values.dtype.itemsize
-    keys: NDArray[np.unsignedinteger] = values.view(f"u{values.dtype.itemsize}")
-    top = keys.dtype.type(1 << (bits - 1))
-    if kind == "i":
-        keys = keys ^ top
-    elif kind == "f":
-        signs = (values.view(f"i{values.dtype.itemsize}") >> (bits - 1)).view(keys.dtype)
-        keys = keys ^ (signs | top)
-    return keys
+def _keys(values: NDArray[np.generic]) -> Iterator[NDArray[np.unsignedinteger]]:
+    """Yield integers without a sign that are ordered as the values are, piece by piece."""
+    kind, size = values.dtype.kind, values.dtype.itemsize
+    top = np.dtype(f"u{size}").type(1 << (8 * size - 1))
+    for start in range(0, values.size, PIECE):
+        piece = values[start : start + PIECE]
+        keys: NDArray[np.unsignedinteger] = piece.view(f"u{size}")
+        if kind == "i":
+            keys = keys ^ top
+        elif kind == "f":
+            flips = (piece.view(f"i{size}") >> (8 * size - 1)).view(keys.dtype)
+            flips |= top
+            flips ^= keys
+            keys = flips
+        yield keys
 
 
 def _value(key: int, dtype: np.dtype[np.generic]) -> float:
