@@ -1,8 +1,6 @@
 # make demo: install into .venv and segment the embedded example.  make test: all checks and tests.
 PYTHON ?= python3
 BIN := .venv/bin
-OLDEST := $(addprefix tests/test_,interfaces.py cli.py checkpoint.py volume.py target.py model.py \
-	segment.py)
 
 .PHONY: demo test test-long test-oldest lint clean
 
@@ -15,9 +13,9 @@ test: .venv/installed-test lint
 test-long: .venv/installed-test
 	$(BIN)/python -m pytest -m long
 
-# A part of the suite with the oldest releases that are allowed, in an environment of its own.
+# The same tests with the oldest releases that are allowed, in an environment of its own.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(OLDEST)
+	.venv-oldest/bin/python -m pytest
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -31,7 +29,7 @@ lint: .venv/installed-test
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-oldest.txt -e '.[cloud,slurm,tensorboard]' pytest pytest-xdist hypothesis
+		-c constraints-oldest.txt -e '.[test]'
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
@@ -39,7 +37,7 @@ lint: .venv/installed-test
 	touch $@
 
 .venv/installed-test: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
 	touch $@ .venv/installed
 
 clean:

@@ -21,6 +21,7 @@ import pytest
 from dask import config
 from distributed import SpecCluster
 
+from tests.commands import words
 from tilepipe.engines import RETRIES, TileFailure, TileResult, dask, serial
 from tilepipe.engines.batches import MOST
 from tilepipe.engines.plugin import plugin_name
@@ -369,7 +370,7 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert (ended.stdout, ended.stderr) == ("run\n7\n", "")
+    assert (ended.stdout, words(ended.stderr)) == ("run\n7\n", "")
 
 
 def test_workers_without_the_package_are_named(cluster: Client, tmp_path: Path) -> None:

@@ -164,6 +164,18 @@ def test_what_is_an_object_may_be_said(tmp_path: Path) -> None:
         assert found.pixels.pixel_error == 0
 
 
+@pytest.mark.parametrize("label", [7, 2**53 + 1, 2**63 + 5])
+def test_objects_of_any_number_are_masks(tmp_path: Path, label: int) -> None:
+    known = np.zeros((12, 16), np.uint64)
+    known[:4], known[4:6], known[6:8] = label, label + 1, 2**64 - 1
+    labels = write(tmp_path / "l.zarr", known)
+    mask = write(tmp_path / "p.zarr", (known == label).astype(np.uint8))
+    scores = evaluate(mask, labels, kind="mask", label_objects=[label], ignore=2**64 - 1)
+    assert scores.pixels is not None
+    assert (scores.voxels, scores.pixels.pixel_error) == (160, 0)
+    assert [one.true for one in scores.pixels.classes] == [96, 64]
+
+
 def test_a_prediction_of_the_region_alone_is_laid_on_the_labels(tmp_path: Path) -> None:
     true = noise(6, 20, 30) % 2
     write(tmp_path / "l.zarr", true)

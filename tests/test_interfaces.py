@@ -1,7 +1,7 @@
 """What we use of other libraries that they do not promise: found at once where a release ends it.
 
 Each assertion says where it is used and what would do instead. The suite runs with the newest
-releases that `constraints.txt` allows, and a part of it, with this, with the oldest ones.
+releases that `constraints.txt` allows, and with the oldest of `constraints-oldest.txt`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import tilepipe
 from tilepipe.graph.graph import export
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 ROOT = Path(tilepipe.__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def has(owner: object, *names: str) -> bool:
@@ -270,22 +271,28 @@ def test_python_starts_processes_by_the_main_modules_specification() -> None:
     assert multiprocessing.get_start_method(allow_none=True) == method
 
 
-def bounds() -> dict[str, str]:
-    """Return the oldest release that is allowed of each library."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(x for part in project["optional-dependencies"].values()
-                                         for x in part)]  # fmt: skip
-    plain = (line.split(";")[0].strip() for line in lines if ">=" in line)
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+
+
+def bounds(requirements: Iterable[str]) -> dict[str, str]:
+    """Return the oldest release that is allowed of each library; all of them have one."""
+    plain = (line.split(";")[0].strip() for line in requirements)
     return dict(line.split(">=") for line in plain)
 
 
 def test_the_oldest_releases_that_are_tried_are_those_that_are_allowed() -> None:
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     tried = dict(line.split("==") for line in lines if "==" in line)
-    for name, oldest in bounds().items():
-        if name in tried and name != "torch":
+    allowed = bounds([*PROJECT["dependencies"], *EXTRAS["test"]])
+    assert tried.keys() == allowed.keys()
+    for name, oldest in allowed.items():
+        if name != "torch":
             parts = tried[name].split(".")
             assert parts[: oldest.count(".") + 1] == oldest.split("."), name
-    for name in ("click", "dask", "distributed", "numpy", "psutil", "scipy", "tifffile", "zarr"):
-        assert name in tried
+    for name in bounds(PROJECT["dependencies"]):
         assert version(name)
+
+
+@pytest.mark.parametrize("extra", ["cloud", "slurm", "tensorboard"])
+def test_the_tests_have_what_the_parts_that_are_optional_need(extra: str) -> None:
+    assert {*EXTRAS[extra]} <= {*EXTRAS["test"]}

@@ -17,7 +17,7 @@ import pytest
 import torch
 import zarr
 
-from tests.commands import WAIT, Commands, script, until
+from tests.commands import WAIT, Commands, script, until, words
 from tilepipe.engines import dask
 from tilepipe.errors import BadRequest
 from tilepipe.models.checkpoint import save_checkpoint
@@ -254,7 +254,7 @@ def test_interrupted_it_says_how_to_go_on_and_does_on_another_engine(
             _, said = process.communicate(timeout=WAIT)
         finally:
             process.kill()
-    assert (process.returncode, said.splitlines()) == (130, [GO_ON])
+    assert (process.returncode, words(said).splitlines()) == (130, [GO_ON])
     before = marked(target)
     assert 2 <= before < TILES
     options = Options(write="probabilities")  # threads and sizes are those it began with

@@ -13,6 +13,7 @@ import tifffile
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
@@ -287,6 +288,11 @@ def test_tiff_axes() -> None:
             plain_axes(axes, (2,) * len(axes))
 
 
+ENDS = "is truncated: it ends"
+if Version(tifffile.__version__) < Version("2026.2.24"):
+    ENDS += "|is truncated or damaged"  # it did not yet say where tables that are cut off point
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -310,8 +316,8 @@ def test_truncated_tiff_is_refused(
             volume = open_volume(path)  # only what comes after the voxels was lost
             np.testing.assert_array_equal(whole(volume).reshape(SHAPE), VOXELS)
             continue
-        # Older releases of tifffile do not say where tables that are cut off point.
-        with pytest.raises(BadRequest, match=r"is truncated(: it ends| or damaged)") as caught:
+        cut = "is truncated or damaged: its tables are not whole" if kept == 100 else ENDS
+        with pytest.raises(BadRequest, match=cut) as caught:
             open_volume(path)
         assert "\n" not in str(caught.value)
     assert not caplog.records

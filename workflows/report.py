@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,11 @@ from tilepipe.geometry import parse_region
 from tilepipe.models.model import load_model
 from tilepipe.volumes.overlay import dice, write_overlay
 from tilepipe.volumes.volume import open_volume
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 PICTURES = 4
 
@@ -23,7 +29,7 @@ def pictures(options: argparse.Namespace) -> list[str]:
     region = parse_region(options.region, image.shape)
     grey = image.read(region).mean(axis=0)
     answer = found.read(region)[0] == options.show
-    wanted = np.isin(truth.read(region)[0], options.truth)
+    wanted = one_of(truth.read(region)[0], options.truth)
     if options.membrane_of_objects:
         from tilepipe.training.targets import class_map
 
@@ -39,6 +45,14 @@ def pictures(options: argparse.Namespace) -> list[str]:
             f"![]({name})"
         )
     return lines
+
+
+def one_of(values: NDArray[np.generic], labels: Sequence[int]) -> NDArray[np.bool_]:
+    """Return which values are one of the labels; `numpy.isin` rounds integers of 64 bits."""
+    found = np.zeros(values.shape, bool)
+    for label in labels:
+        found |= values == label
+    return found
 
 
 def table(rows: list[tuple[str, object]]) -> str:

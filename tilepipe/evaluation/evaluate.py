@@ -118,7 +118,9 @@ class _Side:
         return self.is_object(self.values(image))
 
     def is_object(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Return which values are objects."""
+        """Return which values are objects; those of a table are as `tabulate` returns them."""
+        if self.volume.dtype == np.uint64:
+            values = values.astype(np.uint64, copy=False)  # a table holds them with a sign
         found = values != 0 if self.objects is None else np.zeros(values.shape, bool)
         for value in self.objects or ():  # numpy.isin rounds integers of 64 bits
             found |= values == value

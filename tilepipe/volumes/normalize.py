@@ -129,8 +129,8 @@ def resolve(
 
     zscore takes one pass; percentiles one for values that span up to 16 bits, at most two for
     types of 32, and for those of 64 mostly two, at most four (see the module `quantiles`).
-    Law: equals ``numpy.percentile``, or ``numpy.mean`` and ``numpy.std``, of the whole in float64, and
-    of integers of 64 bits what these would be without rounding. ``progress`` is called with the
+    Law: equals ``numpy.percentile``, or ``numpy.mean`` and ``numpy.std``, of the whole in float64,
+    and of integers of 64 bits what these would be without rounding. ``progress`` is called with the
     blocks done and their number, in each pass. Voxels that are not finite do not count. Bounded
     memory: one storage chunk, or about 16 MB, at a time. Raises BadRequest where grey values do
     not vary as the rule needs.
