@@ -494,3 +494,21 @@ def refuse(address: str) -> None:
         pass
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 4
+
+
+def test_a_worker_that_hangs_keeps_no_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is interrupted waits for its workers to let the job go, but not for ever."""
+    monkeypatch.setattr(dask, "LET_GO", 1.0)
+    with dask.local_client(1, threads=2, dashboard=False) as client:
+        [worker] = client.run(os.getpid).values()
+        outcomes = dask.run(FileJob(str(tmp_path), seconds=0.1), range(50), client=client)
+        next(outcomes)
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            outcomes.close()
+            assert 1 <= time.monotonic() - began < 20
+        finally:
+            os.kill(worker, signal.SIGCONT)

@@ -53,6 +53,11 @@ TIMEOUT = 10
 """Seconds in which a scheduler must answer, and after which missing workers are spoken of."""
 POLL = 0.0005, 0.05
 """Seconds between two looks at what has ended: just after a tile did, and at most."""
+LET_GO = 70.0
+"""Seconds in which workers must let a job go; one that hangs would be waited for for ever.
+
+It is more than a worker waits for the writes that it has begun.
+"""
 GONE = "the scheduler is gone; start one and run again to go on"
 SETTINGS = {
     # Long calls into the network may hold the interpreter: a silent worker is not a dead one.
@@ -193,10 +198,15 @@ def _stop(client: Client, futures: list[Future[Ended]], plugin: str) -> None:
     """Take back what has not begun and let the workers forget the job."""
     if client.status != "running":
         return
+
+    async def forget() -> None:
+        async with asyncio.timeout(LET_GO):
+            await client.unregister_worker_plugin(plugin)
+
     try:
         client.cancel(futures, force=True)
-        client.unregister_worker_plugin(plugin)
-    except Exception:  # of a worker that goes at this moment, and takes the job with it
+        client.sync(forget)
+    except Exception:  # of a worker that goes at this moment, with the job, or hangs
         log.info("not every worker has let the job go", exc_info=True)
 
 
