@@ -123,6 +123,17 @@ def test_runs_at_once_on_one_scheduler_keep_apart(
     assert not any(cluster.run(plugins).values())
 
 
+def test_a_run_whose_caller_fails_leaves_nothing_on_the_workers(
+    files: Path, cluster: Client, tmp_path: Path
+) -> None:
+    def progress(report: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(files, tmp_path / "a", OPTIONS, scheduler=address_of(cluster), progress=progress)
+    assert not any(cluster.run(plugins).values())
+
+
 def plugins(dask_worker: Worker) -> list[str]:
     return [name for name in dask_worker.plugins if name.startswith("tilepipe-")]
 

@@ -22,7 +22,7 @@ from tests.commands import Commands, until
 from tests.s3_server import SECRET
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
-from tilepipe.commands.inspect import inspect
+from tilepipe.commands.inspect import describe_file
 from tilepipe.commands.progress import SegmentProgress
 from tilepipe.errors import TileError
 from tilepipe.evaluation.evaluate import evaluate
@@ -177,7 +177,7 @@ def test_an_output_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -
     known = open_volume(made / "serial.zarr")
     assert (image.axes, image.scale, image.kind) == (known.axes, known.scale, known.kind)
     assert (level.axes, level.scale) == (known.axes, known.scale)
-    values, text = inspect(target)
+    values, text = describe_file(target)
     assert (values["tiles"], values["done"]) == (TILES, TILES)
     assert f"{TILES} of {TILES} done" in text
 

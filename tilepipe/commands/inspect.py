@@ -15,7 +15,6 @@ from tilepipe.commands.segment import channels_in_words, context_in_words, descr
 from tilepipe.commands.types import Arguments, Place
 from tilepipe.errors import BadRequest
 from tilepipe.host.process import borrowed
-from tilepipe.storage.location import locate
 from tilepipe.text import comma, counted, describe_bytes, duration, table
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ def describe_file(
     series: int | None = None,
 ) -> tuple[dict[str, object], str]:
     """Return a model, a volume or an output as plain values and as text."""
+    from tilepipe.storage.location import locate
+
     place = locate(path, "file")
     if isinstance(place, Path) and not place.exists():
         raise BadRequest(f"file (={path}) must be a model, a volume or an output; there is none")

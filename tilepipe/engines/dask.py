@@ -40,7 +40,7 @@ from tilepipe.engines.plugin import JobPlugin, process_batch
 from tilepipe.errors import BadRequest, TileError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 
     from dask.typing import Key
     from distributed import Future, Worker
@@ -102,7 +102,7 @@ def run(
     client: Client,
     retries: int = RETRIES,
     fleet: Fleet | None = None,
-) -> Iterator[TileResult | TileFailure]:
+) -> Generator[TileResult | TileFailure, None, None]:
     """Process tiles on the workers of a cluster, as they come and go.
 
     The scheduler never holds more than two batches for each thread of its workers; tiles that take

@@ -12,12 +12,12 @@ from tilepipe.engines import RETRIES, Job, TileFailure, TileResult, one_line
 from tilepipe.errors import TileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable
 
 
 def run(
     job: Job, tiles: Iterable[int], *, retries: int = RETRIES
-) -> Iterator[TileResult | TileFailure]:
+) -> Generator[TileResult | TileFailure, None, None]:
     """Process tiles in this process, as many at once as the job has slots.
 
     What fails is tried again after the tiles that are already begun. Closing the generator, or

@@ -42,7 +42,7 @@ from tilepipe.engines.squeue import (
 from tilepipe.errors import BadRequest, TileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from distributed import Scheduler
@@ -263,7 +263,9 @@ class Fleet:
         self._cluster.scale(jobs=len(spec))
 
 
-def run(job: Job, tiles: Iterable[int], *, fleet: Fleet) -> Iterator[TileResult | TileFailure]:
+def run(
+    job: Job, tiles: Iterable[int], *, fleet: Fleet
+) -> Generator[TileResult | TileFailure, None, None]:
     """Process tiles on the workers of a fleet; see `tilepipe.engines.dask.run`."""
     for outcome in workers.run(job, tiles, client=fleet.client, fleet=fleet):
         fleet.left -= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from tilepipe.engines import TileFailure, TileResult, serial
@@ -118,16 +118,21 @@ def outcomes_of(
     client: Client | None,
     jobs: Jobs | None,
 ) -> Iterator[Iterator[TileResult | TileFailure]]:
-    """Start the engine and give what becomes of the tiles."""
+    """Start the engine and give what becomes of the tiles.
+
+    The engine ends before its client does, also where what is done with an outcome fails.
+    """
     if count == 0:
-        yield serial.run(job, tiles)
+        with closing(serial.run(job, tiles)) as outcomes:
+            yield outcomes
     elif jobs is not None:
         from tilepipe.engines import dask, slurm
 
         left = report.left
         with cluster.started(report.plan.target, jobs, slots=job.slots, left=left) as fleet:
             report.dashboard = dask.dashboard_address(fleet.client)
-            yield slurm.run(job, tiles, fleet=fleet)
+            with closing(slurm.run(job, tiles, fleet=fleet)) as outcomes:
+                yield outcomes
             report.job_seconds = fleet.seconds
     else:
         from tilepipe.engines import dask
@@ -136,4 +141,5 @@ def outcomes_of(
         local = dask.local_client(count, threads=job.slots, gpus=gpus)
         with nullcontext(client) if client is not None else local as used:
             report.dashboard = dask.dashboard_address(used)
-            yield dask.run(job, tiles, client=used)
+            with closing(dask.run(job, tiles, client=used)) as outcomes:
+                yield outcomes
