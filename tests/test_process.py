@@ -118,6 +118,7 @@ recipe = Recipe(steps=1, base=2, depth=2, patch=(12, 12), threads=1, batch=1, de
                 elastic=0.0, target="classes", val_region=(":,40:80",), loaders=1)
 network = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3), torch.nn.BatchNorm2d(1)).train()
 network[1].eval()
+small = UNet(ndim=2, base=1, depth=1)
 
 
 def context():
@@ -145,7 +146,7 @@ CALLS = {
     "evaluate": (lambda: tp.evaluate("o.zarr", "l.zarr"), False),
     "evaluate fails": (lambda: tp.evaluate("o.zarr", "none.zarr"), True),
     "save_checkpoint": (lambda: tp.save_checkpoint(
-        "c.pt", tp.UNet(ndim=2, base=1, depth=1), architecture={"ndim": 2, "base": 1, "depth": 1},
+        "c.pt", small, architecture={"ndim": 2, "base": 1, "depth": 1},
         normalize="none", labels=("a", "b"), provenance={}), False),
     "write_synthetic": (lambda: tp.write_synthetic(Path("s.zarr"), (64, 64), seed=1), False),
     "label_components": (lambda: tp.label_components(tp.open_volume("l.zarr"), "ids.zarr",
