@@ -34,8 +34,9 @@ from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import plan_segment, segment
 from tilepipe.segmentation.worker import SegmentJob
 from tilepipe.storage import objects as stores
+from tilepipe.storage.names import LEDGER
 from tilepipe.storage.objects import Key, remove_keys
-from tilepipe.volumes.output import LEDGER, open_target, read_attributes
+from tilepipe.volumes.output import Output
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ def voxels(found: dict[str, bytes]) -> dict[str, bytes]:
 
 def check_whole(made: Path, target: str, like: str = "serial.zarr") -> None:
     assert voxels(objects(target)) == voxels(files(made / like))
-    assert read_attributes(target)["state"] == "done"
-    ledger = Ledger.open(target, write=False)
+    assert Output.at(target).read_attributes()["state"] == "done"
+    ledger = Ledger.open(Output.at(target), write=False)
     assert ledger is not None
     with ledger:
         assert (ledger.done, ledger.failures) == (TILES, [])
@@ -139,7 +140,7 @@ def check_whole(made: Path, target: str, like: str = "serial.zarr") -> None:
 
 def done(target: str) -> int:
     """Return how many tiles a ledger has; 0 where there is none yet."""
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(Output.at(target), write=False)
     if ledger is None:
         return 0
     with ledger:
@@ -160,7 +161,7 @@ def test_a_bucket_gives_the_bytes_of_a_folder(
     again = run(made, source, target)
     assert (again.before, again.done) == (TILES, 0)
     assert objects(target) == before
-    opened = open_target(target)
+    opened = Output.at(target).open()
     assert (opened.path, opened.shape) == (target, open_volume(target).shape)
     assert evaluate(target, made / "serial.zarr").pixels.pixel_error == 0  # type: ignore[union-attr]
 
@@ -279,7 +280,7 @@ def test_removing_what_is_not_there_is_no_error(
 def test_a_running_output_is_left_alone(made: Path, target: str) -> None:
     run(made, made / "v.zarr", target)
     before = objects(target)
-    with Ledger.open(target) or contextlib.nullcontext():
+    with Ledger.open(Output.at(target)) or contextlib.nullcontext():
         for overwrite in (False, True):
             with pytest.raises(ValueError, match=rf"another run \(.*process {os.getpid()}\)"):
                 run(made, made / "v.zarr", target, overwrite=overwrite)
@@ -320,7 +321,7 @@ def test_a_store_that_is_gone_ends_the_run(
             run(made, made / "v.zarr", "s3://tests/o", progress=kill)
     assert "\n" not in str(caught.value)
     left = {thread.name for thread in threading.enumerate()}
-    assert not left & {"tilepipe-claim", "tilepipe-parts"}
+    assert not left & {"tilepipe-lease", "tilepipe-parts"}
 
 
 @pytest.mark.parametrize("interrupted", [True, False])
@@ -346,7 +347,7 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
     assert ("interrupted" if interrupted else "SignatureDoesNotMatch") in last
     assert last.startswith("tilepipe: ")
     left = [thread.name for thread in threading.enumerate()]
-    assert not {"tilepipe-claim", "tilepipe-parts"} & set(left)
+    assert not {"tilepipe-lease", "tilepipe-parts"} & set(left)
 
 
 def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) -> None:
@@ -356,7 +357,9 @@ def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) 
     assert SECRET not in said
     assert not [name for name, content in objects(target).items() if SECRET.encode() in content]
     plan = plan_segment(made / "v.zarr", model=made / "net.pt", output=target)
-    assert SECRET.encode() not in pickle.dumps(SegmentJob(plan, Right(target, "lock", "token")))
+    assert SECRET.encode() not in pickle.dumps(
+        SegmentJob(plan, Right(Output.at(target), "lock", "token"))
+    )
 
 
 @contextlib.contextmanager

@@ -32,10 +32,10 @@ from tilepipe.planning.chunking import choose_chunks, choose_shards
 from tilepipe.planning.costs import Tiling, Work, floor_work, sweep_work, work
 from tilepipe.planning.identity import check_same, ground, identity, plain
 from tilepipe.planning.tiling import choose
-from tilepipe.storage.location import locate
 from tilepipe.storage.objects import Key
 from tilepipe.text import describe_bytes
 from tilepipe.volumes.normalize import Normalization, parse, resolve
+from tilepipe.volumes.output import Output
 from tilepipe.volumes.source import open_source
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Plan:
 
         Labels are expected to take a tenth of their size there, numbers nine tenths.
         """
-        if not isinstance(place := locate(self.target, "output"), Path):
+        if not isinstance(place := Output.at(self.target).place, Path):
             return ""
         folder = next(p for p in place.parents if p.exists())
         free = shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""One tile from source to target: what runs in every process, whatever the engine."""
+"""One tile from source to output: what runs in every process, whatever the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from tilepipe.planning.costs import READS, SLOTS, block_rows, blocks
 from tilepipe.planning.regions import Regions, regions_of
 from tilepipe.runs.fence import Fence
 from tilepipe.segmentation.streams import Feed, Store
-from tilepipe.volumes.output import open_target
 from tilepipe.volumes.source import open_source
 from tilepipe.volumes.volume import read_mirrored, read_zero_padded
 
@@ -49,9 +48,9 @@ class SegmentJob:
 
     plan: Plan
     right: Right
-    """Of the run to write to the plan's target."""
+    """The right of the run to write to its output, which it names."""
     key: str = field(default_factory=lambda: uuid4().hex)
-    """Of this run's work alone: others of the same plan, to another target, have another."""
+    """Of this run's work alone: others of the same plan, to another output, have another."""
     folder: str = field(default_factory=os.getcwd)
     """Where the run was begun: the network's own code may lie there, wherever a worker is."""
 
@@ -64,7 +63,7 @@ class SegmentJob:
         return SLOTS if self.plan.sizes.sweep is None else 2
 
     def open(self) -> Worker:
-        """Load the model, open source and target; return what processes a tile by its index."""
+        """Load the model, open source and output; return what processes a tile by its index."""
         return Worker(self.plan, self.right, self.folder)
 
 
@@ -92,7 +91,7 @@ class Worker:
         self._plan, self._folder = plan, folder
         self._volume = open_source(plan.source.path, options)
         self._fence = Fence(right)
-        self._target = open_target(plan.target, leave=self._fence, durable=options.durable)
+        self._output = right.output.open(leave=self._fence, durable=options.durable)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._reading = threading.Lock()  # one tile at a time, or memory is not what was planned
         self._sweeping = threading.Lock()
@@ -143,7 +142,7 @@ class Worker:
         )
 
     def __call__(self, index: int) -> TileResult:
-        """Read, compute and write one tile; its voxels are in the target when this returns.
+        """Read, compute and write one tile; its voxels are in the output when this returns.
 
         Where memory is short, on this tile and all that follow the network gets half as much.
         """
@@ -213,7 +212,7 @@ class Worker:
         ready = time.perf_counter()
         answer, seconds, starved = self._compute.submit(self._timed, part, began, ready).result()
         done = time.perf_counter()
-        self._target.write(write, answer if self._plan.answer.stacked else answer[0])
+        self._output.write(write, answer if self._plan.answer.stacked else answer[0])
         return TileResult(
             index=index,
             voxels=write.size,
@@ -267,7 +266,7 @@ class Worker:
                 return feed.rows(low, high)
 
             swept = self._predictor.sweep(cuts.output_box(write), axis, slab, rows_of)
-            store = Store(self._target, write, axis=axis, unit=unit, pool=self._writes)
+            store = Store(self._output, write, axis=axis, unit=unit, pool=self._writes)
             try:
                 while (found := self._compute.submit(next, swept, None).result()) is not None:
                     store.add(found[1] if plan.answer.stacked else found[1][0])

@@ -98,7 +98,7 @@ class GuardedStore(WrapperStore[Store]):
 
         So a late one never takes the place: who takes over an output removes all that lies in it.
         What was begun before that is gone then and cannot be moved; what is begun after it finds
-        the other's claim. A power failure leaves the old file or the new one.
+        the other's lease. A power failure leaves the old file or the new one.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, sync=self._durable or path.name in METADATA) as partial:

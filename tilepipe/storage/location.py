@@ -129,8 +129,11 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def check_writable(folder: Place) -> None:
-    """Raise OSError where nothing can be created in a folder; leaves nothing there."""
+def check_writable(folder: Place, probe: str) -> None:
+    """Raise OSError where nothing can be created in a folder; leaves nothing there.
+
+    In an object store, an object of the name ``probe`` is there for a moment.
+    """
     if isinstance(folder, Path):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("permission denied")
@@ -140,14 +143,14 @@ def check_writable(folder: Place) -> None:
         raise PermissionError(
             "HTTP is for reading; name a bucket (s3://, gs://, az://) or a folder"
         )
-    probe = folder / f"lock.{uuid4().hex}"
-    probe.write_bytes(b"1", new=True)
+    key = folder / probe
+    key.write_bytes(b"1", new=True)
     try:
-        probe.write_bytes(b"2", new=True)
+        key.write_bytes(b"2", new=True)
     except FileExistsError:
         return
     finally:
-        probe.unlink()
+        key.unlink()
     raise OSError(
         "its store creates again what exists, so two runs could write at once; it must know"
         " conditional writes (If-None-Match)"

@@ -85,6 +85,17 @@ def read_node(folder: Place) -> Node | None:
     return None
 
 
+def is_array(folder: Place) -> bool:
+    """Return whether ``folder`` is a Zarr array; what cannot be read is none."""
+    try:
+        metadata = _read_json(folder / "zarr.json")
+        if metadata is not None:
+            return metadata.get("node_type") == "array"
+        return _read_json(folder / ".zarray") is not None
+    except (BadRequest, OSError):
+        return False
+
+
 def _read_json(path: Place) -> dict[str, object] | None:
     """Return a JSON object; None where there is no such file."""
     try:
