@@ -299,7 +299,7 @@ def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def elsewhere(path: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lease]:
-    """Hold a claim as a process of another machine does: nobody here can see whether it lives."""
+    """Hold a lease as a process of another machine does: nobody here can see whether it lives."""
     with monkeypatch.context() as patch:
         patch.setattr(lease, "_machine", lambda: "another")
         taken = Lease.take(path, task="1/2")
@@ -335,7 +335,7 @@ class Faulty:
         pass
 
 
-def test_a_claim_that_is_no_longer_kept_up_is_told(quick_leases: None, folder: Place) -> None:
+def test_a_lease_that_is_no_longer_kept_up_is_told(quick_leases: None, folder: Place) -> None:
     owner = Owner("host", "machine", 1, 0.0, "token", "")
     replace_file(folder / "lock", lease._content(owner))
     with closing(Lease(folder / "lock", owner, Faulty())) as broken:
@@ -345,7 +345,7 @@ def test_a_claim_that_is_no_longer_kept_up_is_told(quick_leases: None, folder: P
         assert "\n" not in str(caught.value)
 
 
-def test_a_claim_of_rubbish_is_taken_over(quick_leases: None, folder: Place) -> None:
+def test_a_lease_of_rubbish_is_taken_over(quick_leases: None, folder: Place) -> None:
     rubbish = b"[" * 99_999  # the reader of JSON takes it for too deep
     replace_file(folder / "lock", rubbish)
     taken = Lease.take(folder / "lock")
@@ -358,7 +358,7 @@ def test_a_claim_of_rubbish_is_taken_over(quick_leases: None, folder: Place) -> 
             taken.check()
 
 
-def test_an_owner_elsewhere_that_is_silent_loses_its_claim(
+def test_an_owner_elsewhere_that_is_silent_loses_its_lease(
     quick_leases: None, monkeypatch: pytest.MonkeyPatch, folder: Place
 ) -> None:
     path = folder / "lock"
@@ -427,7 +427,7 @@ DYING = """
 import os, sys
 from tilepipe.runs.lease import Lease
 from tilepipe.storage.location import locate
-Lease.take(locate(sys.argv[1], "claim"))
+Lease.take(locate(sys.argv[1], "lease"))
 os._exit(1)
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from tilepipe.errors import TileError
 from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.geometry import Region
 from tilepipe.options import Options
-from tilepipe.runs import lease
+from tilepipe.runs import fence, lease
 from tilepipe.runs.fence import Right
 from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import plan_segment, segment
@@ -164,6 +165,33 @@ def test_a_bucket_gives_the_bytes_of_a_folder(
     opened = Output.at(target).open()
     assert (opened.path, opened.shape) == (target, open_volume(target).shape)
     assert evaluate(target, made / "serial.zarr").pixels.pixel_error == 0  # type: ignore[union-attr]
+
+
+def test_one_answer_is_asked_for_once(
+    made: Path, s3: Server, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tile is one request; beside them, those of a whole run are few, whatever its size."""
+    monkeypatch.setattr(fence, "FRESH", 3600)  # what is asked again as time goes by is left out
+    monkeypatch.setattr(stores, "FLUSH", 3600)
+    monkeypatch.setattr(lease, "BEAT", 3600)
+    most = {"first": 43, "again": 31, "anew": 53}
+    with (
+        s3_server.counted(s3) as (address, requests),
+        fresh_stores(),
+        monkeypatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        for name, bound in most.items():
+            requests.clear()
+            report = run(made, made / "v.zarr", target, overwrite=name == "anew")
+            assert report.done == (0 if name == "again" else TILES)
+            voxels = [request for request in requests if "/0/c/" in request]
+            assert len(voxels) == report.done, voxels
+            looks = [request for request in requests if re.fullmatch("GET .*/lock", request)]
+            assert len(looks) <= 6, looks  # of threads that look at the same moment each asks
+            others = [request for request in requests if request not in (*voxels, *looks)]
+            assert len(others) <= bound, (name, len(others), "\n".join(others))
+    check_whole(made, target)
 
 
 def test_a_plan_writes_nothing(made: Path, target: str) -> None:
