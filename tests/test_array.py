@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.commands import ROOT, WAIT, until
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
-from tilepipe.commands.inspect import inspect
+from tilepipe.commands.inspect import describe_file
 from tilepipe.errors import BadRequest, TileError
 from tilepipe.options import Options
 from tilepipe.runs import lease
@@ -435,11 +435,11 @@ os._exit(1)
 def test_progress_is_seen_from_elsewhere(made: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
     run(made, target, task=ArrayTask(1, TASKS))
-    values, text = inspect(target)
+    values, text = describe_file(target)
     assert (values["done"], values["tiles"]) == (12, 36)
     assert "12 of 36 done" in text
     run(made, target)
-    values, text = inspect(target)
+    values, text = describe_file(target)
     assert values["done"] == 36
     workers = values["workers"]
     assert isinstance(workers, dict)

@@ -23,7 +23,7 @@ from tests.commands import Commands, until
 from tests.s3_server import SECRET
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
-from tilepipe.commands.inspect import inspect
+from tilepipe.commands.inspect import describe_file
 from tilepipe.commands.progress import SegmentProgress
 from tilepipe.errors import TileError
 from tilepipe.evaluation.evaluate import evaluate
@@ -34,6 +34,7 @@ from tilepipe.runs.fence import Right
 from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import plan_segment, segment
 from tilepipe.segmentation.worker import SegmentJob
+from tilepipe.storage import appending
 from tilepipe.storage import objects as stores
 from tilepipe.storage.names import LEDGER
 from tilepipe.storage.objects import Key, remove_keys
@@ -172,7 +173,7 @@ def test_one_answer_is_asked_for_once(
 ) -> None:
     """Each tile is one request; beside them, those of a whole run are few, whatever its size."""
     monkeypatch.setattr(fence, "FRESH", 3600)  # what is asked again as time goes by is left out
-    monkeypatch.setattr(stores, "FLUSH", 3600)
+    monkeypatch.setattr(appending, "FLUSH", 3600)
     monkeypatch.setattr(lease, "BEAT", 3600)
     most = {"first": 43, "again": 31, "anew": 53}
     with (
@@ -206,7 +207,7 @@ def test_an_output_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -
     known = open_volume(made / "serial.zarr")
     assert (image.axes, image.scale, image.kind) == (known.axes, known.scale, known.kind)
     assert (level.axes, level.scale) == (known.axes, known.scale)
-    values, text = inspect(target)
+    values, text = describe_file(target)
     assert (values["tiles"], values["done"]) == (TILES, TILES)
     assert f"{TILES} of {TILES} done" in text
 

@@ -17,8 +17,8 @@ from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.models.predictor import label_type
 from tilepipe.text import counted
+from tilepipe.volumes.borders import read_mirrored
 from tilepipe.volumes.normalize import Normalization, parse, resolve
-from tilepipe.volumes.volume import read_mirrored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,9 +7,8 @@ of its own, and who reads merges them. There are no locks (see `tilepipe.runs.le
 Files, in ``OUTPUT/.tilepipe`` (`tilepipe.storage.names.LedgerFiles`): ``plan.json`` (whole or
 absent); of each writer ``done`` (appended, one line of fixed width for each tile), ``log`` (see
 `tilepipe.runs.log`), ``failed.json`` where tiles failed, ``lock`` while it runs. In an object
-store, where nothing can be appended to, ``done`` and ``log`` are rows of objects
-(`tilepipe.storage.appending.Parts`), and a kill may also cost the tiles of the last `FLUSH`
-seconds.
+store, where nothing can be appended to, ``done`` and ``log`` are rows of objects (see
+`tilepipe.storage.appending`), and a kill may also cost the tiles of the last `FLUSH` seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from tilepipe.runs.array import ArrayTask
 from tilepipe.runs.fence import Fence, NotOwner, Right
 from tilepipe.runs.lease import Lease, Owner, is_held, living, take_dead
 from tilepipe.runs.log import LogWriter, read_logs
-from tilepipe.storage.location import append, replace, sync_file
+from tilepipe.storage.appending import append
+from tilepipe.storage.location import replace, sync_file
 from tilepipe.storage.names import writer_of_lock, writer_of_task
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tilepipe.engines import TileResult
-    from tilepipe.storage.location import Appending, Place
+    from tilepipe.storage.appending import Appending
+    from tilepipe.storage.location import Place
     from tilepipe.volumes.output import Output
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tilepipe.storage.location import append
+from tilepipe.storage.appending import append
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tilepipe.engines import TileResult
-    from tilepipe.storage.location import Appending, Place
+    from tilepipe.storage.appending import Appending
+    from tilepipe.storage.location import Place
     from tilepipe.storage.names import LedgerFiles
 
 RECENT = 300

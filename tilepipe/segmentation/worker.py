@@ -29,8 +29,8 @@ from tilepipe.planning.costs import READS, SLOTS, block_rows, blocks
 from tilepipe.planning.regions import Regions, regions_of
 from tilepipe.runs.fence import Fence
 from tilepipe.segmentation.streams import Feed, Store
+from tilepipe.volumes.borders import read_mirrored, read_zero_padded
 from tilepipe.volumes.source import open_source
-from tilepipe.volumes.volume import read_mirrored, read_zero_padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -2,7 +2,7 @@
 
 What both can do in the same words is done by their own methods (`Key` has those of
 `pathlib.Path`). Here is what they do in different ways: creating exclusively, replacing whole,
-appending, and removing what someone dead has left.
+and removing what someone dead has left.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from uuid import uuid4
 from zarr.storage import LocalStore, ObjectStore
 
 from tilepipe.errors import BadRequest
-from tilepipe.storage.objects import Key, Parts
+from tilepipe.storage.objects import Key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import BinaryIO
 
     from zarr.abc.store import Store
 
 Place = Path | Key
-SYNC = 1.0
-"""Seconds after which what was appended to a file is forced to disk."""
 VACANT = b"vacant "
 """What an object begins with that counts as removed: `hold` may take its place."""
 PATIENCE = 60.0
@@ -247,50 +244,3 @@ def _content(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-class Appending(Protocol):
-    """A file that only grows."""
-
-    def write(self, content: bytes) -> None:
-        """Append; others see it at once, or within seconds."""
-
-    def sync(self) -> None:
-        """Let it outlive a failure of this machine."""
-
-    def close(self) -> None:
-        """Sync, and end."""
-
-
-def append(place: Place, leave: Callable[[], None]) -> Appending:
-    """Append to a file: to one of a file system, or to a row of objects `NAME.000000`, ....
-
-    All of them `find` finds by the name, in order. ``leave`` raises OSError where nothing more may
-    be written; it is asked before each object, which, unlike an open file, could be written anew
-    after it was removed.
-    """
-    return Parts(place, leave) if isinstance(place, Key) else _Appended(place)
-
-
-class _Appended:
-    """A file of a file system that grows."""
-
-    def __init__(self, path: Path) -> None:
-        if path.exists() and path.stat().st_nlink > 1:  # a copy of hard links would grow, too
-            replace(path, path.read_bytes())
-        self._file: BinaryIO = path.open("ab")
-        self._synced = time.monotonic()
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._file.flush()
-        if time.monotonic() - self._synced > SYNC:
-            self.sync()
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        self.sync()
-        self._file.close()

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,21 +23,15 @@ from urllib.parse import quote, unquote
 from tilepipe.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from obstore import PutMode, UpdateVersion
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 """What an address may begin with, before ``://``."""
-PART = 1 << 20
-"""Bytes after which what is appended goes on in another object."""
-FLUSH = 1.0
-"""Seconds after which what was appended lies in the store."""
 RETRIES = 7
 """How often a request that fails is repeated, each time after longer: 7 to 60 s in all."""
-PATIENCE = 120.0
-"""Seconds for which a store may refuse what was appended."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -244,84 +236,6 @@ def remove_keys(keys: Sequence[Key]) -> None:
     if keys:
         with suppress(FileNotFoundError), told(keys[0]):
             obstore.delete(_store(keys[0].root), [key.path for key in keys])
-
-
-class Parts:
-    """Appends to the objects ``KEY.000000``, ``KEY.000001`` and so on, of `PART` bytes or so.
-
-    Each is begun exclusively, so that nobody ever writes over what another has appended, and
-    is written anew as it grows, by a thread, `FLUSH` seconds after what it lacks at most.
-    """
-
-    def __init__(self, key: Key, leave: Callable[[], None]) -> None:
-        """``leave`` is asked before each object is written; it raises OSError to refuse."""
-        earlier = [k.name for k in key.parent.iterdir() if k.name.startswith(f"{key.name}.")]
-        self._key, self._leave = key, leave
-        self._number = 1 + max((int(name.rpartition(".")[2]) for name in earlier), default=-1)
-        self._tag: UpdateVersion | None = None
-        self._content = bytearray()
-        """Of the last part."""
-        self._written = 0
-        """Bytes of it that lie in the store."""
-        self._failed: tuple[float, OSError] | None = None
-        self._broken: BaseException | None = None
-        self._filling, self._writing = threading.Lock(), threading.Lock()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="tilepipe-parts", daemon=True)
-        self._thread.start()
-
-    def write(self, content: bytes) -> None:
-        """Append; OSError where what was appended before has long not reached the store."""
-        if self._broken is not None:
-            raise OSError(f"{self._key}: {explain(self._broken)}") from self._broken
-        if self._failed is not None and time.monotonic() - self._failed[0] > PATIENCE:
-            raise self._failed[1]
-        with self._filling:
-            self._content += content
-
-    def sync(self) -> None:
-        """Write what the store lacks; OSError where that fails."""
-        with self._writing:
-            with self._filling:
-                content = bytes(self._content)
-            if len(content) == self._written:
-                return
-            try:
-                self._leave()
-                self._put(content)
-            except OSError as error:
-                self._failed = self._failed or (time.monotonic(), error)
-                raise
-            self._failed, self._written = None, len(content)
-            if len(content) >= PART:
-                with self._filling:
-                    del self._content[: len(content)]
-                self._number, self._tag, self._written = self._number + 1, None, 0
-
-    def _put(self, content: bytes) -> None:
-        while True:
-            key = self._key.with_name(f"{self._key.name}.{self._number:06d}")
-            try:
-                self._tag = key.write_bytes(content, tag=self._tag, new=self._tag is None)
-                return
-            except FileExistsError:  # of another writer, who took us for dead
-                self._number, self._tag = self._number + 1, None
-
-    def _live(self) -> None:
-        while not self._end.wait(FLUSH):
-            try:
-                self.sync()
-            except OSError:  # it is tried again, and told to who writes
-                continue
-            except BaseException as error:  # nobody else would see that nothing is written now
-                self._broken = error
-                return
-
-    def close(self) -> None:
-        """Write what the store lacks, and end."""
-        self._end.set()
-        self._thread.join()
-        self.sync()
 
 
 def local_path(path: str | Path, what: str) -> Path:

@@ -13,12 +13,12 @@ import math
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Region, Shape, mirror
+from tilepipe.geometry import Region, Shape
 from tilepipe.host.process import borrowed
 from tilepipe.storage.location import locate
 from tilepipe.storage.objects import explain, is_of_store
@@ -182,47 +182,6 @@ def _reopen(
     channels: tuple[int | str, ...] | None,
 ) -> Volume:
     return open_volume(path, axes=axes, level=level, series=series, channels=channels)
-
-
-class Readable(Protocol):
-    """What regions are read of: a volume, or one whose chunks are kept."""
-
-    @property
-    def shape(self) -> Shape: ...  # noqa: D102
-    @property
-    def channels(self) -> int: ...  # noqa: D102
-    @property
-    def dtype(self) -> np.dtype[np.generic]: ...  # noqa: D102
-    def read(self, region: Region) -> NDArray[np.generic]: ...  # noqa: D102
-
-
-def read_mirrored(volume: Readable, region: Region) -> NDArray[np.generic]:
-    """Return the voxels of a region that may reach outside the volume, which goes on mirrored.
-
-    Only the voxels that are needed are read, once. Law: equals the same region of the whole
-    volume grown by ``numpy.pad(mode="reflect")``, repeated as often as needed.
-    """
-    if region.size == 0:
-        return np.zeros((volume.channels, *region.shape), dtype=volume.dtype)
-    places = [mirror(*ends) for ends in zip(region.start, region.stop, volume.shape, strict=True)]
-    box = Region(tuple(int(p.min()) for p in places), tuple(int(p.max()) + 1 for p in places))
-    voxels = volume.read(box)
-    for axis, (place, origin) in enumerate(zip(places, box.start, strict=True), start=1):
-        wanted = place - origin
-        if not np.array_equal(wanted, np.arange(voxels.shape[axis])):
-            voxels = np.take(voxels, wanted, axis=axis)
-    return voxels
-
-
-def read_zero_padded(volume: Volume, region: Region) -> NDArray[np.generic]:
-    """Return the voxels of a region that may reach outside the volume, which goes on as zeros."""
-    inside = region.intersect(Region.whole(volume.shape))
-    if inside == region:
-        return volume.read(region)
-    voxels = np.zeros((volume.channels, *region.shape), dtype=volume.dtype)
-    if inside.size:
-        voxels[(slice(None), *inside.within(region.start))] = volume.read(inside)
-    return voxels
 
 
 @borrowed()
