@@ -21,7 +21,7 @@ from tilepipe.storage.location import (
     remove_if,
     replace,
 )
-from tilepipe.storage.objects import Key, explain
+from tilepipe.storage.objects import ObjectKey, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_what_is_written_is_found(folder: Place) -> None:
     with pytest.raises(FileNotFoundError):
         (folder / "a").read_bytes()
     (folder / "in" / "c").unlink()
-    if isinstance(folder, Key):
+    if isinstance(folder, ObjectKey):
         (folder / "in").unlink()  # this server shows what is empty now
     else:
         (folder / "in").rmdir()
@@ -134,7 +134,7 @@ def test_what_is_appended_is_read_in_order(folder: Place, monkeypatch: pytest.Mo
 
 def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
     """One who was taken for dead, and is not, and who took over."""
-    key = Key.parse(prefix()) / "done"
+    key = ObjectKey.parse(prefix()) / "done"
     with closing(GrowingObjects(key, granted)) as dead:
         dead.write(b"1")
         dead.sync()
@@ -160,7 +160,7 @@ def test_what_was_appended_is_seen_soon(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(appending, "FLUSH", 0.05)
-    key = Key.parse(prefix()) / "done"
+    key = ObjectKey.parse(prefix()) / "done"
     with closing(GrowingObjects(key, granted)) as file:
         file.write(b"1")
         for _ in range(200):
@@ -174,7 +174,7 @@ def test_what_was_appended_is_seen_soon(
 def test_a_store_that_refuses_for_long_is_told(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = Key.parse(prefix()) / "done"
+    key = ObjectKey.parse(prefix()) / "done"
     parts = GrowingObjects(key, granted)
     parts.write(b"1")
     objects._store.cache_clear()
@@ -197,7 +197,7 @@ def test_a_thread_that_fails_for_good_is_told(
 ) -> None:
     """Of what is no OSError, such as a fault of a library: nothing is written any more."""
     monkeypatch.setattr(appending, "FLUSH", 0.01)
-    parts = GrowingObjects(Key.parse(prefix()) / "done", granted)
+    parts = GrowingObjects(ObjectKey.parse(prefix()) / "done", granted)
     with monkeypatch.context() as patch:
         patch.setattr(objects, "_store", lambda *_, **__: None)  # no store, says obstore
         parts.write(b"1")
@@ -245,7 +245,7 @@ def test_a_store_that_creates_again_what_exists_is_refused(
     objects._store.cache_clear()
     try:
         with pytest.raises(OSError, match="creates again what exists"):
-            check_writable(Key.parse("s3://tests/o"), "probe")
+            check_writable(ObjectKey.parse("s3://tests/o"), "probe")
         assert held == []  # what was tried was removed
     finally:
         server.shutdown()
@@ -265,7 +265,7 @@ def test_what_a_store_refuses_is_told_in_one_line(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     objects._store.cache_clear()
     try:
-        key = Key.parse("s3://tests/refused")
+        key = ObjectKey.parse("s3://tests/refused")
         with pytest.raises(
             PermissionError, match=r"^s3://tests/refused: SignatureDoes\w+: The req"
         ):

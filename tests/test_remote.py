@@ -37,7 +37,7 @@ from tilepipe.segmentation.worker import SegmentJob
 from tilepipe.storage import appending
 from tilepipe.storage import objects as stores
 from tilepipe.storage.names import LEDGER
-from tilepipe.storage.objects import Key, remove_keys
+from tilepipe.storage.objects import ObjectKey, remove_keys
 from tilepipe.volumes.output import Output
 from tilepipe.volumes.volume import open_volume
 
@@ -77,7 +77,7 @@ def source(made: Path, prefix: Callable[[], str]) -> str:
     address = prefix() + "/v.zarr"
     for path in (made / "v.zarr").rglob("*"):
         if path.is_file():
-            (Key.parse(address) / str(path.relative_to(made / "v.zarr"))).write_bytes(
+            (ObjectKey.parse(address) / str(path.relative_to(made / "v.zarr"))).write_bytes(
                 path.read_bytes()
             )
     return address
@@ -108,7 +108,7 @@ def command(made: Path, target: str, *more: str, model: str = "net.pt") -> list[
 
 def objects(address: str) -> dict[str, bytes]:
     """Return all that lies below an address."""
-    key = Key.parse(address)
+    key = ObjectKey.parse(address)
     store = key.store()
     return {
         one["path"]: bytes(obstore.get(store, one["path"]).bytes())
@@ -156,7 +156,7 @@ def test_a_bucket_gives_the_bytes_of_a_folder(
     assert voxels(files(tmp_path / "o.zarr")) == voxels(files(made / "serial.zarr"))
     assert run(made, source, target).done == TILES
     check_whole(made, target)
-    assert sorted(path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()) == [
+    assert sorted(path.name for path in ObjectKey.parse(f"{target}/{LEDGER}").iterdir()) == [
         "done.000000", "log.000000", "plan.json",
     ]  # fmt: skip
     before = objects(target)
@@ -196,9 +196,9 @@ def test_one_answer_is_asked_for_once(
 
 
 def test_a_plan_writes_nothing(made: Path, target: str) -> None:
-    parent = str(Key.parse(target).parent)
+    parent = str(ObjectKey.parse(target).parent)
     plan_segment(made / "v.zarr", model=made / "net.pt", output=target, options=OPTIONS)
-    assert not [one for page in obstore.list(Key.parse(parent).store()) for one in page]
+    assert not [one for page in obstore.list(ObjectKey.parse(parent).store()) for one in page]
 
 
 def test_an_output_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -> None:
@@ -224,7 +224,7 @@ def test_killed_at_any_moment_it_goes_on(slow: Path, commands: Commands, target:
     arguments, kept = command(slow, target, model="slow.pt"), [0]
     for least in (0, 1):
         pid = commands.start(arguments)
-        until(lambda least=least: Key.parse(target).exists() and done(target) >= least)  # type: ignore[misc]
+        until(lambda least=least: ObjectKey.parse(target).exists() and done(target) >= least)  # type: ignore[misc]
         os.killpg(pid, signal.SIGKILL)
         code, said = commands.end()
         assert code == -signal.SIGKILL, said
@@ -233,7 +233,7 @@ def test_killed_at_any_moment_it_goes_on(slow: Path, commands: Commands, target:
     code, said = commands.run(arguments)
     assert (code, f"{kept[-1]} of them before" in said) == (0, True), said
     check_whole(slow, target, "slow.zarr")
-    ledger = [path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()]
+    ledger = [path.name for path in ObjectKey.parse(f"{target}/{LEDGER}").iterdir()]
     assert len(ledger) <= 1 + 2 * len(kept), ledger
 
 
@@ -244,7 +244,7 @@ def test_tasks_of_an_array_share_a_bucket(slow: Path, s3: Server, target: str) -
     try:
         shards = [command(slow, target, "--task", f"{n}/3", model="slow.pt") for n in (1, 2, 3)]
         pids = [fork.start(task) for fork, task in zip(forks, shards, strict=True)]
-        until(lambda: (Key.parse(target) / LEDGER / "lock-2").is_file())
+        until(lambda: (ObjectKey.parse(target) / LEDGER / "lock-2").is_file())
         os.killpg(pids[1], signal.SIGKILL)
         ends = [fork.end() for fork in forks]
         assert [code for code, _ in ends] == [0, -signal.SIGKILL, 0], ends
@@ -252,7 +252,7 @@ def test_tasks_of_an_array_share_a_bucket(slow: Path, s3: Server, target: str) -
             code, said = forks[0].run(shards[0])
             assert code == 0, said
         check_whole(slow, target, "slow.zarr")
-        kept = {path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()}
+        kept = {path.name for path in ObjectKey.parse(f"{target}/{LEDGER}").iterdir()}
         assert not {name for name in kept if name.startswith("lock")} - {"lock-2"}
     finally:
         for fork in forks:
@@ -268,11 +268,11 @@ def test_an_output_is_replaced_when_asked_and_never_what_is_not_ours(
         run(made, made / "v.zarr", target)
     run(made, made / "v.zarr", target, overwrite=True)
     check_whole(made, target)
-    foreign = Key.parse(target) / "thesis"
+    foreign = ObjectKey.parse(target) / "thesis"
     foreign.write_bytes(b"years of work")
     with pytest.raises(ValueError, match="holds thesis"):
         run(made, made / "v.zarr", target, overwrite=True)
-    other = Key.parse(target).parent / "other"
+    other = ObjectKey.parse(target).parent / "other"
     (other / "data").write_bytes(b"1")
     with pytest.raises(ValueError, match=r"no output of tilepipe"):
         run(made, made / "v.zarr", str(other), overwrite=True)
@@ -286,8 +286,8 @@ def test_an_address_is_taken_as_it_stands(made: Path, prefix: Callable[[], str],
     target = f"{prefix()}/{name}"
     run(made, made / "v.zarr", target)
     check_whole(made, target)
-    assert (Key.parse(target) / "0" / "zarr.json").is_file()
-    assert [key.name for key in Key.parse(target).parent.iterdir()] == [name]
+    assert (ObjectKey.parse(target) / "0" / "zarr.json").is_file()
+    assert [key.name for key in ObjectKey.parse(target).parent.iterdir()] == [name]
 
 
 def test_removing_what_is_not_there_is_no_error(
@@ -296,7 +296,7 @@ def test_removing_what_is_not_there_is_no_error(
     """S3 says nothing of it; this store does, as Google's and Azure's do."""
     store = obstore.store.LocalStore(tmp_path, automatic_cleanup=True)
     monkeypatch.setattr(stores, "_store", lambda *_, **__: store)
-    key = Key.parse("gs://bucket/folder")
+    key = ObjectKey.parse("gs://bucket/folder")
     with pytest.raises(FileNotFoundError):
         obstore.delete(store, "folder")
     key.unlink(missing_ok=True)
@@ -478,7 +478,7 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert "SignatureDoesNotMatch" in refused(["segment", v, *model, "-o", target])
         assert "SignatureDoesNotMatch" in refused(["inspect", target])
-    assert not Key.parse(target).exists()
+    assert not ObjectKey.parse(target).exists()
 
 
 @contextlib.contextmanager

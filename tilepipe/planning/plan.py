@@ -32,7 +32,7 @@ from tilepipe.planning.chunking import choose_chunks, choose_shards
 from tilepipe.planning.costs import Tiling, Work, floor_work, sweep_work, work
 from tilepipe.planning.identity import check_same, ground, identity, plain
 from tilepipe.planning.tiling import choose
-from tilepipe.storage.objects import Key
+from tilepipe.storage.objects import ObjectKey
 from tilepipe.text import describe_bytes
 from tilepipe.volumes.normalize import Normalization, parse, resolve
 from tilepipe.volumes.output import Output
@@ -289,8 +289,8 @@ def default_target(source: str | Path) -> str:
     >>> default_target("data/volume.zarr/em/raw")
     'data/volume-segmented.zarr'
     """
-    path = Key.parse(str(source)) if "://" in str(source) else Path(source)
-    if isinstance(path, Key) and not path.can_write:
+    path = ObjectKey.parse(str(source)) if "://" in str(source) else Path(source)
+    if isinstance(path, ObjectKey) and not path.can_write:
         raise BadRequest(f"output must be named for a source (={source}) that is read by HTTP")
     for folder in (path, *path.parents):
         if folder.suffix == ".zarr":

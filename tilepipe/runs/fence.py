@@ -47,7 +47,7 @@ class Right:
 
 
 class Fence:
-    """Lets a process write as long as the run that it works for owns the output.
+    """What lets a process write as long as the run that it works for owns the output.
 
     Safe to share between threads.
     """
@@ -62,7 +62,7 @@ class Fence:
 
     @property
     def is_due(self) -> bool:
-        """Whether `check` would look at the lease, and not just remember."""
+        """Return whether `check` would look at the lease, and not just remember."""
         return self._closed or time.monotonic() >= self._fresh_until
 
     def check(self) -> None:

@@ -102,12 +102,12 @@ class Lease:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Return the name of its file."""
         return self._path.name
 
     @property
     def token(self) -> str:
-        """What the file says as long as this lease is held; no two leases have the same."""
+        """Return what the file says as long as this lease is held; no two leases have the same."""
         return self._owner.token
 
     def check(self) -> None:
@@ -132,8 +132,8 @@ class Lease:
     def _live(self) -> None:
         while not self._end.wait(BEAT):
             try:
-                found = _read(self._path)
-                if found is None or found.token != self._owner.token:
+                owner = _read(self._path)
+                if owner is None or owner.token != self._owner.token:
                     self._lost = True
                     return
                 self._owner = replace(self._owner, beat=self._owner.beat + 1)
@@ -147,15 +147,15 @@ class Lease:
                 return
 
     def close(self) -> None:
-        """Let others have it."""
+        """Give the lease back, so that others can take it."""
         if self._end.is_set():
             return
         self._end.set()
         self._thread.join()
         self._held.close()
         with suppress(OSError):
-            found = _read(self._path)
-            if found is not None and found.token == self._owner.token:
+            owner = _read(self._path)
+            if owner is not None and owner.token == self._owner.token:
                 self._path.unlink()
 
 
@@ -164,8 +164,8 @@ def living(paths: Iterable[Place], *, clear: bool = False) -> dict[Place, Owner]
 
     With ``clear`` the leases of the dead are removed.
     """
-    held = watched = {path: owner for path in paths if (owner := _read(path)) is not None}
-    alive = {path: o for path, o in watched.items() if o.machine == _machine() and _runs(o)}
+    owners = watched = {path: owner for path in paths if (owner := _read(path)) is not None}
+    living_owners = {path: o for path, o in watched.items() if o.machine == _machine() and _runs(o)}
     watched = {path: owner for path, owner in watched.items() if owner.machine != _machine()}
     end, warned = time.monotonic() + SILENCE, False
     while watched and time.monotonic() < end:
@@ -177,31 +177,31 @@ def living(paths: Iterable[Place], *, clear: bool = False) -> dict[Place, Owner]
             warned = True
         time.sleep(min(1.0, SILENCE / 10))
         for path, before in list(watched.items()):
-            now = _read(path)
-            if now != before:
+            owner_now = _read(path)
+            if owner_now != before:
                 del watched[path]
-                if now is not None:
-                    alive[path] = now
+                if owner_now is not None:
+                    living_owners[path] = owner_now
     if clear:
-        for path in held.keys() - alive.keys():
-            _remove_dead(path, held[path])
-    return alive
+        for path in owners.keys() - living_owners.keys():
+            _remove_dead(path, owners[path])
+    return living_owners
 
 
 def take_dead(paths: Iterable[Place], *, task: str) -> dict[Place, Lease]:
     """Take the leases of the dead, of these files, unless another is quicker."""
-    held = {path: owner for path in paths if (owner := _read(path)) is not None}
-    alive = living(held)
-    taken = {
+    owners = {path: owner for path in paths if (owner := _read(path)) is not None}
+    living_owners = living(owners)
+    leases = {
         path: Lease.take(path, task=task, dead=owner)
-        for path, owner in held.items()
-        if path not in alive and path.is_file()
+        for path, owner in owners.items()
+        if path not in living_owners and path.is_file()
     }
-    return {path: lease for path, lease in taken.items() if isinstance(lease, Lease)}
+    return {path: lease for path, lease in leases.items() if isinstance(lease, Lease)}
 
 
 def is_held(path: Place) -> bool:
-    """Whether there is a lease, be it of the dead."""
+    """Return whether there is a lease, be it of the dead."""
     return _read(path) is not None
 
 
@@ -258,7 +258,7 @@ def _born() -> float:
 
 
 def _runs(owner: Owner) -> bool:
-    """Whether the process is there; one that has ended, and is not yet waited for, is not."""
+    """Return whether a process runs; one that has ended, and is not yet waited for, does not."""
     try:
         process = psutil.Process(owner.pid)
         ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)

@@ -152,13 +152,13 @@ class Ledger:
 
     @property
     def fence(self) -> Fence:
-        """What lets this process write as long as the lease is held; see `right`."""
+        """Return what lets this process write as long as the lease is held; see `right`."""
         assert self._fence is not None
         return self._fence
 
     @property
     def right(self) -> Right:
-        """What workers need to write for this run; only of a ledger that is open for writing."""
+        """Return what workers need to write for this run; the ledger must be open for writing."""
         assert self._lease is not None
         return _right(self._output, self._lease)
 
@@ -195,7 +195,7 @@ class Ledger:
 
     @property
     def failures(self) -> list[TileFailure]:
-        """The tiles that the last run set aside, less those finished since, in order."""
+        """Return the tiles that the last run set aside, less those finished since, in order."""
         failures: dict[int, TileFailure] = {}
         for path in self._files.every_failed():
             with suppress(FileNotFoundError):

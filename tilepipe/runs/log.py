@@ -29,7 +29,7 @@ RECENT = 300
 
 
 class LogWriter:
-    """Appends the tiles that one writer finishes to its log."""
+    """The log of one writer, to which it appends the tiles that it finishes."""
 
     def __init__(self, path: Place, leave: Callable[[], None]) -> None:
         """``leave`` raises OSError where nothing more may be written."""
@@ -59,12 +59,12 @@ class LogWriter:
         )
 
     def sync(self) -> None:
-        """Let others see all of it."""
+        """Force all of it to where others see it."""
         if self._file is not None:
             self._file.sync()
 
     def close(self) -> None:
-        """End it."""
+        """Close the log; it may not be written to any more."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -89,7 +89,7 @@ class WorkerTotals:
 
     @property
     def seconds(self) -> float:
-        """From the beginning of its first tile to the end of its last."""
+        """Return the seconds from the beginning of its first tile to the end of its last."""
         return self.ended - self.begun
 
     def add(
@@ -121,12 +121,12 @@ class LogSummary:
 
     @property
     def recent(self) -> int:
-        """Tiles of the last `RECENT` seconds."""
+        """Return the tiles of the last `RECENT` seconds."""
         return sum(totals.recent for totals in self.workers.values())
 
     @property
     def rate(self) -> float:
-        """Tiles per second over the last `RECENT` seconds, or since the run began; 0 for none."""
+        """Return tiles per second, over the last `RECENT` seconds or since the run began."""
         return self.recent / max(1.0, min(RECENT, self.now - self.began)) if self.recent else 0.0
 
 

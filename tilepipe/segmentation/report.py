@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Report:
-    """How a segmentation goes, and went."""
+    """How far a segmentation is, and how fast it goes."""
 
     plan: Plan
     tiles: int
@@ -54,12 +54,12 @@ class Report:
 
     @property
     def left(self) -> int:
-        """Tiles neither finished nor set aside."""
+        """Return how many tiles are neither finished nor set aside."""
         return self.tiles - self.before - self.done - len(self.failures)
 
     @property
     def device_seconds(self) -> float:
-        """For how long devices were held: of each worker, from its first tile to its last."""
+        """Return the seconds from the first tile of each worker to its last, all together."""
         return sum(totals.seconds for totals in self.workers.values())
 
     def enter(self, result: TileResult) -> None:

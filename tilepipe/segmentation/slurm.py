@@ -65,17 +65,17 @@ def log_folder(output: Output) -> Path:
     return jobs if isinstance(jobs, Path) else Path.cwd() / f"{job_name(output)}-{jobs.name}"
 
 
-def fitted(options: Options, jobs: Jobs, kept: Mapping[str, object]) -> Options:
+def fitted(options: Options, jobs: Jobs, sizes: Mapping[str, object]) -> Options:
     """Return the options with what the jobs decide, where neither the user nor an earlier run has.
 
     A worker computes on its job's GPU, or with as many threads as its job has cores, and on a CPU
-    uses most of the job's memory. ``kept`` are the `Sizes` of an earlier run's plan.
+    uses most of the job's memory. ``sizes`` are the `Sizes` of an earlier run's plan.
     """
     slurm = engine()
     device, threads, memory = options.device, options.threads, options.memory
-    if device == "auto" and "device" not in kept:
+    if device == "auto" and "device" not in sizes:
         device = "cuda" if jobs.gpus else "cpu"
-    if threads is None and "threads" not in kept:
+    if threads is None and "threads" not in sizes:
         threads = slurm.cores(jobs)
     if memory is None and not jobs.gpus:
         memory = int(MEMORY * slurm.memory(jobs))
@@ -113,10 +113,10 @@ def describe(plan: Plan, jobs: Jobs) -> dict[str, object]:
 
 def describe_jobs(plan: Plan, jobs: Jobs) -> str:
     """Return the same for people."""
-    said = describe(plan, jobs)
+    facts = describe(plan, jobs)
     low, high = jobs.jobs
     number = f"{low} to {high}" if low != high else f"{high}"
-    script = "\n".join(f"  {line}".rstrip() for line in str(said["script"]).splitlines())
+    script = "\n".join(f"  {line}".rstrip() for line in str(facts["script"]).splitlines())
     tiles = plan.costs.tiles
     few = f"; only {tiles} have a tile to work on: give a smaller --tile" * (tiles < high)
     return (
@@ -145,9 +145,9 @@ def expected(multiply_adds: int, jobs: Jobs) -> str:
             " --cluster file; the report of a run tells it"
         )
     most = jobs.jobs[1]
-    told = f"{hours:.3g} {unit} at {jobs.rate:.3g} multiply-adds/s: {hours / most:.3g} hours with"
-    told += f" {counted(most, 'job')}"
+    text = f"{hours:.3g} {unit} at {jobs.rate:.3g} multiply-adds/s: {hours / most:.3g} hours with"
+    text += f" {counted(most, 'job')}"
     if jobs.walltime is not None:
         times = -(-hours * 3600 // seconds(jobs.walltime))
-        told += f", {counted(int(times), 'walltime')} in all"
-    return told
+        text += f", {counted(int(times), 'walltime')} in all"
+    return text

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     class Written(Protocol):
-        """What takes regions of whole write units."""
+        """An array into which regions of whole write units are written."""
 
         def write(self, region: Region, array: NDArray[np.generic]) -> None:
             """Write all channels of a region."""
@@ -64,8 +64,8 @@ class Feed:
             self.waited += time.perf_counter() - began
             self._ahead()
         self._held = [(a, block) for a, block in self._held if a + len(block) > start]
-        found = [block[max(start - a, 0) : stop - a] for a, block in self._held if a < stop]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        parts = [block[max(start - a, 0) : stop - a] for a, block in self._held if a < stop]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Store:

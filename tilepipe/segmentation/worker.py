@@ -56,7 +56,7 @@ class SegmentJob:
 
     @property
     def slots(self) -> int:
-        """Tiles in flight in a process: one is read, one computed, one written.
+        """Return the tiles in flight in a process: one is read, one computed, one written.
 
         A sweep reads and writes its own rows meanwhile; beside it the next tile begins to read.
         """
@@ -69,7 +69,7 @@ class SegmentJob:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tile with what its windows read."""
+    """A tile, with the voxels that its windows read."""
 
     write: Region
     windows: list[Window]
@@ -79,7 +79,7 @@ class Part:
 
 
 class Worker:
-    """One process's share of a plan.
+    """What one process has open to compute tiles of a plan.
 
     Reads and writes in the threads that call it, and computes in one of its own.
     """
@@ -258,18 +258,18 @@ class Worker:
         with self._sweeping:
             began = time.perf_counter()
 
-            def rows_of(wanted: Region) -> NDArray[np.float32]:
-                wanted = wanted.shift(cuts.origin)
-                low, high = wanted.start[axis], wanted.stop[axis]
-                if wanted != _with_rows(box, axis, low, high):
-                    raise TileError(f"the network reads {wanted}; it is given rows of {box}")
+            def rows_of(region_read: Region) -> NDArray[np.float32]:
+                region_read = region_read.shift(cuts.origin)
+                low, high = region_read.start[axis], region_read.stop[axis]
+                if region_read != _with_rows(box, axis, low, high):
+                    raise TileError(f"the network reads {region_read}; it is given rows of {box}")
                 return feed.rows(low, high)
 
             swept = self._predictor.sweep(cuts.output_box(write), axis, slab, rows_of)
             store = Store(self._output, write, axis=axis, unit=unit, pool=self._writes)
             try:
-                while (found := self._compute.submit(next, swept, None).result()) is not None:
-                    store.add(found[1] if plan.answer.stacked else found[1][0])
+                while (slab_answer := self._compute.submit(next, swept, None).result()) is not None:
+                    store.add(slab_answer[1] if plan.answer.stacked else slab_answer[1][0])
             except BaseException:
                 store.finish()  # when the tile is tried again, nobody else may write there
                 raise
@@ -323,13 +323,13 @@ class Worker:
             if isinstance(self._cuts, Regions):
                 seen = Region(window.read.start[leading:], window.read.stop[leading:])
                 rows = seen.shift([-n for n in self._cuts.origin])
-                found = self._predictor(grey, self._cuts.output_box(keep), rows)
+                values = self._predictor(grey, self._cuts.output_box(keep), rows)
             else:
                 first = zip(window.read.start[leading:], plan.profile.offset, strict=True)
-                kept = keep.within([a + o for a, o in first])
-                found = self._predictor(grey)[(slice(None), *kept)]
+                inner = keep.within([a + o for a, o in first])
+                values = self._predictor(grey)[(slice(None), *inner)]
             place = (slice(None), *window.keep.within(part.write.start))
-            answer[place] = found.reshape(answer[place].shape)
+            answer[place] = values.reshape(answer[place].shape)
         return answer, time.perf_counter() - began
 
 

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from tilepipe.storage.location import replace
-from tilepipe.storage.objects import Key, explain
+from tilepipe.storage.objects import ObjectKey, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,13 +33,13 @@ class Appending(Protocol):
     """A file that only grows."""
 
     def write(self, content: bytes) -> None:
-        """Append; others see it at once, or within seconds."""
+        """Append bytes, which others see at once or within seconds."""
 
     def sync(self) -> None:
-        """Let it outlive a failure of this machine."""
+        """Force all that was appended to where it outlives a failure of this machine."""
 
     def close(self) -> None:
-        """Sync, and end."""
+        """Force all of it there, and close the file."""
 
 
 def append(place: Place, leave: Callable[[], None]) -> Appending:
@@ -49,7 +49,7 @@ def append(place: Place, leave: Callable[[], None]) -> Appending:
     be written; it is asked before each object, which, unlike an open file, could be written anew
     after it was removed.
     """
-    return GrowingObjects(place, leave) if isinstance(place, Key) else _GrowingFile(place)
+    return GrowingObjects(place, leave) if isinstance(place, ObjectKey) else _GrowingFile(place)
 
 
 class _GrowingFile:
@@ -83,7 +83,7 @@ class GrowingObjects:
     is written anew as it grows, by a thread, `FLUSH` seconds after what it lacks at most.
     """
 
-    def __init__(self, key: Key, leave: Callable[[], None]) -> None:
+    def __init__(self, key: ObjectKey, leave: Callable[[], None]) -> None:
         """``leave`` is asked before each object is written; it raises OSError to refuse."""
         earlier = [k.name for k in key.parent.iterdir() if k.name.startswith(f"{key.name}.")]
         self._key, self._leave = key, leave
@@ -101,7 +101,7 @@ class GrowingObjects:
         self._thread.start()
 
     def write(self, content: bytes) -> None:
-        """Append; OSError where what was appended before has long not reached the store."""
+        """Append bytes; OSError where what was appended before has long not reached the store."""
         if self._broken is not None:
             raise OSError(f"{self._key}: {explain(self._broken)}") from self._broken
         if self._failed is not None and time.monotonic() - self._failed[0] > PATIENCE:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from tilepipe.storage.location import Place
-    from tilepipe.storage.objects import Key
+    from tilepipe.storage.objects import ObjectKey
 
 Holding = Literal["nothing", "a file", "leases", "more"]
 """What lies at a place: a folder that is empty, or holds leases only, is ``leases``."""
@@ -39,12 +39,12 @@ def look(place: Place) -> Holding:
         names = _names_in_folder(place)
     else:
         names = _names_of_objects(place)
-    found = next(names, None)
-    if found is None and not isinstance(place, Path):
+    name = next(names, None)
+    if name is None and not isinstance(place, Path):
         return "a file" if place.path and place.is_file() else "nothing"
-    while found is not None and is_lock(found):
-        found = next(names, None)
-    return "leases" if found is None else "more"
+    while name is not None and is_lock(name):
+        name = next(names, None)
+    return "leases" if name is None else "more"
 
 
 def _names_in_folder(folder: Path) -> Iterator[str]:
@@ -55,7 +55,7 @@ def _names_in_folder(folder: Path) -> Iterator[str]:
             yield path.name
 
 
-def _names_of_objects(key: Key) -> Iterator[str]:
+def _names_of_objects(key: ObjectKey) -> Iterator[str]:
     for inner, size in key.objects():
         name = inner.path.removeprefix(key.path).strip("/")
         if size or (name and not FOLDERS.fullmatch(name)):  # empty ones show folders

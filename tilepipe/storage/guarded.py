@@ -31,11 +31,11 @@ METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray", ".zmetadata")
 
 
 class Leave(Protocol):
-    """Says whether something may still be written; see `tilepipe.runs.fence.Fence`."""
+    """What says whether something may still be written; see `tilepipe.runs.fence.Fence`."""
 
     @property
     def is_due(self) -> bool:
-        """Whether `check` would take long."""
+        """Return whether `check` would take long."""
 
     def check(self) -> None:
         """Raise where nothing more may be written, by what was seen in the last moments."""
@@ -64,9 +64,10 @@ class Granted:
 
 
 class GuardedStore(WrapperStore[Store]):
-    """Asks for leave before each object that it writes, and knows what is not on the disk yet.
+    """A store that asks for leave before each object that it writes.
 
-    Each chunk or shard must be written whole, since none is read to be merged with.
+    It knows what is not on the disk yet. Each chunk or shard must be written whole, since none is
+    read to be merged with.
     """
 
     def __init__(self, store: Store, leave: Leave, folder: Path | None, *, durable: bool) -> None:

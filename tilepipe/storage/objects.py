@@ -1,10 +1,10 @@
 """Keys of object stores (S3, Google Cloud Storage, Azure; HTTP to read), used as paths are.
 
-A `Key` has those methods of `pathlib.Path` that are needed here, so that most code need not know
-which of the two it has. There are no folders: a key "holds" the objects whose keys go on from it
-after a slash. What goes wrong is an OSError, in one line. Who may do what is known to the
-environment of each process (``AWS_ACCESS_KEY_ID``, a role of the machine, and so on); no secret
-is ever taken from an address, kept, pickled or shown.
+An `ObjectKey` has those methods of `pathlib.Path` that are needed here, so that most code need not
+know which of the two it has. There are no folders: a key "holds" the objects whose keys go on from
+it after a slash. What goes wrong is an OSError, in one line. The environment of each process says
+who may do what (``AWS_ACCESS_KEY_ID``, a role of the machine, and so on); no secret is ever taken
+from an address, kept, pickled or shown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RETRIES = 7
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Key:
+class ObjectKey:
     """An address in an object store: of an object, or of what all objects below it begin with."""
 
     root: str
@@ -44,10 +44,10 @@ class Key:
     """What follows, without slashes at its ends; may be empty."""
 
     @classmethod
-    def parse(cls, address: str) -> Key:
+    def parse(cls, address: str) -> ObjectKey:
         """Return the key of an address; BadRequest for one that is none, or without obstore.
 
-        >>> Key.parse("s3://bucket/scans/volume.zarr/").name
+        >>> ObjectKey.parse("s3://bucket/scans/volume.zarr/").name
         'volume.zarr'
         """
         scheme, _, rest = address.partition("://")
@@ -74,47 +74,47 @@ class Key:
     def __str__(self) -> str:
         return f"{self.root}/{self.path}".rstrip("/")
 
-    def __truediv__(self, name: str) -> Key:
-        return Key(self.root, f"{self.path}/{name}".strip("/"))
+    def __truediv__(self, name: str) -> ObjectKey:
+        return ObjectKey(self.root, f"{self.path}/{name}".strip("/"))
 
     @property
     def name(self) -> str:
-        """Its last part."""
+        """Return the last part of the key."""
         return self.path.rpartition("/")[2]
 
     @property
     def stem(self) -> str:
-        """Its last part without the suffix."""
+        """Return the last part of the key without its suffix."""
         return self.name.removesuffix(self.suffix)
 
     @property
     def suffix(self) -> str:
-        """What the last part ends with, such as ``.zarr``."""
+        """Return what the last part ends with, such as ``.zarr``."""
         before, dot, after = self.name.rpartition(".")
         return dot + after if before and after else ""
 
     @property
-    def parents(self) -> tuple[Key, ...]:
-        """What holds it, from near to far."""
+    def parents(self) -> tuple[ObjectKey, ...]:
+        """Return the keys that hold this one, from near to far."""
         names = self.path.split("/") if self.path else []
-        return tuple(Key(self.root, "/".join(names[:n])) for n in reversed(range(len(names))))
+        return tuple(ObjectKey(self.root, "/".join(names[:n])) for n in reversed(range(len(names))))
 
     @property
-    def parent(self) -> Key:
-        """What holds it; itself at the top."""
+    def parent(self) -> ObjectKey:
+        """Return the key that holds this one; at the top it is the key itself."""
         return self.parents[0] if self.path else self
 
-    def with_name(self, name: str) -> Key:
+    def with_name(self, name: str) -> ObjectKey:
         """Return its neighbour of that name."""
         return self.parent / name
 
     @property
     def can_write(self) -> bool:
-        """Whether there is a way to write there, permitted or not."""
+        """Return whether there is a way to write there, permitted or not."""
         return not self.root.startswith("http")
 
     def is_file(self) -> bool:
-        """Whether it is an object."""
+        """Return whether it is an object."""
         import obstore
 
         try:
@@ -125,33 +125,33 @@ class Key:
         return True
 
     def is_dir(self) -> bool:
-        """Whether it holds objects; empty ones, by which some show folders, do not count."""
+        """Return whether it holds objects; empty ones, by which some show folders, do not count."""
         import obstore
 
         with told(self):
             pages = obstore.list(_store(self.root), self.path or None)
-            return any(one["size"] for page in pages for one in page)
+            return any(entry["size"] for page in pages for entry in page)
 
     def exists(self) -> bool:
-        """Whether it is an object or holds some."""
+        """Return whether it is an object or holds some."""
         return self.is_dir() or (self.path != "" and self.is_file())
 
-    def _listed(self) -> tuple[list[Key], list[Key]]:
+    def _listed(self) -> tuple[list[ObjectKey], list[ObjectKey]]:
         """Return what holds something itself, in order, and the objects, down to the next slash."""
         import obstore
 
         with told(self):
-            found = obstore.list_with_delimiter(_store(self.root), self.path or None)
-        inner = sorted(Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
-        names = (one["path"] for one in found["objects"])
-        return inner, [Key(self.root, name) for name in names if name != self.path]
+            page = obstore.list_with_delimiter(_store(self.root), self.path or None)
+        inner = sorted(ObjectKey(self.root, path.rstrip("/")) for path in page["common_prefixes"])
+        names = (entry["path"] for entry in page["objects"])
+        return inner, [ObjectKey(self.root, name) for name in names if name != self.path]
 
-    def iterdir(self) -> Iterator[Key]:
+    def iterdir(self) -> Iterator[ObjectKey]:
         """Yield what it holds, down to the next slash."""
         inner, objects = self._listed()
         yield from (*inner, *objects)
 
-    def folders(self) -> list[Key]:
+    def folders(self) -> list[ObjectKey]:
         """Return what it holds that holds something itself, in order."""
         return self._listed()[0]
 
@@ -164,8 +164,8 @@ class Key:
         import obstore
 
         with told(self):
-            found = obstore.get(_store(self.root), self.path)
-            return bytes(found.bytes()), _tag(found.meta["e_tag"], found.meta["version"])
+            response = obstore.get(_store(self.root), self.path)
+            return bytes(response.bytes()), _tag(response.meta["e_tag"], response.meta["version"])
 
     def read_text(self) -> str:
         """Return the whole object as text."""
@@ -191,14 +191,14 @@ class Key:
         try:
             with told(self):  # in one piece: conditions on several are rare
                 store = _store(self.root)
-                done = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
-                return _tag(done["e_tag"], done["version"])
+                response = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
+                return _tag(response["e_tag"], response["version"])
         except (FileExistsError, FileNotFoundError):
             if mode == "overwrite":
                 raise
             with suppress(FileNotFoundError):  # an answer may have been lost, and asked for again
-                there, tag = self.read_tagged()
-                if there == content:
+                present, tag = self.read_tagged()
+                if present == content:
                     return tag
             raise FileExistsError(f"{self} was written by another") from None
 
@@ -209,14 +209,14 @@ class Key:
         with suppress(FileNotFoundError), told(self):  # S3 does not say so, others do
             obstore.delete(_store(self.root), self.path)
 
-    def objects(self) -> Iterator[tuple[Key, int]]:
+    def objects(self) -> Iterator[tuple[ObjectKey, int]]:
         """Yield the objects that it holds, in it or below, with their sizes in bytes."""
         import obstore
 
         with told(self):
             for page in obstore.list(_store(self.root), self.path or None):
-                for one in page:
-                    yield Key(self.root, one["path"]), one["size"]
+                for entry in page:
+                    yield ObjectKey(self.root, entry["path"]), entry["size"]
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: there are no folders."""
@@ -229,7 +229,7 @@ class Key:
         return _store(self.root, self.path, timeout="120s")
 
 
-def remove_keys(keys: Sequence[Key]) -> None:
+def remove_keys(keys: Sequence[ObjectKey]) -> None:
     """Remove objects of one bucket, a thousand at most, at once."""
     import obstore
 
@@ -259,9 +259,9 @@ def explain(error: BaseException) -> str:
     'GET s3.test/b: timeout'
     """
     text = str(error) or type(error).__name__
-    said = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
-    if said:
-        return f"{said[1]}: {said[2]}"
+    answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
+    if answer:
+        return f"{answer[1]}: {answer[2]}"
     text = text.partition("\n\nDebug source")[0]
     return re.sub(r"(\w/[^\s?]*)\?[^\s:]+", r"\1", " ".join(text.split()))
 
@@ -277,7 +277,7 @@ def _tag(e_tag: str | None, version: str | None) -> UpdateVersion:
 
 
 def is_of_store(error: BaseException) -> bool:
-    """Whether it is a store that says so, and not what reads its objects."""
+    """Return whether it is a store that says so, and not what reads its objects."""
     return type(error).__module__.startswith("obstore")
 
 

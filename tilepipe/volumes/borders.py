@@ -38,9 +38,9 @@ def read_mirrored(volume: Readable, region: Region) -> NDArray[np.generic]:
     box = Region(tuple(int(p.min()) for p in places), tuple(int(p.max()) + 1 for p in places))
     voxels = volume.read(box)
     for axis, (place, origin) in enumerate(zip(places, box.start, strict=True), start=1):
-        wanted = place - origin
-        if not np.array_equal(wanted, np.arange(voxels.shape[axis])):
-            voxels = np.take(voxels, wanted, axis=axis)
+        indices = place - origin
+        if not np.array_equal(indices, np.arange(voxels.shape[axis])):
+            voxels = np.take(voxels, indices, axis=axis)
     return voxels
 
 

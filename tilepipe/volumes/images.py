@@ -68,8 +68,8 @@ def choose_image(path: Place, node: Node, series: int | None) -> Chosen | None:
     image = None if inner is None else _parsed(group, inner, number)
     if image is None:
         return None
-    said = f"the source holds {count} images: number {series or 0} is read (--series)"
-    return Chosen(image, group, (said,) if count > 1 else ())
+    notice = f"the source holds {count} images: number {series or 0} is read (--series)"
+    return Chosen(image, group, (notice,) if count > 1 else ())
 
 
 def find_images(path: Place, node: Node) -> list[tuple[Place, int]]:
@@ -80,17 +80,17 @@ def find_images(path: Place, node: Node) -> list[tuple[Place, int]]:
     if LAYOUT not in node.attributes and not (isinstance(ome, dict) and LAYOUT in ome):
         return []
     listed = read_node(path / "OME")
-    said = {} if listed is None else listed.attributes.get("ome", listed.attributes)
-    names = said.get("series") if isinstance(said, dict) else None
+    ome_group = {} if listed is None else listed.attributes.get("ome", listed.attributes)
+    names = ome_group.get("series") if isinstance(ome_group, dict) else None
     if isinstance(names, list) and all(re.fullmatch(r"\w+", str(name)) for name in names):
         return [(path / str(name), 0) for name in names]
-    found: list[tuple[Place, int]] = []
+    groups: list[tuple[Place, int]] = []
     while True:
-        group = path / str(len(found))
+        group = path / str(len(groups))
         inner = read_node(group)
         if inner is None or not count_multiscales(inner.attributes):
-            return found
-        found.append((group, 0))
+            return groups
+        groups.append((group, 0))
 
 
 def count_images(path: str | Path) -> int:
@@ -119,18 +119,18 @@ def lying_beside(path: str | Path, series: int | None) -> list[str]:
         with suppress(ValueError):  # only the image that is read must be right
             image = parse_multiscale(attributes, number)
             used |= set() if image is None else {name.split("/")[0] for name in image.paths}
-    said = []
+    notices = []
     labels = read_node(group / "labels")
     ome = {} if labels is None else labels.attributes.get("ome", labels.attributes)
     if isinstance(ome, dict) and isinstance(names := ome.get("labels"), list) and names:
-        said.append(
+        notices.append(
             f"the source also holds labels, which are not read: {_shown(list(map(str, names)))}"
         )
     others = [folder.name for folder in folders(group)] if can_list(group) else []
     others = [name for name in others if name not in used and read_node(group / name) is not None]
     if others:
-        said.append(f"the source also holds {_shown(others)}, which the image is not made of")
-    return said
+        notices.append(f"the source also holds {_shown(others)}, which the image is not made of")
+    return notices
 
 
 def _shown(names: list[str]) -> str:

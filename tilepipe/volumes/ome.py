@@ -283,21 +283,21 @@ def no_array(path: Place) -> str:
         return f"source (={path}) must be a Zarr array or image; there is no metadata of one"
     if not any(path.iterdir()):
         return f"source (={path}) holds nothing: there is no Zarr"
-    found: list[str] = []
-    left, looks = [path], 0
-    while left and len(found) <= 5 and looks <= 1000:
-        folder, node, image = left.pop(), None, False
+    arrays: list[str] = []
+    folders_left, looks = [path], 0
+    while folders_left and len(arrays) <= 5 and looks <= 1000:
+        folder, node, image = folders_left.pop(), None, False
         looks += 1
         with suppress(ValueError):
             node = read_node(folder)
             image = node is not None and parse_multiscale(node.attributes) is not None
         if node is not None and (node.kind == "array" or image):
-            found.append(str(folder).removeprefix(str(path)).lstrip("/"))
+            arrays.append(str(folder).removeprefix(str(path)).lstrip("/"))
         else:
-            left += reversed(folders(folder))
-    if not found:
+            folders_left += reversed(folders(folder))
+    if not arrays:
         return f"source (={path}) must be a Zarr array or image; the folder holds none"
-    listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    listed = ", ".join(arrays[:5]) + (", ..." if len(arrays) > 5 else "")
     return f"source (={path}) is a group, not an array; name one inside it: {listed}"
 
 
@@ -308,10 +308,10 @@ def dimension_names(node: Node, path: Place) -> tuple[str, ...] | None:
         return None
     names = [str(name).lower() if isinstance(name, str) else "" for name in stated]
     names = [_NAMES.get(name, name) for name in names]
-    known = [len(name) == 1 and name in AXES for name in names]
-    if not any(known):
+    are_axes = [len(name) == 1 and name in AXES for name in names]
+    if not any(are_axes):
         return None
-    if not all(known):
+    if not all(are_axes):
         raise BadRequest(f"source (={path}) has axes {stated}; name them with axes (of {AXES})")
     return tuple(names)
 

@@ -20,7 +20,7 @@ from tilepipe.storage.contents import check_ours, check_ways, clear, look
 from tilepipe.storage.guarded import Granted, GuardedStore
 from tilepipe.storage.location import check_writable, locate
 from tilepipe.storage.names import LEDGER, LOCK, LedgerFiles
-from tilepipe.storage.objects import Key, explain, told
+from tilepipe.storage.objects import ObjectKey, explain, told
 from tilepipe.volumes.ome import image_attributes, is_array, parse_multiscale, read_node
 from tilepipe.volumes.output_array import OutputArray, check_sizes, create_group, per_axis
 
@@ -279,4 +279,4 @@ def _is_same_file(place: Place, other: Place) -> bool:
 
 def _told(place: Place) -> AbstractContextManager[None]:
     """Raise as an OSError what zarr hands on from a store."""
-    return told(place) if isinstance(place, Key) else nullcontext()
+    return told(place) if isinstance(place, ObjectKey) else nullcontext()
