@@ -28,7 +28,7 @@ from tilepipe.models.windows import Window, Windows, cut, read_box
 from tilepipe.planning.costs import READS, SLOTS, block_rows, blocks
 from tilepipe.planning.regions import Regions, regions_of
 from tilepipe.runs.fence import Fence
-from tilepipe.segmentation.streams import Feed, Store
+from tilepipe.segmentation.streams import RowReader, RowWriter
 from tilepipe.volumes.borders import read_mirrored, read_zero_padded
 from tilepipe.volumes.source import open_source
 
@@ -254,7 +254,7 @@ class Worker:
         box = read_box(cut(cuts, plan.profile.axes, write))
         rows = block_rows(slab, plan.source.chunks[axis])
         parts = list(blocks(box.start[axis], box.stop[axis], plan.source.shape[axis], rows))
-        feed = Feed(box, axis=axis, parts=parts, load=load, pool=self._reads)
+        reader = RowReader(box, axis=axis, parts=parts, load=load, pool=self._reads)
         with self._sweeping:
             began = time.perf_counter()
 
@@ -263,27 +263,27 @@ class Worker:
                 low, high = region_read.start[axis], region_read.stop[axis]
                 if region_read != _with_rows(box, axis, low, high):
                     raise TileError(f"the network reads {region_read}; it is given rows of {box}")
-                return feed.rows(low, high)
+                return reader.rows(low, high)
 
             swept = self._predictor.sweep(cuts.output_box(write), axis, slab, rows_of)
-            store = Store(self._output, write, axis=axis, unit=unit, pool=self._writes)
+            writer = RowWriter(self._output, write, axis=axis, unit=unit, pool=self._writes)
             try:
                 while (slab_answer := self._compute.submit(next, swept, None).result()) is not None:
-                    store.add(slab_answer[1] if plan.answer.stacked else slab_answer[1][0])
+                    writer.add(slab_answer[1] if plan.answer.stacked else slab_answer[1][0])
             except BaseException:
-                store.finish()  # when the tile is tried again, nobody else may write there
+                writer.finish()  # when the tile is tried again, nobody else may write there
                 raise
             computing = time.perf_counter() - began
-        writing = store.finish()
+        writing = writer.finish()
         return TileResult(
             index=index,
             voxels=write.size,
             nonfinite=spoiled,
             read_seconds=loading,
-            compute_seconds=computing - feed.waited - store.waited,
+            compute_seconds=computing - reader.waited - writer.waited,
             write_seconds=writing,
             worker=self._name,
-            starved_seconds=feed.waited,
+            starved_seconds=reader.waited,
         )
 
     def _read(self, region: Region) -> NDArray[np.generic]:

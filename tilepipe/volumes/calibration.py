@@ -15,7 +15,7 @@ from tifffile.tifffile import svs_description_metadata
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    Sizes = dict[str, tuple[float, str | None]]
+    VoxelSizes = dict[str, tuple[float, str | None]]
     """Size of a voxel and its unit, by axis."""
 
 _UNITS = {
@@ -38,7 +38,9 @@ def unit_name(text: object) -> str | None:
     return _UNITS.get(name, name.replace("metre", "meter"))
 
 
-def voxel_sizes(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, number: int) -> Sizes:
+def voxel_sizes(
+    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, number: int
+) -> VoxelSizes:
     """Return the size of a voxel of an image at full resolution along the axes that are said.
 
     ``number`` is the image's in the file. A pyramid's smaller levels are for the caller to scale.
@@ -91,7 +93,7 @@ def _several(value: object) -> list[Mapping[str, object]]:
     return [item for item in items if isinstance(item, dict)]
 
 
-def _resolution(page: tifffile.TiffPage) -> Sizes:
+def _resolution(page: tifffile.TiffPage) -> VoxelSizes:
     """Return what the tags say; without a unit, how the sides of a pixel compare."""
     if not {"XResolution", "YResolution"} <= {tag.name for tag in page.tags}:
         return {}
@@ -108,7 +110,7 @@ def _inverse(number: float) -> float:
     return 1 / number if number else math.inf
 
 
-def _entry(axis: str, size: object, unit: object) -> Sizes:
+def _entry(axis: str, size: object, unit: object) -> VoxelSizes:
     """Return one size; nothing for what is no size."""
     if not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
         return {}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zarr.types import AnyArray
 
     from tilepipe.storage.location import Place
-    from tilepipe.volumes.ome import Multiscale, Node
+    from tilepipe.volumes.ome import Multiscale, ZarrNode
 
 LAYOUT = "bioformats2raw.layout"
 """The attribute of a group whose images are the groups 0, 1, 2, ... inside it."""
@@ -45,7 +45,7 @@ class Chosen:
     """What is to be said of the others."""
 
 
-def choose_image(path: Place, node: Node, series: int | None) -> Chosen | None:
+def choose_image(path: Place, node: ZarrNode, series: int | None) -> Chosen | None:
     """Return the image of a group that is read; None where there is none.
 
     Of several ``multiscales`` it is the first, as the specification has it, of several groups
@@ -72,7 +72,7 @@ def choose_image(path: Place, node: Node, series: int | None) -> Chosen | None:
     return Chosen(image, group, (notice,) if count > 1 else ())
 
 
-def find_images(path: Place, node: Node) -> list[tuple[Place, int]]:
+def find_images(path: Place, node: ZarrNode) -> list[tuple[Place, int]]:
     """Return the images of a group: the group of each, and its number in that group."""
     if count := count_multiscales(node.attributes):
         return [(path, number) for number in range(count)]
@@ -137,7 +137,7 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
 
 
-def _parsed(path: Place, node: Node, number: int) -> Multiscale | None:
+def _parsed(path: Place, node: ZarrNode, number: int) -> Multiscale | None:
     try:
         return parse_multiscale(node.attributes, number)
     except ValueError as error:
@@ -146,7 +146,7 @@ def _parsed(path: Place, node: Node, number: int) -> Multiscale | None:
         ) from error
 
 
-def open_array(path: Place, node: Node) -> AnyArray:
+def open_array(path: Place, node: ZarrNode) -> AnyArray:
     """Open the array and check what can be checked before zarr warns or fails on it."""
     stated = node.metadata.get("data_type", node.metadata.get("dtype"))
     if isinstance(stated, dict):

@@ -87,7 +87,7 @@ def _above(values: NDArray[np.generic], base: int) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class NormalizationRule:
     """A way of normalising as it is spelled."""
 
     kind: str
@@ -101,11 +101,11 @@ class Rule:
         return self.kind in ("percentile", "zscore")
 
 
-def parse(text: str) -> Rule:
+def parse(text: str) -> NormalizationRule:
     """Return the rule that a text spells.
 
     >>> parse("percentile:1,99.8")
-    Rule(kind='percentile', first=1.0, second=99.8)
+    NormalizationRule(kind='percentile', first=1.0, second=99.8)
     """
     kind, colon, rest = text.partition(":")
     try:
@@ -119,11 +119,11 @@ def parse(text: str) -> Rule:
         raise BadRequest(f"normalize (={text}) must not scale by 0: every voxel would be equal")
     if kind == "percentile" and not 0 <= numbers[0] < numbers[1] <= 100:
         raise BadRequest(f"normalize (={text}) must hold 0 <= LO < HI <= 100")
-    return Rule(kind, *numbers)
+    return NormalizationRule(kind, *numbers)
 
 
 def resolve(
-    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None = None
+    rule: NormalizationRule, volume: Volume, progress: Callable[[int, int], None] | None = None
 ) -> Normalization:
     """Return the normalization of a volume, reading it as often as the rule needs it.
 
@@ -172,13 +172,13 @@ def _checked(statistics: _Statistics, about: str) -> _Statistics:
     raise BadRequest(f"{about} has grey values that {why}: use none or scale:A,B")
 
 
-def _about(rule: Rule, channel: int) -> str:
+def _about(rule: NormalizationRule, channel: int) -> str:
     numbers = f":{rule.first:g},{rule.second:g}" if rule.kind == "percentile" else ""
     rule_text = f"normalize (={rule.kind}{numbers})"
     return f"{rule_text} needs a volume whose grey values vary; channel {channel}"
 
 
-def _uniform(rule: Rule, channel: int, count: int, value: float) -> BadRequest:
+def _uniform(rule: NormalizationRule, channel: int, count: int, value: float) -> BadRequest:
     """Return the refusal of a channel that has one value, or none."""
     if not count:
         return BadRequest(
@@ -213,7 +213,7 @@ def _blocks(
 
 
 def _moments(
-    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None
+    rule: NormalizationRule, volume: Volume, progress: Callable[[int, int], None] | None
 ) -> list[_Statistics]:
     """Return mean and standard deviation of each channel (Chan's pairwise update).
 
@@ -255,7 +255,7 @@ def _offsets(values: NDArray[np.generic], first: float) -> NDArray[np.float64]:
 
 
 def _percentiles(
-    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None
+    rule: NormalizationRule, volume: Volume, progress: Callable[[int, int], None] | None
 ) -> list[_Statistics]:
     """Return the lower percentile of each channel, and how far the upper one lies from it."""
     orders = order_statistics(

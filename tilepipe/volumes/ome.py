@@ -28,7 +28,7 @@ _NAMES = {"channel": "c", "time": "t", "s": "c"}
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class ZarrNode:
     """The metadata of one Zarr array or group."""
 
     kind: Literal["array", "group"]
@@ -61,7 +61,7 @@ class Multiscale:
     """What the channels are called, "" for one without a name; empty where nothing says it."""
 
 
-def read_node(folder: Place) -> Node | None:
+def read_node(folder: Place) -> ZarrNode | None:
     """Return the metadata of the Zarr node in ``folder``; None where there is no node.
 
     Version 3 wins where both are there. Raises BadRequest for metadata that is not JSON.
@@ -72,16 +72,16 @@ def read_node(folder: Place) -> Node | None:
         metadata.pop("consolidated_metadata", None)
         kind = metadata.get("node_type")
         if kind == "array":
-            return Node("array", 3, metadata, attributes)
+            return ZarrNode("array", 3, metadata, attributes)
         if kind == "group":
-            return Node("group", 3, metadata, attributes)
+            return ZarrNode("group", 3, metadata, attributes)
         raise BadRequest(f"metadata (={folder / 'zarr.json'}) must say node_type array or group")
     array = _read_json(folder / ".zarray")
     if array is not None:
-        return Node("array", 2, array, _read_json(folder / ".zattrs") or {})
+        return ZarrNode("array", 2, array, _read_json(folder / ".zattrs") or {})
     group = _read_json(folder / ".zgroup")
     if group is not None:
-        return Node("group", 2, group, _read_json(folder / ".zattrs") or {})
+        return ZarrNode("group", 2, group, _read_json(folder / ".zattrs") or {})
     return None
 
 
@@ -301,7 +301,7 @@ def no_array(path: Place) -> str:
     return f"source (={path}) is a group, not an array; name one inside it: {listed}"
 
 
-def dimension_names(node: Node, path: Place) -> tuple[str, ...] | None:
+def dimension_names(node: ZarrNode, path: Place) -> tuple[str, ...] | None:
     """Return the axes that the array itself states; None where it says nothing of use."""
     stated = node.metadata.get("dimension_names") or node.attributes.get("_ARRAY_DIMENSIONS")
     if not isinstance(stated, list):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tilepipe.storage.contents import Holding
     from tilepipe.storage.guarded import Leave
     from tilepipe.storage.location import Place
-    from tilepipe.volumes.ome import Node
+    from tilepipe.volumes.ome import ZarrNode
 
 OURS = "tilepipe"
 """The group attribute under which our own attributes lie; it marks an output as ours."""
@@ -229,7 +229,7 @@ class Output:
             group.attrs[OURS] = cast("dict[str, JSON]", {**_ours(node), **attributes})
             store.sync()
 
-    def _node(self) -> Node:
+    def _node(self) -> ZarrNode:
         """Return the metadata of our group; BadRequest where there is none."""
         try:
             node = read_node(self.place)
@@ -267,7 +267,7 @@ class Output:
             raise BadRequest(f"output (={self}) needs the folder {parent}, which {is_file}")
 
 
-def _ours(node: Node) -> dict[str, object]:
+def _ours(node: ZarrNode) -> dict[str, object]:
     return cast("dict[str, object]", node.attributes[OURS])
 
 
