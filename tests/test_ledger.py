@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 from tests.support import new_ledger
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
-from tilepipe.runs.ledger import BATCH, DIGITS, Ledger, fingerprint, take_lease
+from tilepipe.runs.ledger import BATCH, DIGITS, Ledger, take_lease
 from tilepipe.storage.names import LEDGER
 from tilepipe.volumes.output import Output
 
@@ -288,10 +286,3 @@ def test_another_process_is_named_and_its_death_frees_the_ledger(
         ledger.mark(1)
     with reopen(tmp_path) as ledger:
         assert finished(ledger) == {1, 2}
-
-
-def test_the_fingerprint_is_of_the_content_not_of_its_order() -> None:
-    content = {"b": [1, 2], "a": {"d": None, "c": 1.5}}
-    assert fingerprint(content) == fingerprint(json.loads(json.dumps(content, sort_keys=True)))
-    assert fingerprint(content) != fingerprint({**content, "b": [2, 1]})
-    assert re.fullmatch("[0-9a-f]{64}", fingerprint({}))

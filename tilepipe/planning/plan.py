@@ -164,7 +164,7 @@ class Plan:
         return self.profile.context.with_leading(len(self.source.shape) - self.profile.axes)
 
     def identity(self) -> dict[str, object]:
-        """Return all that the result's bytes depend on: the ground of the ledger's fingerprint."""
+        """Return all that the result's bytes depend on, as the ledger keeps it."""
         return identity(self)
 
     def asdict(self) -> dict[str, object]:

@@ -13,7 +13,6 @@ store, where nothing can be appended to, ``done`` and ``log`` are rows of object
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -52,16 +51,6 @@ BATCH = 1 << 16
 """Records of ``done`` that are read at once."""
 LOOK = 0.2
 """Seconds between two looks at whether another task has created the output."""
-
-
-def fingerprint(content: Mapping[str, object]) -> str:
-    """Return the sha256 of the content as canonical JSON.
-
-    >>> fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
-    True
-    """
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Ledger:
