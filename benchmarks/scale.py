@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tilepipe.engines import TileFailure, TileResult
+    from tilepipe.runs.ledger import Ledger
+    from tilepipe.volumes.output import Output
 
 EDGE = 110_080
 """Voxels along each axis of the planned volume: 1.33 petavoxels, 215^3 tiles of 512^3."""
@@ -56,12 +58,20 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
+def new_ledger(output: Output, tiles: int) -> Ledger:
+    """Begin a ledger for so many tiles, open for writing."""
+    from tilepipe.runs.ledger import Ledger, lay_plan, take_lease
+
+    lease = take_lease(output)
+    return Ledger(output, lay_plan(output, {}, tiles=tiles), tiles=tiles, lease=lease)
+
+
 def run_engine(engine: str, tiles: int, workers: int, output: str | None) -> None:
     """Run so many tiles with a real ledger; show memory and rate at every power of ten."""
     import scale  # under this name the workers find the job
 
     from tilepipe.engines import dask, serial
-    from tilepipe.runs.ledger import Ledger
+    from tilepipe.volumes.output import Output
 
     def follow(outcomes: Iterable[TileResult | TileFailure], ledger: Ledger) -> None:
         from tilepipe.engines import TileResult
@@ -82,8 +92,8 @@ def run_engine(engine: str, tiles: int, workers: int, output: str | None) -> Non
 
     shown = {10**power for power in range(3, 9)} | {tiles}
     with tempfile.TemporaryDirectory() as folder:
-        job, target = scale.Nothing(), output or folder
-        with Ledger.create(target, {}, tiles=tiles) as ledger:
+        job, target = scale.Nothing(), Output.at(output or folder)
+        with new_ledger(target, tiles) as ledger:
             if engine == "serial":
                 follow(serial.run(job, ledger.remaining()), ledger)
                 return
@@ -94,12 +104,13 @@ def run_engine(engine: str, tiles: int, workers: int, output: str | None) -> Non
 def run_resume(tiles: int, output: str | None) -> None:
     """Open a half-done ledger and find the first tile that is left."""
     from tilepipe.engines import TileResult
-    from tilepipe.runs.ledger import Ledger, folder_of
+    from tilepipe.runs.ledger import Ledger
     from tilepipe.storage.location import find
+    from tilepipe.volumes.output import Output
 
     with tempfile.TemporaryDirectory() as folder:
-        target = output or folder
-        with Ledger.create(target, {}, tiles=tiles) as ledger:
+        target = Output.at(output or folder)
+        with new_ledger(target, tiles) as ledger:
             for index in range(0, tiles, 2):
                 ledger.mark(index, TileResult(index, 1, 0, 1.5, 2.5, 3.5, f"node{index % 100}:1"))
         before, began = resident(), time.perf_counter()
@@ -109,7 +120,9 @@ def run_resume(tiles: int, output: str | None) -> None:
             assert sum(1 for _ in opened.remaining()) == tiles // 2
         click.echo(f"| resume | {tiles:,} | {time.perf_counter() - began:.2f} s |"
                    f" {resident() - before:+.0f} MB |")  # fmt: skip
-        kept = sorted((path.name, len(path.read_bytes())) for path in find(folder_of(target), ""))
+        kept = sorted(
+            (path.name, len(path.read_bytes())) for path in find(target.ledger.folder, "")
+        )
         click.echo(f"{len(kept)} files, {sum(size for _, size in kept):,} bytes")
 
 

@@ -57,10 +57,10 @@ def make(folder: Path, edge: int) -> None:
 
 def reference(folder: Path) -> Path:
     """Segment serially, a process for each half of the tiles; goes on where it was."""
-    from tilepipe.volumes.output import read_attributes
+    from tilepipe.volumes.output import Output
 
     target, began = folder / "serial.zarr", time.monotonic()
-    if not target.exists() or read_attributes(target).get("state") != "done":
+    if not target.exists() or Output.at(target).read_attributes().get("state") != "done":
         where = (str(folder / "image.zarr"), "--model", str(folder / "unet.pt"), "-o", str(target))
         command = (sys.executable, "-m", "tilepipe.cli", "segment", *where, *TOLD)
         halves = [

@@ -11,7 +11,7 @@ from hypothesis import settings
 
 from tests import s3_server
 from tilepipe.storage.location import locate
-from tilepipe.storage.objects import Key
+from tilepipe.storage.objects import ObjectKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     ):
         for name, value in server.environment.items():
             patch.setenv(name, value)
-        Key.parse("s3://tests/bucket").write_bytes(b"")  # this server then makes the bucket
+        ObjectKey.parse("s3://tests/bucket").write_bytes(b"")  # this server then makes the bucket
         yield server
 
 

@@ -16,10 +16,11 @@ from tilepipe.models.spec import find_profile
 from tilepipe.models.unet import UNet
 from tilepipe.models.windows import whole
 from tilepipe.runs.fence import Right
-from tilepipe.runs.ledger import claimed
+from tilepipe.runs.ledger import Ledger, lay_plan, take_lease
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -81,8 +82,16 @@ def one_pass(model_path: Path, image: NDArray[np.floating]) -> NDArray[np.float3
 @contextmanager
 def right_to(target: str | Path) -> Iterator[Right]:
     """Own an output for a while, as a run does."""
-    with closing(claimed(target)) as claim:
-        yield Right(str(target), claim.name, claim.token)
+    output = Output.at(target)
+    with closing(take_lease(output)) as lease:
+        yield Right(output, lease.name, lease.token)
+
+
+def new_ledger(target: str | Path, plan: Mapping[str, object], *, tiles: int) -> Ledger:
+    """Begin a ledger where no output need be, open for writing."""
+    output = Output.at(target)
+    lease = take_lease(output)
+    return Ledger(output, lay_plan(output, plan, tiles=tiles), tiles=tiles, lease=lease)
 
 
 def read(path: Path) -> NDArray[np.generic]:

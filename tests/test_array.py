@@ -25,12 +25,13 @@ from tilepipe.errors import BadRequest, TileError
 from tilepipe.options import Options
 from tilepipe.runs import lease
 from tilepipe.runs.array import ArrayTask
-from tilepipe.runs.lease import Claim, Owner, living
+from tilepipe.runs.lease import Lease, Owner, living
 from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import plan_segment, segment
 from tilepipe.storage.location import find
 from tilepipe.storage.location import replace as replace_file
-from tilepipe.volumes.output import LEDGER, read_attributes
+from tilepipe.storage.names import LEDGER
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,8 +142,8 @@ def files(target: Path) -> dict[str, bytes]:
 
 def check_whole(made: Path, target: Path) -> None:
     assert files(target) == files(made / "serial.zarr")
-    assert read_attributes(target)["state"] == "done"
-    ledger = Ledger.open(target, write=False)
+    assert Output.at(target).read_attributes()["state"] == "done"
+    ledger = Ledger.open(Output.at(target), write=False)
     assert ledger is not None
     assert (ledger.done, ledger.tiles, ledger.failures) == (TILES, TILES, [])
 
@@ -175,7 +176,7 @@ def test_tasks_one_after_the_other_and_the_last_ends_it(made: Path, tmp_path: Pa
     for number in (2, 3, 1):
         report = run(made, target, task=ArrayTask(number, TASKS))
         assert (report.tiles, report.before, report.done, report.left) == (12, 0, 12, 0)
-        state = read_attributes(target)["state"]
+        state = Output.at(target).read_attributes()["state"]
         assert state == ("done" if number == 1 else "started")
         assert report.unfinished == {2: 24, 3: 12, 1: 0}[number]
     check_whole(made, target)
@@ -230,9 +231,9 @@ def test_tasks_at_once_one_killed_and_the_last_ends_it(
     pids = [tasks.start(target, f"{n}/3", free=2) for n in (1, 2, 3)]
     until(lambda: all(marked(target, n) == 2 for n in (1, 2, 3)))
     with pytest.raises(BadRequest, match=r"is being written by another run \(task 2/3, host"):
-        Ledger.open(target, task=ArrayTask(2, TASKS))
+        Ledger.open(Output.at(target), task=ArrayTask(2, TASKS))
     with pytest.raises(BadRequest, match=r"is being written by another run \(task ./3, host"):
-        Ledger.open(target)
+        Ledger.open(Output.at(target))
     again = tasks.start(target, "2/3", free=0)
     assert tasks.end(again) == 2
     os.kill(pids[1], signal.SIGKILL)
@@ -291,18 +292,18 @@ def test_a_task_with_another_plan_is_refused(made: Path, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT", 0.1)
-    monkeypatch.setattr(lease, "LEASE", 0.6)
+    monkeypatch.setattr(lease, "SILENCE", 0.6)
 
 
 @contextmanager
-def elsewhere(path: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
-    """Hold a claim as a process of another machine does: nobody here can see whether it lives."""
+def elsewhere(path: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lease]:
+    """Hold a lease as a process of another machine does: nobody here can see whether it lives."""
     with monkeypatch.context() as patch:
         patch.setattr(lease, "_machine", lambda: "another")
-        taken = Claim.take(path, task="1/2")
-    assert isinstance(taken, Claim)
+        taken = Lease.take(path, task="1/2")
+    assert isinstance(taken, Lease)
     try:
         yield taken
     finally:
@@ -310,17 +311,17 @@ def elsewhere(path: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Claim]:
 
 
 def test_an_owner_elsewhere_lives_while_it_beats(
-    quick_claims: None, monkeypatch: pytest.MonkeyPatch, folder: Place
+    quick_leases: None, monkeypatch: pytest.MonkeyPatch, folder: Place
 ) -> None:
     path = folder / "lock"
     with elsewhere(path, monkeypatch):
-        found = Claim.take(path)
+        found = Lease.take(path)
         assert isinstance(found, Owner)
         assert found.task == "1/2"
         assert [*living([path, folder / "none"])] == [path]
     assert not path.exists()
-    taken = Claim.take(path)
-    assert isinstance(taken, Claim)
+    taken = Lease.take(path)
+    assert isinstance(taken, Lease)
     taken.close()
 
 
@@ -334,21 +335,21 @@ class Faulty:
         pass
 
 
-def test_a_claim_that_is_no_longer_kept_up_is_told(quick_claims: None, folder: Place) -> None:
+def test_a_lease_that_is_no_longer_kept_up_is_told(quick_leases: None, folder: Place) -> None:
     owner = Owner("host", "machine", 1, 0.0, "token", "")
     replace_file(folder / "lock", lease._content(owner))
-    with closing(Claim(folder / "lock", owner, Faulty())) as broken:
+    with closing(Lease(folder / "lock", owner, Faulty())) as broken:
         broken._thread.join(timeout=WAIT)
         with pytest.raises(TileError, match=r"cannot be kept .*ZeroDivisionError: of a") as caught:
             broken.check()
         assert "\n" not in str(caught.value)
 
 
-def test_a_claim_of_rubbish_is_taken_over(quick_claims: None, folder: Place) -> None:
+def test_a_lease_of_rubbish_is_taken_over(quick_leases: None, folder: Place) -> None:
     rubbish = b"[" * 99_999  # the reader of JSON takes it for too deep
     replace_file(folder / "lock", rubbish)
-    taken = Claim.take(folder / "lock")
-    assert isinstance(taken, Claim)
+    taken = Lease.take(folder / "lock")
+    assert isinstance(taken, Lease)
     with closing(taken):
         taken.check()
         replace_file(folder / "lock", rubbish)
@@ -357,33 +358,33 @@ def test_a_claim_of_rubbish_is_taken_over(quick_claims: None, folder: Place) -> 
             taken.check()
 
 
-def test_an_owner_elsewhere_that_is_silent_loses_its_claim(
-    quick_claims: None, monkeypatch: pytest.MonkeyPatch, folder: Place
+def test_an_owner_elsewhere_that_is_silent_loses_its_lease(
+    quick_leases: None, monkeypatch: pytest.MonkeyPatch, folder: Place
 ) -> None:
     path = folder / "lock"
     with elsewhere(path, monkeypatch) as silent:
         silent._end.set()  # as if its machine had gone
-        taken = Claim.take(path)
-        assert isinstance(taken, Claim)
+        taken = Lease.take(path)
+        assert isinstance(taken, Lease)
         taken.check()
         taken.close()
 
 
 def test_who_was_taken_over_notices(
-    quick_claims: None, monkeypatch: pytest.MonkeyPatch, folder: Place
+    quick_leases: None, monkeypatch: pytest.MonkeyPatch, folder: Place
 ) -> None:
     folder = folder / "o" / LEDGER
     folder.mkdir(parents=True)
     with elsewhere(folder / "lock", monkeypatch) as suspended:
         suspended.check()
         (folder / "lock").unlink()
-        taken = Claim.take(folder / "lock")
+        taken = Lease.take(folder / "lock")
         until(lambda: suspended._lost)
         with pytest.raises(TileError, match=r"another run has taken over .*o, since"):
             suspended.check()
         suspended.close()
         assert json.loads((folder / "lock").read_text())["pid"] == os.getpid()
-        assert isinstance(taken, Claim)
+        assert isinstance(taken, Lease)
         taken.close()
 
 
@@ -392,31 +393,31 @@ def test_a_process_that_nobody_waited_for_is_dead(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with subprocess.Popen([sys.executable, "-c", DYING, str(path)]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        taken = Claim.take(path)
-        assert isinstance(taken, Claim)
+        taken = Lease.take(path)
+        assert isinstance(taken, Lease)
         taken.close()
 
 
-def test_of_many_at_once_one_gets_it(quick_claims: None, folder: Place) -> None:
+def test_of_many_at_once_one_gets_it(quick_leases: None, folder: Place) -> None:
     path = folder / "lock"
     for dead in (False, True):
         if dead:
             with subprocess.Popen([sys.executable, "-c", DYING, str(path)]) as process:
                 process.wait()
             assert path.exists()
-        found: list[Claim | Owner] = []
+        found: list[Lease | Owner] = []
         start = threading.Barrier(8)
 
-        def take(start: threading.Barrier = start, found: list[Claim | Owner] = found) -> None:
+        def take(start: threading.Barrier = start, found: list[Lease | Owner] = found) -> None:
             start.wait()
-            found.append(Claim.take(path))
+            found.append(Lease.take(path))
 
         threads = [threading.Thread(target=take) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        held = [one for one in found if isinstance(one, Claim)]
+        held = [one for one in found if isinstance(one, Lease)]
         assert len(held) == 1
         held[0].close()
         assert find(folder, "") == []
@@ -424,9 +425,9 @@ def test_of_many_at_once_one_gets_it(quick_claims: None, folder: Place) -> None:
 
 DYING = """
 import os, sys
-from tilepipe.runs.lease import Claim
+from tilepipe.runs.lease import Lease
 from tilepipe.storage.location import locate
-Claim.take(locate(sys.argv[1], "claim"))
+Lease.take(locate(sys.argv[1], "lease"))
 os._exit(1)
 """
 

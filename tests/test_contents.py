@@ -16,9 +16,10 @@ from tests.support import noise, read, write_unet, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.options import Options
 from tilepipe.segmentation.segment import plan_segment, segment
-from tilepipe.storage.contents import LEDGER, check_ours, clear
+from tilepipe.storage.contents import check_ours, clear
 from tilepipe.storage.location import Place, locate
-from tilepipe.volumes.output import check_free, read_attributes
+from tilepipe.storage.names import LEDGER
+from tilepipe.volumes.output import Output
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def test_a_removal_that_is_stopped_leaves_what_is_ours(
             with pytest.raises(KeyboardInterrupt):
                 clear(output)
             assert removing.left == 0
-        check_free(output, overwrite=True)
+        Output.at(output).check_free(overwrite=True)
         done = output / LEDGER / "done"
         assert len(chunk_files(output)) == chunks or not done.exists()
         if stopped % every == 0:
@@ -323,7 +324,7 @@ def test_metadata_that_a_crash_has_spoiled_is_made_anew(
             if (whole / file).exists():
                 assert (output / file).read_bytes() == (whole / file).read_bytes()
         assert [*open_volume(output).scale] == [*open_volume(whole).scale]
-        ours, theirs = read_attributes(output), read_attributes(whole)
+        ours, theirs = Output.at(output).read_attributes(), Output.at(whole).read_attributes()
         plans = [attributes.pop("plan") for attributes in (ours, theirs)]
         assert ours == theirs
         assert {**plans[0], "target": ""} == {**plans[1], "target": ""}

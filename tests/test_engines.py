@@ -22,12 +22,12 @@ from dask import config
 from distributed import SpecCluster
 
 from tests.commands import words
+from tests.support import new_ledger
 from tilepipe.engines import RETRIES, TileFailure, TileResult, dask, serial
 from tilepipe.engines.batches import MOST
 from tilepipe.engines.plugin import plugin_name
 from tilepipe.engines.walltime import SPAN, SPARE
 from tilepipe.errors import BadRequest, TileError
-from tilepipe.runs.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -289,7 +289,7 @@ def test_a_tile_that_kills_its_worker_in_mid_batch_is_set_aside_alone(
     cluster: Client, tmp_path: Path
 ) -> None:
     job, tiles = FileJob(str(tmp_path), deadly=(200,), seconds=0.002), 300
-    with Ledger.create(tmp_path / "target", {}, tiles=tiles) as ledger:
+    with new_ledger(tmp_path / "target", {}, tiles=tiles) as ledger:
         found = by_index(dask.run(job, ledger.remaining(), client=cluster))
         for outcome in found.values():
             if isinstance(outcome, TileResult):

@@ -24,8 +24,9 @@ from tilepipe.models.factory import build_network, code_of, find_factory
 from tilepipe.models.model import load_model
 from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.segmentation.resume import _create as create
+from tilepipe.segmentation.resume import create_output
 from tilepipe.segmentation.worker import SegmentJob
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -209,7 +210,7 @@ def test_a_worker_elsewhere_finds_the_same_code(
     plan = tp.plan(
         source, model=tmp_path / "weights.pt", output=tmp_path / "o.zarr", options=options
     )
-    create(plan, plan.target, {}, overwrite=False)
+    create_output(Output.at(plan.target), plan, {}, overwrite=False)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with right_to(plan.target) as right:
         (tmp_path / "job").write_bytes(pickle.dumps(SegmentJob(plan, right)))

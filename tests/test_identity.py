@@ -21,8 +21,8 @@ from tilepipe.errors import BadRequest
 from tilepipe.options import Options
 from tilepipe.planning.identity import ALGORITHM, APART, check_same
 from tilepipe.planning.plan import Source, plan
-from tilepipe.runs.ledger import LEDGER
 from tilepipe.segmentation.segment import plan_segment, segment
+from tilepipe.storage.names import LEDGER
 
 if TYPE_CHECKING:
     from pathlib import Path

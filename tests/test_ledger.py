@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import new_ledger
 from tilepipe.engines import TileFailure
 from tilepipe.errors import BadRequest
-from tilepipe.runs.ledger import BATCH, DIGITS, Ledger, claimed, fingerprint
-from tilepipe.volumes.output import LEDGER
+from tilepipe.runs.ledger import BATCH, DIGITS, Ledger, take_lease
+from tilepipe.storage.names import LEDGER
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -40,14 +40,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begin(parent: Path, indices: Iterable[int], *, tiles: int = TILES) -> Path:
     """Return a new target whose ledger was closed after the indices were marked."""
     target = Path(tempfile.mkdtemp(dir=parent))
-    with Ledger.create(target, PLAN, tiles=tiles) as ledger:
+    with new_ledger(target, PLAN, tiles=tiles) as ledger:
         for index in indices:
             ledger.mark(index)
     return target
 
 
 def reopen(target: Path, *, write: bool = True) -> Ledger:
-    ledger = Ledger.open(target, write=write)
+    ledger = Ledger.open(Output.at(target), write=write)
     assert ledger is not None
     return ledger
 
@@ -113,7 +113,7 @@ def test_a_new_ledger_forgets_the_older_one(tmp_path: Path) -> None:
     for plan_lost in (False, True):
         if plan_lost:
             (target / LEDGER / "plan.json").unlink()
-        with Ledger.create(target, {"identity": {}}, tiles=TILES) as ledger:
+        with new_ledger(target, {"identity": {}}, tiles=TILES) as ledger:
             assert finished(ledger) == set()
             assert ledger.failures == []
             ledger.mark(5)
@@ -124,7 +124,7 @@ def test_a_new_ledger_forgets_the_older_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", [-1, TILES, 10**DIGITS])
 def test_a_tile_that_does_not_exist_is_not_entered(tmp_path: Path, index: int) -> None:
-    with Ledger.create(tmp_path, PLAN, tiles=TILES) as ledger:
+    with new_ledger(tmp_path, PLAN, tiles=TILES) as ledger:
         with pytest.raises(IndexError, match=f"tile {index} "):
             ledger.mark(index)
         ledger.mark(7)
@@ -154,7 +154,7 @@ def test_records_past_the_last_tile_are_no_tiles(tmp_path: Path) -> None:
 
 
 def test_remaining_leaves_out_what_is_finished_meanwhile(tmp_path: Path) -> None:
-    with Ledger.create(tmp_path, PLAN, tiles=6) as ledger:
+    with new_ledger(tmp_path, PLAN, tiles=6) as ledger:
         remaining = ledger.remaining()
         assert next(remaining) == 0
         ledger.mark(2)
@@ -166,7 +166,7 @@ def test_failures_are_kept_until_a_run_without_any(tmp_path: Path) -> None:
         TileFailure(3, "voxels 0:8,8:16: OSError: 'é' \"quoted\"", 3),
         TileFailure(7, "KilledWorker", 1),
     ]
-    with Ledger.create(tmp_path, PLAN, tiles=9) as ledger:
+    with new_ledger(tmp_path, PLAN, tiles=9) as ledger:
         ledger.set_aside(failures)
     with reopen(tmp_path, write=False) as ledger:
         assert ledger.failures == failures
@@ -187,8 +187,8 @@ def test_no_ledger_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "begun" / LEDGER).mkdir(parents=True)
     for name in ("absent", "file", "begun"):
-        assert Ledger.open(tmp_path / name) is None
-        assert Ledger.open(tmp_path / name, write=False) is None
+        assert Ledger.open(Output.at(tmp_path / name)) is None
+        assert Ledger.open(Output.at(tmp_path / name), write=False) is None
     assert [*(tmp_path / "begun" / LEDGER).iterdir()] == []
 
 
@@ -217,7 +217,7 @@ def test_a_plan_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -
     (target / LEDGER / "plan.json").write_bytes(content)
     for write in (True, False):
         with pytest.raises(BadRequest, match=r"output \(=.* ledger .* --overwrite$") as caught:
-            Ledger.open(target, write=write)
+            Ledger.open(Output.at(target), write=write)
         assert "\n" not in str(caught.value)
 
 
@@ -226,17 +226,17 @@ def test_a_ledger_that_is_no_file_is_refused(tmp_path: Path) -> None:
     (target / LEDGER / "plan.json").unlink()
     (target / LEDGER / "plan.json").mkdir()
     with pytest.raises(BadRequest, match="cannot be read"):
-        Ledger.open(target)
+        Ledger.open(Output.at(target))
 
 
 def test_one_writer_and_any_readers(tmp_path: Path) -> None:
-    with Ledger.create(tmp_path, PLAN, tiles=5) as ledger:
+    with new_ledger(tmp_path, PLAN, tiles=5) as ledger:
         ledger.mark(4)
         with pytest.raises(BadRequest, match=rf"process {os.getpid()}\)") as caught:
-            Ledger.open(tmp_path)
+            Ledger.open(Output.at(tmp_path))
         assert "\n" not in str(caught.value)
         with pytest.raises(BadRequest, match=rf"process {os.getpid()}\)"):
-            Ledger.create(tmp_path, {"identity": {}}, tiles=7)
+            new_ledger(tmp_path, {"identity": {}}, tiles=7)
         with reopen(tmp_path, write=False) as reader:
             assert (reader.tiles, reader.plan) == (5, {"tiles": 5, **PLAN})
             assert finished(reader) == {4}
@@ -248,7 +248,8 @@ def test_one_writer_and_any_readers(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from tilepipe.runs.ledger import Ledger
-ledger = Ledger.open(sys.argv[1])
+from tilepipe.volumes.output import Output
+ledger = Ledger.open(Output.at(sys.argv[1]))
 ledger.mark(2)
 print("marked", flush=True)
 time.sleep(60)
@@ -258,7 +259,7 @@ time.sleep(60)
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the ledger of ``tmp_path`` and has marked tile 2."""
-    Ledger.create(tmp_path, PLAN, tiles=5).close()
+    new_ledger(tmp_path, PLAN, tiles=5).close()
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -272,23 +273,16 @@ def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_another_process_is_named_and_its_death_frees_the_ledger(
     tmp_path: Path, writer: subprocess.Popen[str]
 ) -> None:
-    for refused in (Ledger.open, claimed):
+    for refused in (Ledger.open, take_lease):
         with pytest.raises(BadRequest, match=rf"process {writer.pid}\)"):
-            refused(tmp_path)
+            refused(Output.at(tmp_path))
     with reopen(tmp_path, write=False) as reader:
         assert finished(reader) == {2}
     writer.send_signal(signal.SIGKILL)
     writer.wait()
-    claimed(tmp_path).close()
+    take_lease(Output.at(tmp_path)).close()
     with reopen(tmp_path) as ledger:
         assert finished(ledger) == {2}
         ledger.mark(1)
     with reopen(tmp_path) as ledger:
         assert finished(ledger) == {1, 2}
-
-
-def test_the_fingerprint_is_of_the_content_not_of_its_order() -> None:
-    content = {"b": [1, 2], "a": {"d": None, "c": 1.5}}
-    assert fingerprint(content) == fingerprint(json.loads(json.dumps(content, sort_keys=True)))
-    assert fingerprint(content) != fingerprint({**content, "b": [2, 1]})
-    assert re.fullmatch("[0-9a-f]{64}", fingerprint({}))

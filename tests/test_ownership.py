@@ -16,22 +16,25 @@ import pytest
 from distributed import Client, LocalCluster
 
 from tests.commands import Commands, script, until
-from tests.support import noise, read, right_to, write_unet, write_volume
+from tests.support import new_ledger, noise, read, right_to, write_unet, write_volume
 from tilepipe.engines import dask
 from tilepipe.geometry import Region
 from tilepipe.options import Options
 from tilepipe.runs.fence import FRESH, Fence, NotOwner
-from tilepipe.runs.lease import Claim
-from tilepipe.runs.ledger import LEDGER, Ledger
+from tilepipe.runs.lease import Lease
+from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import segment
 from tilepipe.storage.location import locate
-from tilepipe.volumes.output import create_target, open_target
+from tilepipe.storage.names import LEDGER
+from tilepipe.volumes.output import Output
+from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from distributed import Worker
+    from numpy.typing import NDArray
 
     from tilepipe.segmentation.report import Report
     from tilepipe.storage.location import Place
@@ -219,7 +222,7 @@ def test_a_driver_that_was_paused_writes_nothing_to_what_took_its_place(
     assert shown.splitlines()[-1].startswith("tilepipe: ")
     assert "nothing more is written" in shown.splitlines()[-1]
     assert np.array_equal(read(target), read(files / "other"))
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(Output.at(target), write=False)
     assert ledger is not None
     with ledger:
         assert ledger.done == TILES
@@ -245,42 +248,47 @@ def test_an_interrupted_run_leaves_no_writer_behind(
 def output(folder: Place) -> str:
     """An output of each kind of place."""
     target = str(folder / "o.zarr")
-    create_target(
-        target, axes="yx", shape=(8, 8), dtype="uint8", chunks=(4, 4), shards=None,
+    Output.at(target).create(
+        axes="yx", shape=(8, 8), dtype="uint8", chunks=(4, 4), shards=None,
         scale=(1.0, 1.0), units=(None, None), attributes={},
     )  # fmt: skip
     return target
 
 
+def stored(output: str) -> NDArray[np.generic]:
+    volume = open_volume(output)
+    return volume.read(Region.whole(volume.shape))[0]
+
+
 def test_only_the_owner_writes(output: str) -> None:
-    """A claim that is lost, taken over or given back ends the right to write."""
+    """A lease that is lost, taken over or given back ends the right to write."""
     part, voxels = Region((0, 0), (4, 4)), np.ones((4, 4), np.uint8)
     with right_to(output) as right:
-        late = open_target(output, leave=Fence(right))
+        late = Output.at(output).open(leave=Fence(right))
         late.write(part, voxels)
     time.sleep(FRESH)
     with pytest.raises(NotOwner, match="is this run's no more; nothing more is written"):
         late.write(part, 2 * voxels)
     with right_to(output) as right:
-        owner = open_target(output, leave=Fence(right))
+        owner = Output.at(output).open(leave=Fence(right))
         owner.write(part, 3 * voxels)
         with pytest.raises(NotOwner, match=r"another run now .*process"):
             late.write(part, 2 * voxels)
-    assert int(open_target(output)._array[0, 0]) == 3  # type: ignore[arg-type]
+    assert stored(output)[0, 0] == 3
 
 
-def test_a_claim_is_looked_at_between_the_chunks_of_one_write(output: str) -> None:
+def test_a_lease_is_looked_at_between_the_chunks_of_one_write(output: str) -> None:
     """One write of many chunks is ended, too."""
     with right_to(output) as right:
         fence = Fence(right)
-        target = open_target(output, leave=fence)
+        target = Output.at(output).open(leave=fence)
         target.write(Region((0, 0), (8, 8)), np.ones((8, 8), np.uint8))
         assert sorted(target._store._written) == []
     fence._fresh_until = time.monotonic() + 3600  # it looked just before it began to write
     fence._closed = True
     with pytest.raises(NotOwner):
         target._array[:] = 2
-    assert np.all(np.asarray(open_target(output)._array[:]) == 1)
+    assert np.all(stored(output) == 1)
 
 
 def test_a_closed_fence_waits_for_the_write_that_has_begun(output: str) -> None:
@@ -311,10 +319,10 @@ def test_a_closed_fence_waits_for_the_write_that_has_begun(output: str) -> None:
             pass
 
 
-def test_a_ledger_whose_claim_is_gone_enters_nothing(folder: Place) -> None:
+def test_a_ledger_whose_lease_is_gone_enters_nothing(folder: Place) -> None:
     """Neither in a file nor, which could be written anew, in an object of a store."""
     target = str(folder / "o.zarr")
-    ledger = Ledger.create(target, {"identity": {}}, tiles=5)
+    ledger = new_ledger(target, {"identity": {}}, tiles=5)
     ledger.mark(0)
     lock = locate(target, "output") / LEDGER / "lock"
     lock.unlink()
@@ -323,8 +331,8 @@ def test_a_ledger_whose_claim_is_gone_enters_nothing(folder: Place) -> None:
         ledger.mark(1)
     for path in list((locate(target, "output") / LEDGER).iterdir()):
         path.unlink()
-    taken = Claim.take(lock)
-    assert isinstance(taken, Claim)
+    taken = Lease.take(lock)
+    assert isinstance(taken, Lease)
     with closing(taken), pytest.raises(NotOwner):
         ledger.mark(2)
     with suppress(PermissionError):  # of a store, to which it may not add the rest

@@ -32,8 +32,9 @@ from tilepipe.planning.costs import _decoded
 from tilepipe.planning.plan import default_target
 from tilepipe.planning.regions import regions_of
 from tilepipe.runs.fence import Right
-from tilepipe.segmentation.resume import _create
+from tilepipe.segmentation.resume import create_output
 from tilepipe.segmentation.worker import SegmentJob
+from tilepipe.volumes.output import Output
 from tilepipe.volumes.volume import Volume
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path
             options=Options(tile=(32, 48), chunks=(16, 16), inexact=True),
         )  # fmt: skip
     assert plan.strategy == strategy
-    _create(plan, plan.target, {}, overwrite=False)
+    create_output(Output.at(plan.target), plan, {}, overwrite=False)
     added = {torch.ops.mkldnn._convolution_pointwise_: _added_convolution}
     with (
         right_to(plan.target) as right,
@@ -303,7 +304,9 @@ def test_a_job_is_small(model: Path, source: Path) -> None:
     import pickle
 
     plan = tp.plan(source, model=model)
-    assert len(pickle.dumps(SegmentJob(plan, Right(plan.target, "lock", "0" * 32)))) < 5000
+    assert (
+        len(pickle.dumps(SegmentJob(plan, Right(Output.at(plan.target), "lock", "0" * 32)))) < 5000
+    )
     assert serial.run.__module__ == "tilepipe.engines.serial"
 
 

@@ -23,6 +23,7 @@ from tilepipe.options import Options
 from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import segment
 from tilepipe.storage.location import replace
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,7 +123,7 @@ def chunks(target: Path, index: int) -> list[Path]:
 
 def lost_tiles(target: Path, truth: Path) -> list[int]:
     """Return the tiles that the ledger has, and the disk has not."""
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(Output.at(target), write=False)
     if ledger is None:
         return []
     with ledger:
@@ -136,7 +137,7 @@ def contents(target: Path, index: int) -> list[bytes | None]:
 
 def finished(target: Path) -> int:
     """Return how many tiles the ledger has; what is torn at its end does not count."""
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(Output.at(target), write=False)
     if ledger is None:
         return -1
     with ledger:

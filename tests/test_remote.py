@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -28,14 +29,16 @@ from tilepipe.errors import TileError
 from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.geometry import Region
 from tilepipe.options import Options
-from tilepipe.runs import lease
+from tilepipe.runs import fence, lease
 from tilepipe.runs.fence import Right
 from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import plan_segment, segment
 from tilepipe.segmentation.worker import SegmentJob
+from tilepipe.storage import appending
 from tilepipe.storage import objects as stores
-from tilepipe.storage.objects import Key, remove_keys
-from tilepipe.volumes.output import LEDGER, open_target, read_attributes
+from tilepipe.storage.names import LEDGER
+from tilepipe.storage.objects import ObjectKey, remove_keys
+from tilepipe.volumes.output import Output
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ def source(made: Path, prefix: Callable[[], str]) -> str:
     address = prefix() + "/v.zarr"
     for path in (made / "v.zarr").rglob("*"):
         if path.is_file():
-            (Key.parse(address) / str(path.relative_to(made / "v.zarr"))).write_bytes(
+            (ObjectKey.parse(address) / str(path.relative_to(made / "v.zarr"))).write_bytes(
                 path.read_bytes()
             )
     return address
@@ -105,7 +108,7 @@ def command(made: Path, target: str, *more: str, model: str = "net.pt") -> list[
 
 def objects(address: str) -> dict[str, bytes]:
     """Return all that lies below an address."""
-    key = Key.parse(address)
+    key = ObjectKey.parse(address)
     store = key.store()
     return {
         one["path"]: bytes(obstore.get(store, one["path"]).bytes())
@@ -130,8 +133,8 @@ def voxels(found: dict[str, bytes]) -> dict[str, bytes]:
 
 def check_whole(made: Path, target: str, like: str = "serial.zarr") -> None:
     assert voxels(objects(target)) == voxels(files(made / like))
-    assert read_attributes(target)["state"] == "done"
-    ledger = Ledger.open(target, write=False)
+    assert Output.at(target).read_attributes()["state"] == "done"
+    ledger = Ledger.open(Output.at(target), write=False)
     assert ledger is not None
     with ledger:
         assert (ledger.done, ledger.failures) == (TILES, [])
@@ -139,7 +142,7 @@ def check_whole(made: Path, target: str, like: str = "serial.zarr") -> None:
 
 def done(target: str) -> int:
     """Return how many tiles a ledger has; 0 where there is none yet."""
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(Output.at(target), write=False)
     if ledger is None:
         return 0
     with ledger:
@@ -153,22 +156,49 @@ def test_a_bucket_gives_the_bytes_of_a_folder(
     assert voxels(files(tmp_path / "o.zarr")) == voxels(files(made / "serial.zarr"))
     assert run(made, source, target).done == TILES
     check_whole(made, target)
-    assert sorted(path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()) == [
+    assert sorted(path.name for path in ObjectKey.parse(f"{target}/{LEDGER}").iterdir()) == [
         "done.000000", "log.000000", "plan.json",
     ]  # fmt: skip
     before = objects(target)
     again = run(made, source, target)
     assert (again.before, again.done) == (TILES, 0)
     assert objects(target) == before
-    opened = open_target(target)
+    opened = Output.at(target).open()
     assert (opened.path, opened.shape) == (target, open_volume(target).shape)
     assert evaluate(target, made / "serial.zarr").pixels.pixel_error == 0  # type: ignore[union-attr]
 
 
+def test_one_answer_is_asked_for_once(
+    made: Path, s3: Server, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tile is one request; beside them, those of a whole run are few, whatever its size."""
+    monkeypatch.setattr(fence, "FRESH", 3600)  # what is asked again as time goes by is left out
+    monkeypatch.setattr(appending, "FLUSH", 3600)
+    monkeypatch.setattr(lease, "BEAT", 3600)
+    most = {"first": 43, "again": 31, "anew": 53}
+    with (
+        s3_server.counted(s3) as (address, requests),
+        fresh_stores(),
+        monkeypatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        for name, bound in most.items():
+            requests.clear()
+            report = run(made, made / "v.zarr", target, overwrite=name == "anew")
+            assert report.done == (0 if name == "again" else TILES)
+            voxels = [request for request in requests if "/0/c/" in request]
+            assert len(voxels) == report.done, voxels
+            looks = [request for request in requests if re.fullmatch("GET .*/lock", request)]
+            assert len(looks) <= 6, looks  # of threads that look at the same moment each asks
+            others = [request for request in requests if request not in (*voxels, *looks)]
+            assert len(others) <= bound, (name, len(others), "\n".join(others))
+    check_whole(made, target)
+
+
 def test_a_plan_writes_nothing(made: Path, target: str) -> None:
-    parent = str(Key.parse(target).parent)
+    parent = str(ObjectKey.parse(target).parent)
     plan_segment(made / "v.zarr", model=made / "net.pt", output=target, options=OPTIONS)
-    assert not [one for page in obstore.list(Key.parse(parent).store()) for one in page]
+    assert not [one for page in obstore.list(ObjectKey.parse(parent).store()) for one in page]
 
 
 def test_an_output_in_a_bucket_is_read_as_in_a_folder(made: Path, target: str) -> None:
@@ -194,7 +224,7 @@ def test_killed_at_any_moment_it_goes_on(slow: Path, commands: Commands, target:
     arguments, kept = command(slow, target, model="slow.pt"), [0]
     for least in (0, 1):
         pid = commands.start(arguments)
-        until(lambda least=least: Key.parse(target).exists() and done(target) >= least)  # type: ignore[misc]
+        until(lambda least=least: ObjectKey.parse(target).exists() and done(target) >= least)  # type: ignore[misc]
         os.killpg(pid, signal.SIGKILL)
         code, said = commands.end()
         assert code == -signal.SIGKILL, said
@@ -203,7 +233,7 @@ def test_killed_at_any_moment_it_goes_on(slow: Path, commands: Commands, target:
     code, said = commands.run(arguments)
     assert (code, f"{kept[-1]} of them before" in said) == (0, True), said
     check_whole(slow, target, "slow.zarr")
-    ledger = [path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()]
+    ledger = [path.name for path in ObjectKey.parse(f"{target}/{LEDGER}").iterdir()]
     assert len(ledger) <= 1 + 2 * len(kept), ledger
 
 
@@ -214,7 +244,7 @@ def test_tasks_of_an_array_share_a_bucket(slow: Path, s3: Server, target: str) -
     try:
         shards = [command(slow, target, "--task", f"{n}/3", model="slow.pt") for n in (1, 2, 3)]
         pids = [fork.start(task) for fork, task in zip(forks, shards, strict=True)]
-        until(lambda: (Key.parse(target) / LEDGER / "lock-2").is_file())
+        until(lambda: (ObjectKey.parse(target) / LEDGER / "lock-2").is_file())
         os.killpg(pids[1], signal.SIGKILL)
         ends = [fork.end() for fork in forks]
         assert [code for code, _ in ends] == [0, -signal.SIGKILL, 0], ends
@@ -222,7 +252,7 @@ def test_tasks_of_an_array_share_a_bucket(slow: Path, s3: Server, target: str) -
             code, said = forks[0].run(shards[0])
             assert code == 0, said
         check_whole(slow, target, "slow.zarr")
-        kept = {path.name for path in Key.parse(f"{target}/{LEDGER}").iterdir()}
+        kept = {path.name for path in ObjectKey.parse(f"{target}/{LEDGER}").iterdir()}
         assert not {name for name in kept if name.startswith("lock")} - {"lock-2"}
     finally:
         for fork in forks:
@@ -238,11 +268,11 @@ def test_an_output_is_replaced_when_asked_and_never_what_is_not_ours(
         run(made, made / "v.zarr", target)
     run(made, made / "v.zarr", target, overwrite=True)
     check_whole(made, target)
-    foreign = Key.parse(target) / "thesis"
+    foreign = ObjectKey.parse(target) / "thesis"
     foreign.write_bytes(b"years of work")
     with pytest.raises(ValueError, match="holds thesis"):
         run(made, made / "v.zarr", target, overwrite=True)
-    other = Key.parse(target).parent / "other"
+    other = ObjectKey.parse(target).parent / "other"
     (other / "data").write_bytes(b"1")
     with pytest.raises(ValueError, match=r"no output of tilepipe"):
         run(made, made / "v.zarr", str(other), overwrite=True)
@@ -256,8 +286,8 @@ def test_an_address_is_taken_as_it_stands(made: Path, prefix: Callable[[], str],
     target = f"{prefix()}/{name}"
     run(made, made / "v.zarr", target)
     check_whole(made, target)
-    assert (Key.parse(target) / "0" / "zarr.json").is_file()
-    assert [key.name for key in Key.parse(target).parent.iterdir()] == [name]
+    assert (ObjectKey.parse(target) / "0" / "zarr.json").is_file()
+    assert [key.name for key in ObjectKey.parse(target).parent.iterdir()] == [name]
 
 
 def test_removing_what_is_not_there_is_no_error(
@@ -266,7 +296,7 @@ def test_removing_what_is_not_there_is_no_error(
     """S3 says nothing of it; this store does, as Google's and Azure's do."""
     store = obstore.store.LocalStore(tmp_path, automatic_cleanup=True)
     monkeypatch.setattr(stores, "_store", lambda *_, **__: store)
-    key = Key.parse("gs://bucket/folder")
+    key = ObjectKey.parse("gs://bucket/folder")
     with pytest.raises(FileNotFoundError):
         obstore.delete(store, "folder")
     key.unlink(missing_ok=True)
@@ -279,7 +309,7 @@ def test_removing_what_is_not_there_is_no_error(
 def test_a_running_output_is_left_alone(made: Path, target: str) -> None:
     run(made, made / "v.zarr", target)
     before = objects(target)
-    with Ledger.open(target) or contextlib.nullcontext():
+    with Ledger.open(Output.at(target)) or contextlib.nullcontext():
         for overwrite in (False, True):
             with pytest.raises(ValueError, match=rf"another run \(.*process {os.getpid()}\)"):
                 run(made, made / "v.zarr", target, overwrite=overwrite)
@@ -320,7 +350,7 @@ def test_a_store_that_is_gone_ends_the_run(
             run(made, made / "v.zarr", "s3://tests/o", progress=kill)
     assert "\n" not in str(caught.value)
     left = {thread.name for thread in threading.enumerate()}
-    assert not left & {"tilepipe-claim", "tilepipe-parts"}
+    assert not left & {"tilepipe-lease", "tilepipe-parts"}
 
 
 @pytest.mark.parametrize("interrupted", [True, False])
@@ -346,7 +376,7 @@ def test_a_store_that_fails_for_good_ends_the_run_in_one_line(
     assert ("interrupted" if interrupted else "SignatureDoesNotMatch") in last
     assert last.startswith("tilepipe: ")
     left = [thread.name for thread in threading.enumerate()]
-    assert not {"tilepipe-claim", "tilepipe-parts"} & set(left)
+    assert not {"tilepipe-lease", "tilepipe-parts"} & set(left)
 
 
 def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) -> None:
@@ -356,7 +386,9 @@ def test_no_secret_is_kept_or_said(made: Path, commands: Commands, target: str) 
     assert SECRET not in said
     assert not [name for name, content in objects(target).items() if SECRET.encode() in content]
     plan = plan_segment(made / "v.zarr", model=made / "net.pt", output=target)
-    assert SECRET.encode() not in pickle.dumps(SegmentJob(plan, Right(target, "lock", "token")))
+    assert SECRET.encode() not in pickle.dumps(
+        SegmentJob(plan, Right(Output.at(target), "lock", "token"))
+    )
 
 
 @contextlib.contextmanager
@@ -446,7 +478,7 @@ def test_what_cannot_be_reached_is_refused_in_one_line(
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert "SignatureDoesNotMatch" in refused(["segment", v, *model, "-o", target])
         assert "SignatureDoesNotMatch" in refused(["inspect", target])
-    assert not Key.parse(target).exists()
+    assert not ObjectKey.parse(target).exists()
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ from tilepipe.errors import BadRequest
 from tilepipe.models.checkpoint import save_checkpoint
 from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.runs.ledger import LEDGER, Ledger
+from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import segment
-from tilepipe.volumes.output import read_attributes
+from tilepipe.storage.names import LEDGER
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,11 +91,11 @@ def chunk_files(target: Path) -> dict[str, bytes]:
 
 def check_whole(target: Path, case: Case) -> None:
     assert chunk_files(target) == case.chunks
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(Output.at(target), write=False)
     assert ledger is not None
     assert ledger.done == ledger.tiles == TILES
     assert ledger.failures == []
-    assert read_attributes(target)["state"] == "done"
+    assert Output.at(target).read_attributes()["state"] == "done"
 
 
 def marked(target: Path) -> int:
@@ -389,7 +390,7 @@ def test_what_others_put_into_an_output_is_never_removed(
 def test_a_running_output_is_not_overwritten(quick: Case, begun: Path, tmp_path: Path) -> None:
     target = tmp_path / "o"
     shutil.copytree(begun, target)
-    with Ledger.open(target) as other:  # type: ignore[union-attr]
+    with Ledger.open(Output.at(target)) as other:  # type: ignore[union-attr]
         with pytest.raises(BadRequest, match="is being written by another run"):
             quick.segment(target, overwrite=True)
         assert other.done == marked(target) == TILES // 3
@@ -417,7 +418,7 @@ def test_what_cannot_be_read_is_set_aside_and_done_when_it_is_mended(
     case = replace(quick, source=source)
     code, said = commands.run(case.command(target, "--engine", "serial"))
     assert code == 1, said
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(Output.at(target), write=False)
     assert ledger is not None
     failed = {failure.index for failure in ledger.failures}
     assert failed == {index for index in range(TILES) if index not in ledger} != set()

@@ -13,14 +13,15 @@ import pytest
 import zarr
 from distributed import SpecCluster
 
-from tests.support import write_unet
+from tests.support import new_ledger, write_unet
 from tilepipe.engines import TileResult, dask, serial
 from tilepipe.options import Options
 from tilepipe.planning.chunking import SHARD_BYTES
 from tilepipe.planning.plan import plan
 from tilepipe.runs.ledger import Ledger
-from tilepipe.runs.log import RECENT, Log, read_progress
-from tilepipe.volumes.output import LEDGER
+from tilepipe.runs.log import RECENT, LogWriter, read_logs
+from tilepipe.storage.names import LEDGER, LedgerFiles
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,7 +102,7 @@ def test_the_serial_engine_keeps_nothing_of_tiles_that_are_done() -> None:
 
 def half_done(target: Path, tiles: int) -> Path:
     """Return a ledger in which every second tile is done."""
-    Ledger.create(target, {}, tiles=tiles).close()
+    new_ledger(target, {}, tiles=tiles).close()
     lines = b"".join(b"%012d\n" % index for index in range(0, tiles, 2))
     (target / LEDGER / "done").write_bytes(lines)
     return target
@@ -111,7 +112,7 @@ def test_a_ledger_takes_a_byte_for_each_tile_and_is_opened_at_once(tmp_path: Pat
     target = half_done(tmp_path, MILLION)
     tracemalloc.start()
     began = time.perf_counter()
-    ledger = Ledger.open(target)
+    ledger = Ledger.open(Output.at(target))
     assert ledger is not None
     with ledger:
         assert next(ledger.remaining()) == 1
@@ -125,7 +126,7 @@ def test_a_ledger_takes_a_byte_for_each_tile_and_is_opened_at_once(tmp_path: Pat
 
 
 def test_marking_does_not_depend_on_how_many_tiles_there_are(tmp_path: Path) -> None:
-    ledger = Ledger.open(half_done(tmp_path, MILLION))
+    ledger = Ledger.open(Output.at(half_done(tmp_path, MILLION)))
     assert ledger is not None
     with ledger:
         began = time.process_time()
@@ -139,20 +140,20 @@ def test_a_log_says_what_was_entered_torn_or_not(tmp_path: Path) -> None:
     now = time.time()
     for number, names in enumerate((("a:1", "b:2"), ("b:2", "c:3"))):
         for _ in range(2):  # a run, and one that goes on
-            log = Log(tmp_path / f"log-{number + 1}", lambda: None)
+            log = LogWriter(tmp_path / f"log-{number + 1}", lambda: None)
             for index, name in enumerate(names):
                 log.add(result(index, worker=name, seconds=0.25))
             log.close()
             with (tmp_path / f"log-{number + 1}").open("ab") as file:
                 file.write(b"17000")
-    found = read_progress(tmp_path, now=now + 10)
+    found = read_logs(LedgerFiles(tmp_path), now=now + 10)
     assert {name: share.tiles for name, share in found.workers.items()} == {
         "a:1": 2, "b:2": 4, "c:3": 2
     }  # fmt: skip
     assert found.workers["b:2"].compute == 1.0
     assert (found.recent, found.retries) == (8, 0)
     assert found.rate == pytest.approx(8 / (10 + found.now - 10 - found.began), rel=0.2)
-    later = read_progress(tmp_path, now=now + RECENT + 10)
+    later = read_logs(LedgerFiles(tmp_path), now=now + RECENT + 10)
     assert (later.recent, later.rate) == (0, 0.0)
 
 

@@ -44,7 +44,7 @@ from tilepipe.engines.squeue import fate
 from tilepipe.errors import TileError
 from tilepipe.segmentation.segment import segment
 from tilepipe.segmentation.slurm import log_folder
-from tilepipe.volumes.output import read_attributes
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -478,7 +478,7 @@ def check_late(case: Case, target: Path, worker: psutil.Process, truth: Path) ->
     )
     assert (report.done, report.unfinished, report.failures) == (9, 0, [])
     before = files(target)
-    assert read_attributes(target)["state"] == "done"
+    assert Output.at(target).read_attributes()["state"] == "done"
     assert worker.status() == psutil.STATUS_STOPPED
     worker.resume()
     until(lambda: not workers())

@@ -17,9 +17,10 @@ from packaging.version import Version
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
+from tilepipe.volumes.borders import read_mirrored, read_zero_padded
 from tilepipe.volumes.ome import parse_multiscale
 from tilepipe.volumes.tiff import plain_axes
-from tilepipe.volumes.volume import Volume, open_volume, read_mirrored, read_zero_padded
+from tilepipe.volumes.volume import Volume, open_volume
 
 if TYPE_CHECKING:
     from pathlib import Path

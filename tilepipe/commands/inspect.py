@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tilepipe.models.model import Model
     from tilepipe.models.spec import Profile
-    from tilepipe.runs.log import Progress
+    from tilepipe.runs.log import LogSummary
     from tilepipe.volumes.volume import Volume
 
 MODELS = (".pt", ".pth", ".pt2", ".ckpt", ".ts")
@@ -99,15 +99,16 @@ def describe_file(
 
 def _output(path: str) -> tuple[dict[str, object], str]:
     """Describe how far an output of ours is, and with what it was made."""
-    from tilepipe.runs.ledger import Ledger, folder_of
-    from tilepipe.runs.log import read_progress
-    from tilepipe.volumes.output import read_attributes
+    from tilepipe.runs.ledger import Ledger
+    from tilepipe.runs.log import read_logs
+    from tilepipe.volumes.output import Output
 
+    output = Output.at(path)
     try:
-        attributes = read_attributes(path)
+        attributes = output.read_attributes()
     except BadRequest:
         return {}, ""
-    ledger = Ledger.open(path, write=False)
+    ledger = Ledger.open(output, write=False)
     if "plan" not in attributes:
         return {"made_with": attributes}, ""
     plan = cast("Mapping[str, Mapping[str, object]]", attributes["plan"])
@@ -120,7 +121,7 @@ def _output(path: str) -> tuple[dict[str, object], str]:
             lines += [f"failed         tile {failure.index}, {failure.cause}" for failure in failed]
             values |= {"tiles": ledger.tiles, "done": ledger.done}
             values["failures"] = [asdict(failure) for failure in failed]
-            progress = read_progress(folder_of(path))
+            progress = read_logs(output.ledger)
             shape = cast("list[int]", plan["source"]["shape"])
             lines.append(
                 describe_live(
@@ -203,7 +204,7 @@ def describe_volume(volume: Volume, notices: Iterable[str] = ()) -> str:
     return table(rows) + "".join(f"\nnote: {notice}" for notice in notices)
 
 
-def describe_live(progress: Progress, *, done: int, tiles: int, voxels: float) -> str:
+def describe_live(progress: LogSummary, *, done: int, tiles: int, voxels: float) -> str:
     """Return how a run goes by its logs; a tile has so many ``voxels`` on average."""
     shares = progress.workers.values()
     if not progress.workers:

@@ -12,7 +12,7 @@ import numpy as np
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, ceil_to
 from tilepipe.storage.contents import remove
-from tilepipe.volumes.output import check_target, create_target, open_target
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.geometry import Shape
-    from tilepipe.volumes.output import Target
+    from tilepipe.volumes.output_array import OutputArray
     from tilepipe.volumes.volume import Volume
 
     Ids = NDArray[np.int64]
@@ -69,7 +69,7 @@ def grown_axes(volume: Volume, per_plane: bool) -> tuple[int, ...]:
 
 def check_free(path: str | Path, source: Volume) -> None:
     """Raise `BadRequest` where a file of that name exists, or a source cannot be read from it."""
-    check_target(path, source.path)
+    Output.at(path).check_apart(source.path)
     if Path(path).exists():
         raise BadRequest(f"path (={path}) must not be there yet; remove it or name another")
 
@@ -77,14 +77,14 @@ def check_free(path: str | Path, source: Volume) -> None:
 @contextmanager
 def created_labels(
     volume: Volume, path: str | Path, region: Region, block: Shape | None
-) -> Iterator[Target]:
-    """Create a target for ids of a region; remove it where what follows fails."""
+) -> Iterator[OutputArray]:
+    """Create an output for ids of a region; remove it where what follows fails."""
     shape, start = region.shape, region.start
     check_free(path, volume)
+    output = Output.at(path)
     edges = [min(32, n) for n in volume.chunks[:-2]] + [CHUNK] * 2 if block is None else block
     try:
-        create_target(
-            path,
+        output.create(
             axes=volume.axes,
             shape=shape,
             dtype=np.uint32 if math.prod(shape) < 2**32 else np.uint64,
@@ -97,8 +97,8 @@ def created_labels(
             ],
             attributes={"objects": {"source": volume.path}},
         )
-        yield open_target(path, durable=False)  # it is removed where what follows fails
+        yield output.open(durable=False)  # it is removed where what follows fails
     except BaseException:
         with suppress(BadRequest, OSError):  # what is not ours stays
-            remove(Path(path).resolve())
+            remove(output.place)
         raise

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tilepipe.geometry import Shape
     from tilepipe.instances.blocks import Ids, Progress
-    from tilepipe.volumes.output import Target
+    from tilepipe.volumes.output_array import OutputArray
     from tilepipe.volumes.volume import Volume
 
 
@@ -64,7 +64,7 @@ def grow_objects(
 
 def _grow_once(
     source: Volume,
-    target: Target,
+    target: OutputArray,
     axes: Sequence[int],
     block: Shape | None,
     progress: Progress | None,

@@ -17,8 +17,8 @@ from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
 from tilepipe.models.predictor import label_type
 from tilepipe.text import counted
+from tilepipe.volumes.borders import read_mirrored
 from tilepipe.volumes.normalize import Normalization, parse, resolve
-from tilepipe.volumes.volume import read_mirrored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tilepipe.models.model import Model
     from tilepipe.models.spec import Profile
     from tilepipe.options import Options
-    from tilepipe.volumes.normalize import Rule
+    from tilepipe.volumes.normalize import NormalizationRule
     from tilepipe.volumes.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def _of_volume(
         yield from _run(model, image.reshape(image.shape[0], *image.shape[1 + leading :]))
 
 
-def _normalization(rule: Rule, images: NDArray[np.float64]) -> Normalization:
+def _normalization(rule: NormalizationRule, images: NDArray[np.float64]) -> Normalization:
     """Return a normalization by some images, shape (images, channels, ...)."""
     values = np.moveaxis(images, 1, 0).reshape(images.shape[1], -1)
     if rule.kind == "zscore":

@@ -1,4 +1,4 @@
-"""What an output's bytes depend on: the ground of the ledger's fingerprint, and of going on.
+"""What an output's bytes depend on, so that a run goes on only where they are the same.
 
 All of a plan is in it but what is named in `APART`, each with its reason; so a new option, or a new
 fact of a source, is part of it until somebody shows that no byte depends on it.

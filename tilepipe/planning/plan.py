@@ -32,10 +32,10 @@ from tilepipe.planning.chunking import choose_chunks, choose_shards
 from tilepipe.planning.costs import Tiling, Work, floor_work, sweep_work, work
 from tilepipe.planning.identity import check_same, ground, identity, plain
 from tilepipe.planning.tiling import choose
-from tilepipe.storage.location import locate
-from tilepipe.storage.objects import Key
+from tilepipe.storage.objects import ObjectKey
 from tilepipe.text import describe_bytes
 from tilepipe.volumes.normalize import Normalization, parse, resolve
+from tilepipe.volumes.output import Output
 from tilepipe.volumes.source import open_source
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Plan:
         return self.profile.context.with_leading(len(self.source.shape) - self.profile.axes)
 
     def identity(self) -> dict[str, object]:
-        """Return all that the result's bytes depend on: the ground of the ledger's fingerprint."""
+        """Return all that the result's bytes depend on, as the ledger keeps it."""
         return identity(self)
 
     def asdict(self) -> dict[str, object]:
@@ -187,7 +187,7 @@ class Plan:
 
         Labels are expected to take a tenth of their size there, numbers nine tenths.
         """
-        if not isinstance(place := locate(self.target, "output"), Path):
+        if not isinstance(place := Output.at(self.target).place, Path):
             return ""
         folder = next(p for p in place.parents if p.exists())
         free = shutil.disk_usage(folder).free
@@ -289,8 +289,8 @@ def default_target(source: str | Path) -> str:
     >>> default_target("data/volume.zarr/em/raw")
     'data/volume-segmented.zarr'
     """
-    path = Key.parse(str(source)) if "://" in str(source) else Path(source)
-    if isinstance(path, Key) and not path.can_write:
+    path = ObjectKey.parse(str(source)) if "://" in str(source) else Path(source)
+    if isinstance(path, ObjectKey) and not path.can_write:
         raise BadRequest(f"output must be named for a source (={source}) that is read by HTTP")
     for folder in (path, *path.parents):
         if folder.suffix == ".zarr":

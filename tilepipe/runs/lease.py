@@ -1,9 +1,9 @@
 """Who writes what in a place that many machines share, without locks.
 
-A claim is a small file or object that its owner creates exclusively, and rewrites every `BEAT`
-seconds. An owner on this machine lives while its process does; one elsewhere while its
-file changes, so no clocks are compared. Law: of those who take a claim at once one gets it. What
-claims guard stays right without them, too: two writers of a tile write the same bytes.
+A lease is a small file or object that its owner creates exclusively, and renews every `BEAT`
+seconds. An owner on this machine lives as long as its process does, and an owner elsewhere as long
+as its file changes, so no clocks are compared. Law: of those who take a lease at once one gets it.
+What leases guard stays right without them, too: two writers of a tile write the same bytes.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ log = logging.getLogger(__name__)
 
 BEAT = 15.0
 """Seconds between two signs of life."""
-LEASE = 60.0
+SILENCE = 60.0
 """Seconds without one after which an owner on another machine is taken for dead."""
 PATIENCE = 120.0
-"""Seconds for which the place of a claim may be out of reach."""
+"""Seconds for which the place of a lease may be out of reach."""
 READS = 100
-"""How often a claim is read that is just being written, a hundred times a second."""
+"""How often a lease is read that is just being written, a hundred times a second."""
 WIDTH = 512
-"""Bytes of a claim, whatever it says: it is rewritten in place."""
+"""Bytes of a lease, whatever it says: it is rewritten in place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """What a claim says of who holds it."""
+    """The owner of a lease, as its file says."""
 
     host: str
     machine: str
@@ -65,8 +65,8 @@ class Owner:
         return f"{part}host {self.host}, process {self.pid}"
 
 
-class Claim:
-    """A claim that is held until it is closed."""
+class Lease:
+    """A lease that is held until it is closed."""
 
     def __init__(self, path: Place, owner: Owner, held: Hold, *, after_dead: bool = False) -> None:
         self._path, self._owner, self._held = path, owner, held
@@ -76,38 +76,38 @@ class Claim:
         self._unheard: tuple[float, OSError] | None = None
         self._broken: BaseException | None = None
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="tilepipe-claim", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="tilepipe-lease", daemon=True)
         self._thread.start()
 
     @classmethod
-    def take(cls, path: Place, *, task: str = "", dead: Owner | None = None) -> Claim | Owner:
-        """Take a claim; where it is held by one who lives, return who that is.
+    def take(cls, path: Place, *, task: str = "", dead: Owner | None = None) -> Lease | Owner:
+        """Take a lease; where it is held by one who lives, return who that is.
 
-        An owner on another machine is watched until it gives a sign of life, for `LEASE` at most;
+        An owner on another machine is watched until it gives a sign of life, for `SILENCE` at most;
         one that was watched before is given as ``dead``.
         """
-        mine = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, task)
+        owner = Owner(socket.gethostname(), _machine(), os.getpid(), _born(), uuid4().hex, task)
         after_dead = False
         while True:
-            held = hold(path, _content(mine))
+            held = hold(path, _content(owner))
             if held is not None:
-                return cls(path, mine, held, after_dead=after_dead)
+                return cls(path, owner, held, after_dead=after_dead)
             before = _read(path)
             if before is None:
                 continue
-            if before != dead and (found := living([path]).get(path)):
-                return found
+            if before != dead and (holder := living([path]).get(path)):
+                return holder
             _remove_dead(path, before)
             after_dead = True
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Return the name of its file."""
         return self._path.name
 
     @property
     def token(self) -> str:
-        """What the file says as long as this claim is held; no two claims have the same."""
+        """Return what the file says as long as this lease is held; no two leases have the same."""
         return self._owner.token
 
     def check(self) -> None:
@@ -132,8 +132,8 @@ class Claim:
     def _live(self) -> None:
         while not self._end.wait(BEAT):
             try:
-                found = _read(self._path)
-                if found is None or found.token != self._owner.token:
+                owner = _read(self._path)
+                if owner is None or owner.token != self._owner.token:
                     self._lost = True
                     return
                 self._owner = replace(self._owner, beat=self._owner.beat + 1)
@@ -142,64 +142,66 @@ class Claim:
             except OSError as error:  # of a server that does not answer now
                 log.info("%s cannot be rewritten: %s", self._path, error)
                 self._unheard = self._unheard or (time.monotonic(), error)
-            except BaseException as error:  # nobody else would see that the claim is not kept up
+            except BaseException as error:  # nobody else would see that the lease is not kept up
                 self._broken = error
                 return
 
     def close(self) -> None:
-        """Let others have it."""
+        """Give the lease back, so that others can take it."""
         if self._end.is_set():
             return
         self._end.set()
         self._thread.join()
         self._held.close()
         with suppress(OSError):
-            found = _read(self._path)
-            if found is not None and found.token == self._owner.token:
+            owner = _read(self._path)
+            if owner is not None and owner.token == self._owner.token:
                 self._path.unlink()
 
 
 def living(paths: Iterable[Place], *, clear: bool = False) -> dict[Place, Owner]:
-    """Return the claims whose owners live, of these files; all are watched at once.
+    """Return the leases whose owners live, of these files; all are watched at once.
 
-    With ``clear`` the claims of the dead are removed.
+    With ``clear`` the leases of the dead are removed.
     """
-    held = watched = {path: owner for path in paths if (owner := _read(path)) is not None}
-    alive = {path: o for path, o in watched.items() if o.machine == _machine() and _runs(o)}
+    owners = watched = {path: owner for path in paths if (owner := _read(path)) is not None}
+    living_owners = {path: o for path, o in watched.items() if o.machine == _machine() and _runs(o)}
     watched = {path: owner for path, owner in watched.items() if owner.machine != _machine()}
-    end, told = time.monotonic() + LEASE, False
+    end, warned = time.monotonic() + SILENCE, False
     while watched and time.monotonic() < end:
-        if not told:
+        if not warned:
             shown = str(next(iter(watched.values())))
-            log.warning("up to %.0f s: waiting to see whether a run still lives (%s)", LEASE, shown)
-            told = True
-        time.sleep(min(1.0, LEASE / 10))
+            log.warning(
+                "up to %.0f s: waiting to see whether a run still lives (%s)", SILENCE, shown
+            )
+            warned = True
+        time.sleep(min(1.0, SILENCE / 10))
         for path, before in list(watched.items()):
-            now = _read(path)
-            if now != before:
+            owner_now = _read(path)
+            if owner_now != before:
                 del watched[path]
-                if now is not None:
-                    alive[path] = now
+                if owner_now is not None:
+                    living_owners[path] = owner_now
     if clear:
-        for path in held.keys() - alive.keys():
-            _remove_dead(path, held[path])
-    return alive
+        for path in owners.keys() - living_owners.keys():
+            _remove_dead(path, owners[path])
+    return living_owners
 
 
-def take_dead(paths: Iterable[Place], *, task: str) -> dict[Place, Claim]:
-    """Take the claims of the dead, of these files, unless another is quicker."""
-    held = {path: owner for path in paths if (owner := _read(path)) is not None}
-    alive = living(held)
-    taken = {
-        path: Claim.take(path, task=task, dead=owner)
-        for path, owner in held.items()
-        if path not in alive and path.is_file()
+def take_dead(paths: Iterable[Place], *, task: str) -> dict[Place, Lease]:
+    """Take the leases of the dead, of these files, unless another is quicker."""
+    owners = {path: owner for path in paths if (owner := _read(path)) is not None}
+    living_owners = living(owners)
+    leases = {
+        path: Lease.take(path, task=task, dead=owner)
+        for path, owner in owners.items()
+        if path not in living_owners and path.is_file()
     }
-    return {path: claim for path, claim in taken.items() if isinstance(claim, Claim)}
+    return {path: lease for path, lease in leases.items() if isinstance(lease, Lease)}
 
 
 def is_held(path: Place) -> bool:
-    """Whether there is a claim, be it of the dead."""
+    """Return whether there is a lease, be it of the dead."""
     return _read(path) is not None
 
 
@@ -208,7 +210,7 @@ def _content(owner: Owner) -> bytes:
 
 
 def _read(path: Place) -> Owner | None:
-    """Return what a claim says; None where there is none."""
+    """Return what a lease says; None where there is none."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -217,9 +219,9 @@ def _read(path: Place) -> Owner | None:
 
 
 def read_owner(path: Place) -> Owner | None:
-    """Return who holds a claim, None where nobody does.
+    """Return who holds a lease, None where nobody does.
 
-    A claim that is just being rewritten is read again. Raises OSError where it cannot be read.
+    A lease that is just being rewritten is read again. Raises OSError where it cannot be read.
     """
     for _ in range(READS):
         owner = _read(path)
@@ -237,7 +239,7 @@ def _owner(content: bytes) -> Owner:
 
 
 def _remove_dead(path: Place, dead: Owner) -> None:
-    """Remove a claim of the dead; of those who want to, just one does."""
+    """Remove a lease of the dead; of those who want to, just one does."""
     remove_if(path, lambda content: _owner(content) == dead)
 
 
@@ -256,7 +258,7 @@ def _born() -> float:
 
 
 def _runs(owner: Owner) -> bool:
-    """Whether the process is there; one that has ended, and is not yet waited for, is not."""
+    """Return whether a process runs; one that has ended, and is not yet waited for, does not."""
     try:
         process = psutil.Process(owner.pid)
         ended = process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)

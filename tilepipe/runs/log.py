@@ -1,10 +1,10 @@
 """The log of a run: which tile was finished when, where and how long it took.
 
-A line for each tile, about 45 bytes, appended; each writer has a log of its own. It is for people
-and for what `tilepipe inspect` tells; which tiles are finished, the ledger knows. Lines:
-``worker 0 host:pid`` gives a worker its number in what follows, and
-``time tile worker read compute write starved attempts nonfinite`` is a tile, the time in whole
-seconds since 1970, what it took in milliseconds.
+A line of about 45 bytes is appended for each tile; each writer has a log of its own. The log is for
+people and for what `tilepipe inspect` shows; which tiles are finished, the ledger knows. A line
+``worker 0 host:pid`` gives a worker its number in the lines that follow. A line
+``time tile worker read compute write starved attempts nonfinite`` is a tile: the time is in whole
+seconds since 1970, and what the tile took in milliseconds.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tilepipe.storage.location import append, find
+from tilepipe.storage.appending import append
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tilepipe.engines import TileResult
-    from tilepipe.storage.location import Appending, Place
+    from tilepipe.storage.appending import Appending
+    from tilepipe.storage.location import Place
+    from tilepipe.storage.names import LedgerFiles
 
 RECENT = 300
-"""Seconds over which a rate is told."""
+"""Seconds over which a rate is taken."""
 
 
-class Log:
-    """Appends to a log."""
+class LogWriter:
+    """The log of one writer, to which it appends the tiles that it finishes."""
 
     def __init__(self, path: Place, leave: Callable[[], None]) -> None:
         """``leave`` raises OSError where nothing more may be written."""
@@ -57,20 +59,20 @@ class Log:
         )
 
     def sync(self) -> None:
-        """Let others see all of it."""
+        """Force all of it to where others see it."""
         if self._file is not None:
             self._file.sync()
 
     def close(self) -> None:
-        """End it."""
+        """Close the log; it may not be written to any more."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 @dataclass(slots=True)
-class Share:
-    """What one worker has done; seconds."""
+class WorkerTotals:
+    """What one worker has done in all; times are in seconds."""
 
     tiles: int = 0
     recent: int = 0
@@ -87,7 +89,7 @@ class Share:
 
     @property
     def seconds(self) -> float:
-        """From the beginning of its first tile to the end of its last."""
+        """Return the seconds from the beginning of its first tile to the end of its last."""
         return self.ended - self.begun
 
     def add(
@@ -105,10 +107,10 @@ class Share:
 
 
 @dataclass(slots=True)
-class Progress:
-    """What the logs of an output say, of all its runs."""
+class LogSummary:
+    """What the logs of all runs of an output say, taken together."""
 
-    workers: dict[str, Share] = field(default_factory=dict)
+    workers: dict[str, WorkerTotals] = field(default_factory=dict)
     """By name, ``host:process``."""
     retries: int = 0
     nonfinite: dict[int, int] = field(default_factory=dict)
@@ -119,50 +121,51 @@ class Progress:
 
     @property
     def recent(self) -> int:
-        """Tiles of the last `RECENT` seconds."""
-        return sum(share.recent for share in self.workers.values())
+        """Return the tiles of the last `RECENT` seconds."""
+        return sum(totals.recent for totals in self.workers.values())
 
     @property
     def rate(self) -> float:
-        """Tiles per second over the last `RECENT` seconds, or since the run began; 0 for none."""
+        """Return tiles per second, over the last `RECENT` seconds or since the run began."""
         return self.recent / max(1.0, min(RECENT, self.now - self.began)) if self.recent else 0.0
 
 
-def read_progress(folder: Place, *, now: float | None = None) -> Progress:
-    """Read the logs in a ledger's folder; a line that is torn is left out.
+def read_logs(files: LedgerFiles, *, now: float | None = None) -> LogSummary:
+    """Read the logs of all writers of a ledger; a line that is torn is left out.
 
     Memory grows with the workers, not with the tiles.
     """
-    found = Progress(now=time.time() if now is None else now)
+    summary = LogSummary(now=time.time() if now is None else now)
     writers: dict[str, dict[int, str]] = {}
-    for path in find(folder, "log"):
+    for path in files.every_log():
         names = writers.setdefault(path.name.partition(".")[0], {})
         with path.open("rb") as file:
             for line in file:
                 with suppress(ValueError, KeyError):  # torn
-                    _enter(found, names, line.decode(errors="replace").split())
-    return found
+                    _enter(summary, names, line.decode(errors="replace").split())
+    return summary
 
 
-def _enter(found: Progress, names: dict[int, str], words: list[str]) -> None:
+def _enter(summary: LogSummary, names: dict[int, str], words: list[str]) -> None:
+    """Enter a line of a log; ``names`` are the workers that lines before it have numbered."""
     if len(words) == 3 and words[0] == "worker":
         names[int(words[1])] = words[2]
         return
     if not words:
         return
     ended, tile, number, read, compute, write, starved, attempts, nonfinite = map(int, words)
-    share = found.workers.setdefault(names[number], Share())
-    share.add(
+    totals = summary.workers.setdefault(names[number], WorkerTotals())
+    totals.add(
         ended,
         read=read / 1000,
         compute=compute / 1000,
         write=write / 1000,
         starved=starved / 1000,
     )
-    if ended > found.now - RECENT:
+    if ended > summary.now - RECENT:
         begun = ended - (read + compute + write) / 1000
-        found.began = min(found.began, begun) if found.recent else begun
-        share.recent += 1
-    found.retries += attempts - 1
+        summary.began = min(summary.began, begun) if summary.recent else begun
+        totals.recent += 1
+    summary.retries += attempts - 1
     if nonfinite:
-        found.nonfinite[tile] = nonfinite
+        summary.nonfinite[tile] = nonfinite

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tilepipe.runs.log import Share
+from tilepipe.runs.log import WorkerTotals
 
 if TYPE_CHECKING:
     from tilepipe.engines import TileFailure, TileResult
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Report:
-    """How a segmentation goes, and went."""
+    """How far a segmentation is, and how fast it goes."""
 
     plan: Plan
     tiles: int
@@ -39,7 +39,7 @@ class Report:
     """How long devices waited for data."""
     retries: int = 0
     """Attempts after the first, of the tiles that came to an end."""
-    workers: dict[str, Share] = field(default_factory=dict)
+    workers: dict[str, WorkerTotals] = field(default_factory=dict)
     """What each worker has done."""
     task: ArrayTask | None = None
     adopted: list[int] = field(default_factory=list)
@@ -54,13 +54,13 @@ class Report:
 
     @property
     def left(self) -> int:
-        """Tiles neither finished nor set aside."""
+        """Return how many tiles are neither finished nor set aside."""
         return self.tiles - self.before - self.done - len(self.failures)
 
     @property
     def device_seconds(self) -> float:
-        """For how long devices were held: of each worker, from its first tile to its last."""
-        return sum(share.seconds for share in self.workers.values())
+        """Return the seconds from the first tile of each worker to its last, all together."""
+        return sum(totals.seconds for totals in self.workers.values())
 
     def enter(self, result: TileResult) -> None:
         """Count a tile that was finished."""
@@ -72,7 +72,7 @@ class Report:
         self.write_seconds += result.write_seconds
         self.starved_seconds += result.starved_seconds
         self.narrowed += result.narrowed > 0
-        self.workers.setdefault(result.worker, Share()).add(
+        self.workers.setdefault(result.worker, WorkerTotals()).add(
             time.time(),
             read=result.read_seconds,
             compute=result.compute_seconds,

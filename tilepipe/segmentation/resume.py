@@ -17,24 +17,16 @@ from tilepipe.runs.fence import SETTLE
 from tilepipe.runs.ledger import (
     Ledger,
     await_first,
-    claimed,
-    claimed_first,
-    folder_of,
     is_begun,
-    is_claimed,
+    is_leased,
     lay_plan,
+    take_first_lease,
+    take_lease,
 )
-from tilepipe.storage.location import locate
+from tilepipe.storage.contents import look
 from tilepipe.storage.location import replace as write_whole
 from tilepipe.volumes.normalize import parse, resolve, restore
-from tilepipe.volumes.output import (
-    check_free,
-    create_target,
-    is_empty,
-    open_target,
-    read_attributes,
-    update_attributes,
-)
+from tilepipe.volumes.output import Output
 from tilepipe.volumes.source import open_source
 
 if TYPE_CHECKING:
@@ -42,226 +34,223 @@ if TYPE_CHECKING:
 
     from tilepipe.planning.plan import Plan
     from tilepipe.runs.array import ArrayTask
-    from tilepipe.runs.lease import Claim
+    from tilepipe.runs.lease import Lease
+    from tilepipe.segmentation.request import Request
 
 
 log = logging.getLogger(__name__)
 
 
-def find_earlier(target: str) -> dict[str, object] | None:
-    """Return the plan of a run that wrote to this target before, and how many tiles are finished.
+def find_earlier(output: Output) -> dict[str, object] | None:
+    """Return the plan of a run that wrote to this output before, and how many tiles are finished.
 
-    None where there was none.
+    Returns None where there was none.
     """
-    place = locate(target, "output")
-    if not place.exists():
+    if look(output.place) in ("nothing", "leases"):
         return None
-    ledger = Ledger.open(target, write=False)
+    ledger = Ledger.open(output, write=False)
     if ledger is not None:
         with ledger:
-            check_version(target, ledger.plan)
+            check_version(output.name, ledger.plan)
             return {**ledger.plan, "finished": ledger.done}
-    begun = _begun(target)
-    check_free(target, overwrite=True)  # says what else lies there
-    if not begun and not is_empty(place):
+    state = _state(output)
+    output.check_free(overwrite=True)  # says what else lies there
+    if state != "created" and look(output.place) == "more":
         raise BadRequest(
-            f"output (={target}) exists without the ledger of its run; name another, or replace"
+            f"output (={output}) exists without the ledger of its run; name another, or replace"
             " it with --overwrite"
         )
     return None
 
 
-def check_intact(made: Plan, *, finished: bool) -> None:
+def check_intact(output: Output, plan: Plan, *, finished: bool) -> None:
     """Refuse an earlier output whose array is not the one that its run created.
 
     Metadata that a crash has spoiled can be made anew, see `restore_metadata`; that of an
     array is not looked for where it is gone with ``finished`` tiles, since its voxels may be, too.
     """
-    if _spoiled(made, finished=finished):
+    if _spoiled(output, plan, finished=finished):
         return
     damage = ""
     try:
-        found = open_target(made.target)
-        stored = found.shape, found.channels, found.chunks, found.shards, str(found.dtype)
-        channels = made.answer.channels if made.answer.stacked else None
-        sizes = made.sizes
-        wanted = made.source.shape, channels, sizes.chunks, sizes.shards, made.answer.dtype
-        if stored != wanted:
+        array = output.open()
+        stored = array.shape, array.channels, array.chunks, array.shards, str(array.dtype)
+        channels = plan.answer.channels if plan.answer.stacked else None
+        sizes = plan.sizes
+        planned = plan.source.shape, channels, sizes.chunks, sizes.shards, plan.answer.dtype
+        if stored != planned:
             damage = "its array 0 is another than was created"
     except BadRequest as error:
         damage = str(error)
     if damage:
-        raise BadRequest(
-            f"output (={made.target}) is damaged ({damage}); replace it with --overwrite"
-        )
+        raise BadRequest(f"output (={output}) is damaged ({damage}); replace it with --overwrite")
 
 
-def restore_metadata(made: Plan, ledger: Ledger) -> None:
+def restore_metadata(output: Output, plan: Plan, ledger: Ledger) -> None:
     """Make metadata anew that a crash of the machine has emptied or cut off: as the plan has it."""
-    place = locate(made.target, "output")
-    spoiled = _spoiled(made, finished=ledger.done > 0)
+    spoiled = _spoiled(output, plan, finished=ledger.done > 0)
     if not spoiled:
         return
-    kept = {"versions": ledger.plan.get("versions"), "plan": ledger.plan["plan"]}
+    place = output.place
+    provenance = {"versions": ledger.plan.get("versions"), "plan": ledger.plan["plan"]}
     with TemporaryDirectory(prefix="tilepipe-") as folder:
         fresh = Path(folder) / place.name
-        _create(made, str(fresh), {"state": "started", **kept}, overwrite=False)
+        create_output(Output.at(fresh), plan, {"state": "started", **provenance}, overwrite=False)
         for name in spoiled:
             log.warning("%s was spoiled, and is made anew from the plan", place / name)
             (place / name).parent.mkdir(exist_ok=True)
             write_whole(place / name, (fresh / name).read_bytes())
-    check_intact(made, finished=ledger.done > 0)
+    check_intact(output, plan, finished=ledger.done > 0)
 
 
-def _spoiled(made: Plan, *, finished: bool) -> list[str]:
+def _spoiled(output: Output, plan: Plan, *, finished: bool) -> list[str]:
     """Return which files of metadata are no JSON, as after a crash, or are not there."""
-    place = locate(made.target, "output")
     arrays = ("0/zarr.json", "0/.zarray")
     names: tuple[str, ...] = ("zarr.json", "0/zarr.json")
-    if made.options.ome_version == "0.4":
+    if plan.options.ome_version == "0.4":
         names = (".zgroup", ".zattrs", "0/.zarray", "0/.zattrs")
-    found = []
+    spoiled, lost = [], False
     for name in names:
         try:
-            json.loads((place / name).read_bytes())
+            json.loads((output.place / name).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            if not (finished and name in arrays):
-                found.append(name)
+            if finished and name in arrays:
+                lost = True
+            else:
+                spoiled.append(name)
         except (ValueError, RecursionError):
-            found.append(name)
-    lost = finished and any(not (place / name).exists() for name in names if name in arrays)
-    return [] if lost else found
+            spoiled.append(name)
+    return [] if lost else spoiled
 
 
 def normalized(
-    made: Plan,
+    plan: Plan,
     earlier: Mapping[str, object] | None,
     scanned: Callable[[int, int], None] | None,
 ) -> Plan:
     """Return the plan with its normalization known, from the earlier run or from the volume."""
-    if made.normalization is not None:
-        return made
-    known = cast("Mapping[str, list[float]] | None", (earlier or {}).get("normalization"))
-    if known:
-        found = restore(known)
-    else:
-        volume = open_source(made.source.path, made.options)
-        try:
-            found = resolve(parse(made.normalize), volume, scanned)
-        except OSError as error:
-            raise BadRequest(
-                f"normalize (={made.normalize}) needs every voxel of the source, and {error}; mend"
-                " the source, or give known values with scale:A,B"
-            ) from error
-    return replace(made, normalization=found)
+    if plan.normalization is not None:
+        return plan
+    numbers = cast("Mapping[str, list[float]] | None", (earlier or {}).get("normalization"))
+    if numbers:
+        return replace(plan, normalization=restore(numbers))
+    volume = open_source(plan.source.path, plan.options)
+    try:
+        return replace(plan, normalization=resolve(parse(plan.normalize), volume, scanned))
+    except OSError as error:
+        raise BadRequest(
+            f"normalize (={plan.normalize}) needs every voxel of the source, and {error}; mend"
+            " the source, or give known values with scale:A,B"
+        ) from error
 
 
-def open_ledger(
-    made: Plan, earlier: Mapping[str, object] | None, *, task: ArrayTask | None, overwrite: bool
-) -> Ledger:
-    """Open the ledger of the earlier run, or create the target and a new one."""
-    there = earlier is not None or task is not None
-    opened = Ledger.open(made.target, task=task) if there else None
-    if opened is not None:
+def open_ledger(request: Request, plan: Plan, earlier: Mapping[str, object] | None) -> Ledger:
+    """Open the ledger of the earlier run, or create the output and a new ledger."""
+    output, task = request.output, request.task
+    may_exist = earlier is not None or task is not None
+    ledger = Ledger.open(output, task=task) if may_exist else None
+    if ledger is not None:
         try:
-            restore_metadata(made, opened)
+            restore_metadata(output, plan, ledger)
         except BaseException:
-            opened.close()
+            ledger.close()
             raise
-        return opened
-    claim = claimed(made.target)
-    content = _begin(made, claim, overwrite=overwrite)
-    return Ledger(folder_of(made.target), content, tiles=len(made.grid), claim=claim)
+        return ledger
+    lease = take_lease(output)
+    content = _begin(output, plan, lease, overwrite=request.overwrite)
+    return Ledger(output, content, tiles=len(plan.grid), lease=lease)
 
 
 def agree(
-    target: str,
+    output: Output,
     make: Callable[[], tuple[Plan, dict[str, object] | None]],
     *,
     task: ArrayTask,
     scanned: Callable[[int, int], None] | None,
 ) -> Plan:
-    """Return the plan of an array's tasks: the first creates the target, the others wait for it.
+    """Return the plan of an array's tasks: the first creates the output, the others wait for it.
 
     ``make`` plans, and returns what the ledger keeps of an earlier run, if there was one.
     """
     while True:
-        await_first(target)
-        known = is_begun(target)
+        await_first(output)
+        was_begun = is_begun(output)
         try:
-            made, earlier = make()
+            plan, earlier = make()
         except BadRequest:
-            if is_begun(target) == known and not is_claimed(target):
+            if is_begun(output) == was_begun and not is_leased(output):
                 raise
             continue  # another task was just creating it
         if earlier is not None:
-            return normalized(made, earlier, scanned)
-        if short := made.short_of_disk():
+            return normalized(plan, earlier, scanned)
+        if short := plan.short_of_disk():
             raise BadRequest(short)
-        claim = claimed_first(target, task)
-        if claim is not None:
-            with closing(claim):
-                _begin(made, claim, overwrite=False, scanned=scanned)
+        lease = take_first_lease(output, task)
+        if lease is not None:
+            with closing(lease):
+                _begin(output, plan, lease, overwrite=False, scanned=scanned)
 
 
 def _begin(
-    made: Plan,
-    claim: Claim,
+    output: Output,
+    plan: Plan,
+    lease: Lease,
     *,
     overwrite: bool,
     scanned: Callable[[int, int], None] | None = None,
 ) -> dict[str, object]:
-    """Create the target that was claimed and return its plan; nothing is left where that fails."""
+    """Create the output, on which we hold the lease, and its ledger; return the ledger's plan.
+
+    Nothing is left where that fails.
+    """
     try:
-        made = normalized(made, None, scanned)
-        begun = _begun(made.target)
-        if claim.after_dead or _state(made.target) == "started":
+        plan = normalized(plan, None, scanned)
+        state = _state(output)
+        if lease.after_dead or state == "started":
             time.sleep(SETTLE)
-        attributes = {"state": "created", **made.provenance()}
-        _create(made, made.target, attributes, overwrite=overwrite or begun)
-        assert made.normalization is not None
+        attributes = {"state": "created", **plan.provenance()}
+        # Stopped before it had a ledger, and so before any tile, an output may be begun anew.
+        create_output(output, plan, attributes, overwrite=overwrite or state == "created")
+        assert plan.normalization is not None
         content: dict[str, object] = {
-            "identity": made.identity(),
-            "normalization": asdict(made.normalization),
-            **made.provenance(),
+            "identity": plan.identity(),
+            "normalization": asdict(plan.normalization),
+            **plan.provenance(),
         }
-        content = lay_plan(made.target, content, tiles=len(made.grid))
-        update_attributes(made.target, {"state": "started"})
+        content = lay_plan(output, content, tiles=len(plan.grid))
+        output.update_attributes({"state": "started"})
     except BaseException:
-        claim.close()
+        lease.close()
         with suppress(OSError):  # it holds more
-            folder_of(made.target).rmdir()
-            folder_of(made.target).parent.rmdir()
+            output.ledger.folder.rmdir()
+            output.place.rmdir()
         raise
     return content
 
 
-def _create(made: Plan, target: str, attributes: Mapping[str, object], *, overwrite: bool) -> None:
-    many = made.answer.stacked
-    create_target(
-        target,
-        axes="c" * many + made.source.axes,
-        shape=(made.answer.channels,) * many + made.source.shape,
-        dtype=made.answer.dtype,
-        chunks=made.sizes.chunks,
-        shards=made.sizes.shards,
-        scale=made.source.scale,
-        units=made.source.units,
-        translation=made.source.translation,
+def create_output(
+    output: Output, plan: Plan, attributes: Mapping[str, object], *, overwrite: bool
+) -> None:
+    """Create the output of a plan, all zeros, without a ledger."""
+    stacked = plan.answer.stacked
+    output.create(
+        axes="c" * stacked + plan.source.axes,
+        shape=(plan.answer.channels,) * stacked + plan.source.shape,
+        dtype=plan.answer.dtype,
+        chunks=plan.sizes.chunks,
+        shards=plan.sizes.shards,
+        scale=plan.source.scale,
+        units=plan.source.units,
+        translation=plan.source.translation,
         attributes=attributes,
-        ome_version=cast("Literal['0.4', '0.5']", made.options.ome_version),
+        ome_version=cast("Literal['0.4', '0.5']", plan.options.ome_version),
         overwrite=overwrite,
     )
 
 
-def _begun(target: str) -> bool:
-    """Whether a run was stopped here before it had a ledger, and so before any tile."""
-    return _state(target) == "created"
-
-
-def _state(target: str) -> object:
+def _state(output: Output) -> object:
     """Return how far an output is: ``created``, ``started``, ``done``, or None for no output."""
     try:
-        return read_attributes(target).get("state")
+        return output.read_attributes().get("state")
     except BadRequest:
         return None

@@ -12,11 +12,12 @@ from tilepipe.errors import BadRequest
 from tilepipe.host.process import borrowed
 from tilepipe.options import Options
 from tilepipe.planning.identity import check_same
-from tilepipe.planning.plan import Plan, default_target, plan
+from tilepipe.planning.plan import plan as make_plan
 from tilepipe.runs.array import ArrayTask
 from tilepipe.segmentation import slurm as cluster
-from tilepipe.segmentation.launch import choose_workers, connected, outcomes_of
+from tilepipe.segmentation.launch import connected, outcomes_of
 from tilepipe.segmentation.report import Report
+from tilepipe.segmentation.request import Request, check_task, choose_workers, find_output
 from tilepipe.segmentation.resume import (
     agree,
     check_intact,
@@ -25,7 +26,6 @@ from tilepipe.segmentation.resume import (
     open_ledger,
 )
 from tilepipe.segmentation.worker import SegmentJob
-from tilepipe.volumes.output import check_free, check_target, update_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from tilepipe.engines.jobs import Jobs
+    from tilepipe.planning.plan import Plan
     from tilepipe.runs.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -58,44 +59,40 @@ def segment(
 ) -> Report:
     """Segment a volume into an OME-Zarr: the answer of one pass over the whole mirrored image.
 
-    Runs again where an earlier run of the same plan was stopped. ``planned`` is told the plan
-    before anything is written, ``scanned`` the blocks read and their number where the whole volume
-    is read once for its normalization, ``progress`` the report after every tile. Tiles that fail
-    are retried, then set aside in ``Report.failures`` while the rest goes on. With ``task`` just
-    that share of the tiles is done, at the same time as others by other processes, and what those
-    that died have left; who does the last tile ends the whole. ``jobs`` are those of engine
-    ``slurm``.
+    Where an earlier run of the same plan was stopped, this one goes on. ``planned`` is called with
+    the plan before anything is written, ``scanned`` with the blocks read and their number where
+    the whole volume is read once for its normalization, ``progress`` with the report after every
+    tile. A tile that fails is tried again, then set aside in ``Report.failures`` while the rest
+    goes on. With ``task`` only that share of the tiles is done, at the same time as other processes
+    do theirs, and then what tasks that died have left; the task that does the last tile ends the
+    whole. ``jobs`` are those of engine ``slurm``.
 
     Raises `BadRequest`, before anything is written, for what cannot work.
     """
-    options = options or Options()
-    count = choose_workers(engine, scheduler, workers, options, jobs)
-    _check_task(task, engine, scheduler, overwrite=overwrite)
-    made, earlier = (
-        _plan(source, model, output, options, count, overwrite=overwrite, jobs=jobs)
-        if task is None
-        else (_agreed(source, model, output, options, count, task, scanned), None)
-    )
-    if task is None and (short := made.short_of_disk()):
-        raise BadRequest(short)
+    request = Request(
+        source, model, find_output(source, output), options or Options(),
+        engine, scheduler, workers, task, jobs, overwrite,
+    )  # fmt: skip
+    choose_workers(request)
+    check_task(request)
+    plan, earlier = _plan_or_agree(request, scanned)
     if jobs is not None:
-        cluster.check(made.target, jobs)
+        cluster.check(request.output, jobs)
     with connected(scheduler) as client:  # before anything is written
         if planned is not None:
-            planned(made)
-        if task is None:
-            made = normalized(made, earlier, scanned)
-        with open_ledger(made, earlier, task=task, overwrite=overwrite) as ledger:
+            planned(plan)
+        plan = normalized(plan, earlier, scanned)
+        with open_ledger(request, plan, earlier) as ledger:
             tiles = range(ledger.tiles) if task is None else task.share(ledger.tiles)
-            report = Report(made, len(tiles), ledger.finished(tiles), task=task)
-            _run(report, ledger, tiles, count=count, client=client, jobs=jobs, progress=progress)
+            report = Report(plan, len(tiles), ledger.finished(tiles), task=task)
+            _run(request, report, ledger, tiles, client=client, progress=progress)
             if task is not None:
-                _adopt(report, ledger, task, count=count, progress=progress)
+                _adopt(request, report, ledger, task, progress=progress)
             report.unfinished = ledger.tiles - ledger.done
             if not report.unfinished:
                 ledger.check()
                 ending = {"state": "done", "nonfinite": ledger.nonfinite()}
-                update_attributes(made.target, ending, leave=ledger.fence)
+                request.output.update_attributes(ending, leave=ledger.fence)
     return report
 
 
@@ -112,137 +109,80 @@ def plan_segment(
     task: ArrayTask | None = None,
     jobs: Jobs | None = None,
 ) -> Plan:
-    """Return the plan that `segment` would make, with all its refusals; touches nothing.
+    """Return the plan that `segment` would make, with all its refusals; nothing is written.
 
     A disk that is too small is a notice here: a plan may be made elsewhere than it is run.
     """
-    options = options or Options()
-    count = choose_workers(engine, scheduler, workers, options, jobs)
-    _check_task(task, engine, scheduler, overwrite=False)
-    made = _plan(source, model, output, options, count, overwrite=False, jobs=jobs, touch=False)[0]
-    short = made.short_of_disk()
-    return replace(made, notices=(*made.notices, short)) if short else made
+    request = Request(
+        source, model, find_output(source, output), options or Options(),
+        engine, scheduler, workers, task, jobs,
+    )  # fmt: skip
+    choose_workers(request)
+    check_task(request)
+    plan, _ = _plan(request, touch=False)
+    short = plan.short_of_disk()
+    return replace(plan, notices=(*plan.notices, short)) if short else plan
 
 
-def _plan(
-    source: str | Path,
-    model: str | Path,
-    output: str | Path | None,
-    options: Options,
-    count: int,
-    *,
-    overwrite: bool,
-    jobs: Jobs | None,
-    touch: bool = True,
+def _plan_or_agree(
+    request: Request, scanned: Callable[[int, int], None] | None
 ) -> tuple[Plan, dict[str, object] | None]:
+    """Return the plan, and what the ledger of an earlier run keeps, if there was one.
+
+    The tasks of an array agree on one plan; the output is there when this returns.
+    """
+    if request.task is not None:
+        request.output.check_apart(request.source)
+        plan = agree(request.output, lambda: _plan(request), task=request.task, scanned=scanned)
+        return plan, None
+    plan, earlier = _plan(request)
+    if short := plan.short_of_disk():
+        raise BadRequest(short)
+    return plan, earlier
+
+
+def _plan(request: Request, *, touch: bool = True) -> tuple[Plan, dict[str, object] | None]:
     """Make the plan, and return what the ledger of an earlier run keeps, if there was one."""
-    if not str(source):
-        raise BadRequest("source is empty; name a Zarr, an OME-Zarr or a TIFF")
-    target = str(output) if output is not None else default_target(source)
-    check_target(target, source, touch=touch)
-    if overwrite:
-        check_free(target, overwrite=True)
-    earlier = None if overwrite else find_earlier(target)
-    kept = cast("Mapping[str, object]", (earlier or {}).get("identity") or {})
+    output, options, jobs = request.output, request.options, request.jobs
+    output.check_apart(request.source, touch=touch)
+    if request.overwrite:
+        output.check_free(overwrite=True)
+    earlier = None if request.overwrite else find_earlier(output)
+    identity = cast("Mapping[str, object]", (earlier or {}).get("identity") or {})
     if jobs is not None:
-        sizes = cast("Mapping[str, object]", kept.get("sizes") or {})
+        sizes = cast("Mapping[str, object]", identity.get("sizes") or {})
         options = cluster.fitted(options, jobs, sizes)
-    made = plan(
-        source,
-        model=model,
-        output=target,
+    plan = make_plan(
+        request.source,
+        model=request.model,
+        output=output.name,
         options=options,
-        workers=count or 1,
-        earlier=kept,
+        workers=choose_workers(request) or 1,
+        earlier=identity,
         elsewhere=jobs is not None,
     )
-    check_same(target, kept, made.identity())
+    check_same(output.name, identity, plan.identity())
     if earlier is not None:
-        check_intact(made, finished=bool(earlier["finished"]))
-    return made, earlier
-
-
-def _check_task(
-    task: ArrayTask | None, engine: str, scheduler: str | None, *, overwrite: bool
-) -> None:
-    if task is None:
-        return
-    if overwrite:
-        raise BadRequest(
-            f"task (={task}) must not be with --overwrite, or each task would undo the others'"
-            " work; remove the output before the array begins"
-        )
-    if scheduler is not None or engine not in ("auto", "serial", "dask", "local-cuda"):
-        raise BadRequest(
-            f"task (={task}) is for arrays of processes without a scheduler; leave out"
-            " --task, or --scheduler and --engine"
-        )
-
-
-def _agreed(
-    source: str | Path,
-    model: str | Path,
-    output: str | Path | None,
-    options: Options,
-    count: int,
-    task: ArrayTask,
-    scanned: Callable[[int, int], None] | None,
-) -> Plan:
-    """Return the plan of all tasks of an array; the target is there when this returns."""
-    target = str(output) if output is not None else default_target(source)
-    check_target(target, source)
-
-    def make() -> tuple[Plan, dict[str, object] | None]:
-        return _plan(source, model, output, options, count, overwrite=False, jobs=None)
-
-    return agree(target, make, task=task, scanned=scanned)
-
-
-def _adopt(
-    report: Report,
-    ledger: Ledger,
-    task: ArrayTask,
-    *,
-    count: int,
-    progress: Callable[[Report], None] | None,
-) -> None:
-    """Do what other tasks of the array have left that died."""
-    while True:
-        ledger.refresh()
-        taken = ledger.adopt(task)
-        if not taken:
-            return
-        try:
-            ledger.refresh()
-            for number in sorted(taken):
-                log.warning("task %d/%d died: its tiles are done here", number, task.count)
-                share = ArrayTask(number, task.count).share(ledger.tiles)
-                report.adopted.append(number)
-                report.tiles += len(share)
-                report.before += ledger.finished(share)
-                _run(report, ledger, share, count=count, client=None, jobs=None, progress=progress)
-        finally:
-            for claim in taken.values():
-                claim.close()
+        check_intact(output, plan, finished=bool(earlier["finished"]))
+    return plan, earlier
 
 
 def _run(
+    request: Request,
     report: Report,
     ledger: Ledger,
     tiles: range,
     *,
-    count: int,
     client: Client | None,
-    jobs: Jobs | None,
     progress: Callable[[Report], None] | None,
 ) -> None:
     """Run the tiles that are left through the engine and enter them in the ledger."""
     began = time.perf_counter() - report.seconds
-    job = SegmentJob(report.plan, ledger.right)
-    left = ledger.remaining(tiles)
     if next(ledger.remaining(tiles), None) is None:
         return
-    with outcomes_of(job, left, report, count=count, client=client, jobs=jobs) as outcomes:
+    job = SegmentJob(report.plan, ledger.right)
+    left = ledger.remaining(tiles)
+    with outcomes_of(job, left, report, request, client=client) as outcomes:
         for outcome in outcomes:
             report.retries += outcome.attempts - 1
             if isinstance(outcome, TileResult):
@@ -251,11 +191,39 @@ def _run(
             else:
                 ledger.check()  # or each of what may be a million tiles would fail in turn
                 write = report.plan.grid[outcome.index].write
-                named = replace(outcome, cause=f"voxels {write}: {outcome.cause}")
-                report.failures.append(named)
-                log.info("tile %d set aside: %s", outcome.index, named.cause)
+                failure = replace(outcome, cause=f"voxels {write}: {outcome.cause}")
+                report.failures.append(failure)
+                log.info("tile %d set aside: %s", failure.index, failure.cause)
             report.seconds = time.perf_counter() - began
             if progress is not None:
                 progress(report)
     report.failures.sort(key=lambda failure: failure.index)
     ledger.set_aside(report.failures)
+
+
+def _adopt(
+    request: Request,
+    report: Report,
+    ledger: Ledger,
+    task: ArrayTask,
+    *,
+    progress: Callable[[Report], None] | None,
+) -> None:
+    """Do what other tasks of the array have left that died."""
+    while True:
+        ledger.refresh()
+        leases = ledger.adopt(task)
+        if not leases:
+            return
+        try:
+            ledger.refresh()
+            for number in sorted(leases):
+                log.warning("task %d/%d died: its tiles are done here", number, task.count)
+                share = ArrayTask(number, task.count).share(ledger.tiles)
+                report.adopted.append(number)
+                report.tiles += len(share)
+                report.before += ledger.finished(share)
+                _run(request, report, ledger, share, client=None, progress=progress)
+        finally:
+            for lease in leases.values():
+                lease.close()

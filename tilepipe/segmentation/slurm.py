@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from tilepipe.engines.jobs import Jobs, seconds
 from tilepipe.errors import BadRequest
 from tilepipe.planning.costs import SLOTS
-from tilepipe.storage.contents import LEDGER
 from tilepipe.text import counted
+from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MEMORY = 0.9
 """Share of a job's memory that the worker may use; the rest is for the process that watches it."""
-LOGS = "jobs"
-"""The folder beside the ledger that gets the logs of the jobs."""
 
 
 def engine() -> ModuleType:
@@ -48,64 +46,64 @@ def engine() -> ModuleType:
     return slurm
 
 
-def job_name(target: str) -> str:
-    """Return the name of the jobs of a target, the same for each run of it.
+def job_name(output: Output) -> str:
+    """Return the name of the jobs of an output, the same for each run of it.
 
-    >>> job_name("/data/volume-segmented.zarr")
+    >>> job_name(Output.at("/data/volume-segmented.zarr"))
     'tilepipe-9900584b'
     """
-    path = target if "://" in target else os.path.abspath(target)
+    path = output.name if "://" in output.name else os.path.abspath(output.name)
     return "tilepipe-" + hashlib.sha256(path.encode()).hexdigest()[:8]
 
 
-def log_folder(target: str) -> Path:
-    """Return where the jobs of a target write their logs: beside its ledger, if it is a folder.
+def log_folder(output: Output) -> Path:
+    """Return where the jobs of an output write their logs: in its ledger, if that is a folder.
 
-    Of a target in an object store, in the folder where the run was begun.
+    Those of an output in an object store are written in the folder where the run was begun.
     """
-    if "://" in target:
-        return Path.cwd() / f"{job_name(target)}-{LOGS}"
-    return Path(os.path.abspath(target)) / LEDGER / LOGS
+    jobs = output.ledger.jobs
+    return jobs if isinstance(jobs, Path) else Path.cwd() / f"{job_name(output)}-{jobs.name}"
 
 
-def fitted(options: Options, jobs: Jobs, kept: Mapping[str, object]) -> Options:
+def fitted(options: Options, jobs: Jobs, sizes: Mapping[str, object]) -> Options:
     """Return the options with what the jobs decide, where neither the user nor an earlier run has.
 
     A worker computes on its job's GPU, or with as many threads as its job has cores, and on a CPU
-    uses most of the job's memory. ``kept`` are the `Sizes` of an earlier run's plan.
+    uses most of the job's memory. ``sizes`` are the `Sizes` of an earlier run's plan.
     """
     slurm = engine()
     device, threads, memory = options.device, options.threads, options.memory
-    if device == "auto" and "device" not in kept:
+    if device == "auto" and "device" not in sizes:
         device = "cuda" if jobs.gpus else "cpu"
-    if threads is None and "threads" not in kept:
+    if threads is None and "threads" not in sizes:
         threads = slurm.cores(jobs)
     if memory is None and not jobs.gpus:
         memory = int(MEMORY * slurm.memory(jobs))
     return replace(options, device=device, threads=threads, memory=memory)
 
 
-def check(target: str, jobs: Jobs) -> None:
+def check(output: Output, jobs: Jobs) -> None:
     """Refuse jobs that SLURM would refuse; nothing is written or submitted."""
-    engine().check(jobs, name=job_name(target))
+    engine().check(jobs, name=job_name(output))
 
 
 @contextmanager
-def started(target: str, jobs: Jobs, *, slots: int, left: int) -> Iterator[Fleet]:
-    """Submit the jobs of a target whose ledger there is, and end them at the end."""
-    folder = log_folder(target)
+def started(output: Output, jobs: Jobs, *, slots: int, left: int) -> Iterator[Fleet]:
+    """Submit the jobs of an output that has a ledger, and end them at the end."""
+    folder = log_folder(output)
     folder.mkdir(exist_ok=True)
     with engine().fleet(
-        jobs, name=job_name(target), folder=folder, slots=slots, left=left
+        jobs, name=job_name(output), folder=folder, slots=slots, left=left
     ) as fleet:
         yield fleet
 
 
 def describe(plan: Plan, jobs: Jobs) -> dict[str, object]:
     """Return the script of the jobs and what all of them will take, as plain values."""
-    folder = str(log_folder(plan.target))
+    output = Output.at(plan.target)
+    folder = str(log_folder(output))
     slots = SLOTS if plan.sizes.sweep is None else 2
-    script = engine().job_script(jobs, name=job_name(plan.target), folder=folder, slots=slots)
+    script = engine().job_script(jobs, name=job_name(output), folder=folder, slots=slots)
     return {
         "jobs": list(jobs.jobs),
         "script": script,
@@ -115,10 +113,10 @@ def describe(plan: Plan, jobs: Jobs) -> dict[str, object]:
 
 def describe_jobs(plan: Plan, jobs: Jobs) -> str:
     """Return the same for people."""
-    said = describe(plan, jobs)
+    facts = describe(plan, jobs)
     low, high = jobs.jobs
     number = f"{low} to {high}" if low != high else f"{high}"
-    script = "\n".join(f"  {line}".rstrip() for line in str(said["script"]).splitlines())
+    script = "\n".join(f"  {line}".rstrip() for line in str(facts["script"]).splitlines())
     tiles = plan.costs.tiles
     few = f"; only {tiles} have a tile to work on: give a smaller --tile" * (tiles < high)
     return (
@@ -147,9 +145,9 @@ def expected(multiply_adds: int, jobs: Jobs) -> str:
             " --cluster file; the report of a run tells it"
         )
     most = jobs.jobs[1]
-    told = f"{hours:.3g} {unit} at {jobs.rate:.3g} multiply-adds/s: {hours / most:.3g} hours with"
-    told += f" {counted(most, 'job')}"
+    text = f"{hours:.3g} {unit} at {jobs.rate:.3g} multiply-adds/s: {hours / most:.3g} hours with"
+    text += f" {counted(most, 'job')}"
     if jobs.walltime is not None:
         times = -(-hours * 3600 // seconds(jobs.walltime))
-        told += f", {counted(int(times), 'walltime')} in all"
-    return told
+        text += f", {counted(int(times), 'walltime')} in all"
+    return text

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    class Written(Protocol):
-        """What takes regions of whole write units."""
+    class RegionWriter(Protocol):
+        """An array into which regions of whole write units are written."""
 
         def write(self, region: Region, array: NDArray[np.generic]) -> None:
             """Write all channels of a region."""
 
 
-class Feed:
+class RowReader:
     """The rows of one tile, in order; the next block is read by another thread meanwhile."""
 
     def __init__(
@@ -64,15 +64,15 @@ class Feed:
             self.waited += time.perf_counter() - began
             self._ahead()
         self._held = [(a, block) for a, block in self._held if a + len(block) > start]
-        found = [block[max(start - a, 0) : stop - a] for a, block in self._held if a < stop]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        parts = [block[max(start - a, 0) : stop - a] for a, block in self._held if a < stop]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-class Store:
+class RowWriter:
     """The rows of one tile's answer, in order; whole write units are written by another thread."""
 
     def __init__(
-        self, target: Written, write: Region, *, axis: int, unit: int, pool: Executor
+        self, target: RegionWriter, write: Region, *, axis: int, unit: int, pool: Executor
     ) -> None:
         """``write`` is the tile's region, ``unit`` the rows of a write unit along ``axis``."""
         self._target, self._write, self._axis, self._pool = target, write, axis, pool

@@ -1,4 +1,4 @@
-"""One tile from source to target: what runs in every process, whatever the engine."""
+"""One tile from source to output: what runs in every process, whatever the engine."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from tilepipe.models.windows import Window, Windows, cut, read_box
 from tilepipe.planning.costs import READS, SLOTS, block_rows, blocks
 from tilepipe.planning.regions import Regions, regions_of
 from tilepipe.runs.fence import Fence
-from tilepipe.segmentation.streams import Feed, Store
-from tilepipe.volumes.output import open_target
+from tilepipe.segmentation.streams import RowReader, RowWriter
+from tilepipe.volumes.borders import read_mirrored, read_zero_padded
 from tilepipe.volumes.source import open_source
-from tilepipe.volumes.volume import read_mirrored, read_zero_padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,28 +48,28 @@ class SegmentJob:
 
     plan: Plan
     right: Right
-    """Of the run to write to the plan's target."""
+    """The right of the run to write to its output, which it names."""
     key: str = field(default_factory=lambda: uuid4().hex)
-    """Of this run's work alone: others of the same plan, to another target, have another."""
+    """Of this run's work alone: others of the same plan, to another output, have another."""
     folder: str = field(default_factory=os.getcwd)
     """Where the run was begun: the network's own code may lie there, wherever a worker is."""
 
     @property
     def slots(self) -> int:
-        """Tiles in flight in a process: one is read, one computed, one written.
+        """Return the tiles in flight in a process: one is read, one computed, one written.
 
         A sweep reads and writes its own rows meanwhile; beside it the next tile begins to read.
         """
         return SLOTS if self.plan.sizes.sweep is None else 2
 
     def open(self) -> Worker:
-        """Load the model, open source and target; return what processes a tile by its index."""
+        """Load the model, open source and output; return what processes a tile by its index."""
         return Worker(self.plan, self.right, self.folder)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tile with what its windows read."""
+    """A tile, with the voxels that its windows read."""
 
     write: Region
     windows: list[Window]
@@ -80,7 +79,7 @@ class Part:
 
 
 class Worker:
-    """One process's share of a plan.
+    """What one process has open to compute tiles of a plan.
 
     Reads and writes in the threads that call it, and computes in one of its own.
     """
@@ -92,7 +91,7 @@ class Worker:
         self._plan, self._folder = plan, folder
         self._volume = open_source(plan.source.path, options)
         self._fence = Fence(right)
-        self._target = open_target(plan.target, leave=self._fence, durable=options.durable)
+        self._output = right.output.open(leave=self._fence, durable=options.durable)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._reading = threading.Lock()  # one tile at a time, or memory is not what was planned
         self._sweeping = threading.Lock()
@@ -143,7 +142,7 @@ class Worker:
         )
 
     def __call__(self, index: int) -> TileResult:
-        """Read, compute and write one tile; its voxels are in the target when this returns.
+        """Read, compute and write one tile; its voxels are in the output when this returns.
 
         Where memory is short, on this tile and all that follow the network gets half as much.
         """
@@ -213,7 +212,7 @@ class Worker:
         ready = time.perf_counter()
         answer, seconds, starved = self._compute.submit(self._timed, part, began, ready).result()
         done = time.perf_counter()
-        self._target.write(write, answer if self._plan.answer.stacked else answer[0])
+        self._output.write(write, answer if self._plan.answer.stacked else answer[0])
         return TileResult(
             index=index,
             voxels=write.size,
@@ -255,36 +254,36 @@ class Worker:
         box = read_box(cut(cuts, plan.profile.axes, write))
         rows = block_rows(slab, plan.source.chunks[axis])
         parts = list(blocks(box.start[axis], box.stop[axis], plan.source.shape[axis], rows))
-        feed = Feed(box, axis=axis, parts=parts, load=load, pool=self._reads)
+        reader = RowReader(box, axis=axis, parts=parts, load=load, pool=self._reads)
         with self._sweeping:
             began = time.perf_counter()
 
-            def rows_of(wanted: Region) -> NDArray[np.float32]:
-                wanted = wanted.shift(cuts.origin)
-                low, high = wanted.start[axis], wanted.stop[axis]
-                if wanted != _with_rows(box, axis, low, high):
-                    raise TileError(f"the network reads {wanted}; it is given rows of {box}")
-                return feed.rows(low, high)
+            def rows_of(region_read: Region) -> NDArray[np.float32]:
+                region_read = region_read.shift(cuts.origin)
+                low, high = region_read.start[axis], region_read.stop[axis]
+                if region_read != _with_rows(box, axis, low, high):
+                    raise TileError(f"the network reads {region_read}; it is given rows of {box}")
+                return reader.rows(low, high)
 
             swept = self._predictor.sweep(cuts.output_box(write), axis, slab, rows_of)
-            store = Store(self._target, write, axis=axis, unit=unit, pool=self._writes)
+            writer = RowWriter(self._output, write, axis=axis, unit=unit, pool=self._writes)
             try:
-                while (found := self._compute.submit(next, swept, None).result()) is not None:
-                    store.add(found[1] if plan.answer.stacked else found[1][0])
+                while (slab_answer := self._compute.submit(next, swept, None).result()) is not None:
+                    writer.add(slab_answer[1] if plan.answer.stacked else slab_answer[1][0])
             except BaseException:
-                store.finish()  # when the tile is tried again, nobody else may write there
+                writer.finish()  # when the tile is tried again, nobody else may write there
                 raise
             computing = time.perf_counter() - began
-        writing = store.finish()
+        writing = writer.finish()
         return TileResult(
             index=index,
             voxels=write.size,
             nonfinite=spoiled,
             read_seconds=loading,
-            compute_seconds=computing - feed.waited - store.waited,
+            compute_seconds=computing - reader.waited - writer.waited,
             write_seconds=writing,
             worker=self._name,
-            starved_seconds=feed.waited,
+            starved_seconds=reader.waited,
         )
 
     def _read(self, region: Region) -> NDArray[np.generic]:
@@ -324,13 +323,13 @@ class Worker:
             if isinstance(self._cuts, Regions):
                 seen = Region(window.read.start[leading:], window.read.stop[leading:])
                 rows = seen.shift([-n for n in self._cuts.origin])
-                found = self._predictor(grey, self._cuts.output_box(keep), rows)
+                values = self._predictor(grey, self._cuts.output_box(keep), rows)
             else:
                 first = zip(window.read.start[leading:], plan.profile.offset, strict=True)
-                kept = keep.within([a + o for a, o in first])
-                found = self._predictor(grey)[(slice(None), *kept)]
+                inner = keep.within([a + o for a, o in first])
+                values = self._predictor(grey)[(slice(None), *inner)]
             place = (slice(None), *window.keep.within(part.write.start))
-            answer[place] = found.reshape(answer[place].shape)
+            answer[place] = values.reshape(answer[place].shape)
         return answer, time.perf_counter() - began
 
 

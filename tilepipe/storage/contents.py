@@ -1,4 +1,4 @@
-"""What an output holds: all names that we give, so that nothing else is ever written to or removed.
+"""What an output holds: nothing but what has a name of ours is ever written to or removed.
 
 Law: what lies outside an output's own folder, or in it and is not of ours, is the same after any
 run. Links are never ours, whatever their name, nor is what is mounted there.
@@ -7,44 +7,59 @@ run. Links are never ours, whatever their name, nor is what is mounted there.
 from __future__ import annotations
 
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from tilepipe.errors import BadRequest
 from tilepipe.storage.location import find, sync_file
+from tilepipe.storage.names import DONE, FILES, FOLDERS, LEDGER, LOG, MARKS, PLAN, is_lock, is_plan
 from tilepipe.storage.objects import remove_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from tilepipe.storage.location import Place
+    from tilepipe.storage.objects import ObjectKey
 
-LEDGER = ".tilepipe"
-"""The folder of the ledger inside an output; with its plan it marks an output as ours."""
-MARKS = (".zgroup", ".zattrs", "zarr.json")
-"""The group's metadata, in the order in which they are removed: the last holds our attributes."""
-_ID = "[0-9a-f]{32}"
-FILES = re.compile(
-    rf"""
-    (0/)? (zarr\.json | \.zgroup | \.zarray | \.zattrs)
-    | (0/)? (zarr (\.json)? | \.zgroup | \.zarray | \.zattrs) \.{_ID}\.partial
-    | 0/ (c/)? \d+ (/\d+){{0,5}} (\.{_ID}\.partial)?
-    | \.tilepipe/ (done | log | lock) (-\d+)? (\.\d{{6}} | \.{_ID})?
-    | \.tilepipe/ (plan | failed (-\d+)?) \.json (\.new | \.{_ID}\.partial)?
-    | \.tilepipe/jobs/ [^/]+ \.(out | err)
-    | \.tilepipe/jobs/ \.tls-[^/]+ / (ca_file | cert | key)
-    """,
-    re.VERBOSE,
-)
-"""Every file that we, zarr or SLURM's jobs write there; killed, zarr leaves ``partial``."""
-FOLDERS = re.compile(
-    r"0 | 0/c | 0/ (c/)? \d+ (/\d+){0,4} | \.tilepipe (/jobs (/\.tls-[^/]+)?)?", re.VERBOSE
-)
-"""Every folder that they make there."""
+Holding = Literal["nothing", "a file", "leases", "more"]
+"""What lies at a place: a folder that is empty, or holds leases only, is ``leases``."""
+
+
+def look(place: Place) -> Holding:
+    """Return what lies at a place; of a folder no more is listed than it takes to know that.
+
+    A lease is of someone who is about to write there, so it does not keep a place from being free.
+    """
+    if isinstance(place, Path):
+        if not place.is_dir():
+            return "a file" if place.exists() else "nothing"
+        names = _names_in_folder(place)
+    else:
+        names = _names_of_objects(place)
+    name = next(names, None)
+    if name is None and not isinstance(place, Path):
+        return "a file" if place.path and place.is_file() else "nothing"
+    while name is not None and is_lock(name):
+        name = next(names, None)
+    return "leases" if name is None else "more"
+
+
+def _names_in_folder(folder: Path) -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.name == LEDGER and path.is_dir() and not path.is_symlink():
+            yield from (f"{LEDGER}/{inner.name}" for inner in path.iterdir())
+        else:
+            yield path.name
+
+
+def _names_of_objects(key: ObjectKey) -> Iterator[str]:
+    for inner, size in key.objects():
+        name = inner.path.removeprefix(key.path).strip("/")
+        if size or (name and not FOLDERS.fullmatch(name)):  # empty ones show folders
+            yield name
 
 
 def check_ways(target: Place) -> None:
@@ -58,7 +73,7 @@ def check_ways(target: Place) -> None:
             _check_link(target, target / LEDGER / entry.name)
         for name in (*MARKS, "0/zarr.json", "0/.zarray", "0/.zattrs"):
             _check_file(target, name)
-        for name in ("plan.json", "done", "log"):
+        for name in (PLAN, DONE, LOG):
             _check_file(target, f"{LEDGER}/{name}")
 
 
@@ -79,13 +94,13 @@ def check_ours(target: Place) -> None:
 
 
 def clear(target: Place) -> None:
-    """Remove what an output holds, but for claims on it; raises BadRequest as `check_ours` does.
+    """Remove what an output holds, but for leases on it; raises BadRequest as `check_ours` does.
 
     Law: stopped at any moment, it leaves an output that is known as ours, and in which no tile is
     taken for finished whose voxels are gone. What finished tiles say goes first, the plan last.
     """
     ledger = target / LEDGER
-    _drop(path for path, name in _walk(target, LEDGER) if not _stays(name) and not _is_plan(name))
+    _drop(path for path, name in _walk(target, LEDGER) if not _stays(name) and not is_plan(name))
     if isinstance(ledger, Path) and ledger.is_dir():
         sync_file(ledger)  # before any voxel goes
     _drop(path for path, _ in _walk(target, "0"))
@@ -94,7 +109,7 @@ def clear(target: Place) -> None:
     rest = {name: path for path, name in _walk(target, "") if not name.startswith(LEDGER)}
     order = ["", *MARKS]  # what is no mark first
     _drop(rest[n] for n in sorted(rest, key=lambda n: order.index(n if n in MARKS else "")))
-    _drop(path for path, name in _walk(target, LEDGER) if _is_plan(name))
+    _drop(path for path, name in _walk(target, LEDGER) if is_plan(name))
 
 
 def remove(target: Place) -> None:
@@ -108,12 +123,8 @@ def remove(target: Place) -> None:
 
 
 def _stays(name: str) -> bool:
-    """Whether it is the ledger's folder, or a claim: of who is about to write, which is us."""
-    return name == LEDGER or name.startswith(f"{LEDGER}/lock")
-
-
-def _is_plan(name: str) -> bool:
-    return name.startswith(f"{LEDGER}/plan.json")
+    """Return whether it is the ledger's folder, or a lease, such as that of ours."""
+    return name == LEDGER or is_lock(name)
 
 
 def _walk(target: Place, inner: str) -> Iterator[tuple[Place, str]]:

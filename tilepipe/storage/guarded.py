@@ -1,4 +1,7 @@
-"""The Zarr store of an output: nothing is written without leave, and what is written is durable."""
+"""The Zarr store of an output: nothing is written without leave, and what is written is durable.
+
+It is for writing alone: metadata is read through it, and no voxel.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from tilepipe.storage.location import sync_file, whole_file, zarr_store
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from zarr.core.buffer import Buffer
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
 
     from tilepipe.storage.location import Place
 
@@ -27,11 +31,11 @@ METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray", ".zmetadata")
 
 
 class Leave(Protocol):
-    """Says whether something may still be written; see `tilepipe.runs.fence.Fence`."""
+    """What says whether something may still be written; see `tilepipe.runs.fence.Fence`."""
 
     @property
     def is_due(self) -> bool:
-        """Whether `check` would take long."""
+        """Return whether `check` would take long."""
 
     def check(self) -> None:
         """Raise where nothing more may be written, by what was seen in the last moments."""
@@ -60,7 +64,11 @@ class Granted:
 
 
 class GuardedStore(WrapperStore[Store]):
-    """Asks for leave before each object that it writes, and knows what is not on the disk yet."""
+    """A store that asks for leave before each object that it writes.
+
+    It knows what is not on the disk yet. Each chunk or shard must be written whole, since none is
+    read to be merged with.
+    """
 
     def __init__(self, store: Store, leave: Leave, folder: Path | None, *, durable: bool) -> None:
         """``folder`` is that of the store in a file system; None for a store that is durable."""
@@ -80,6 +88,17 @@ class GuardedStore(WrapperStore[Store]):
     def _with_store(self, store: Store) -> GuardedStore:
         return GuardedStore(store, self._leave, self._folder, durable=self._durable)
 
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Return an object of metadata; None for a chunk, which is written whole and never read.
+
+        Otherwise Zarr would read each shard before it writes all of it.
+        """
+        if key.rpartition("/")[2] not in METADATA:
+            return None
+        return await super().get(key, prototype, byte_range)
+
     async def _set_many(self, values: Iterable[tuple[str, Buffer]]) -> None:
         for key, value in values:
             await self.set(key, value)
@@ -98,7 +117,7 @@ class GuardedStore(WrapperStore[Store]):
 
         So a late one never takes the place: who takes over an output removes all that lies in it.
         What was begun before that is gone then and cannot be moved; what is begun after it finds
-        the other's claim. A power failure leaves the old file or the new one.
+        the other's lease. A power failure leaves the old file or the new one.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, sync=self._durable or path.name in METADATA) as partial:

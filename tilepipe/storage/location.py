@@ -1,8 +1,8 @@
 """Where things lie: paths of a file system, and keys of an object store, under one set of verbs.
 
-What both can do in the same words is done by their own methods (`Key` has those of
+What both can do in the same words is done by their own methods (`ObjectKey` has those of
 `pathlib.Path`). Here is what they do in different ways: creating exclusively, replacing whole,
-appending, and removing what someone dead has left.
+and removing what someone dead has left.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from uuid import uuid4
 from zarr.storage import LocalStore, ObjectStore
 
 from tilepipe.errors import BadRequest
-from tilepipe.storage.objects import Key, Parts
+from tilepipe.storage.objects import ObjectKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import BinaryIO
 
     from zarr.abc.store import Store
 
-Place = Path | Key
-SYNC = 1.0
-"""Seconds after which what was appended to a file is forced to disk."""
+Place = Path | ObjectKey
 VACANT = b"vacant "
 """What an object begins with that counts as removed: `hold` may take its place."""
 PATIENCE = 60.0
@@ -46,7 +43,7 @@ def locate(path: str | Path, what: str) -> Place:
     """
     try:
         if "://" in str(path):
-            return Key.parse(str(path))
+            return ObjectKey.parse(str(path))
         resolved = Path(path).resolve()
         resolved.exists()  # raises for a name that is too long and a folder that is locked
         return resolved
@@ -59,20 +56,20 @@ def locate(path: str | Path, what: str) -> Place:
 def find(folder: Place, prefix: str) -> list[Place]:
     """Return what a folder holds whose name begins so, in order; nothing where there is none."""
     try:
-        found: list[Place] = [path for path in folder.iterdir() if path.name.startswith(prefix)]
+        places: list[Place] = [path for path in folder.iterdir() if path.name.startswith(prefix)]
     except FileNotFoundError:
         return []
-    return sorted(found, key=lambda path: path.name)
+    return sorted(places, key=lambda path: path.name)
 
 
 def can_list(place: Place) -> bool:
-    """Whether what a folder holds can be listed; not by HTTP."""
+    """Return whether what a folder holds can be listed; not by HTTP."""
     return isinstance(place, Path) or place.can_write
 
 
 def folders(folder: Place) -> list[Place]:
     """Return the folders in a folder, in order; nothing where they cannot be listed."""
-    if isinstance(folder, Key):
+    if isinstance(folder, ObjectKey):
         return list(folder.folders())
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
@@ -89,7 +86,7 @@ def zarr_store(place: Place, *, read_only: bool = False) -> Store:
 
 def replace(place: Place, content: bytes) -> None:
     """Write a file so that it is the old one or the new one, never a part, and is on the disk."""
-    if isinstance(place, Key):
+    if isinstance(place, ObjectKey):
         place.write_bytes(content)
         return
     with whole_file(place) as partial:
@@ -129,8 +126,11 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def check_writable(folder: Place) -> None:
-    """Raise OSError where nothing can be created in a folder; leaves nothing there."""
+def check_writable(folder: Place, probe: str) -> None:
+    """Raise OSError where nothing can be created in a folder; leaves nothing there.
+
+    In an object store, an object of the name ``probe`` is there for a moment.
+    """
     if isinstance(folder, Path):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("permission denied")
@@ -140,14 +140,14 @@ def check_writable(folder: Place) -> None:
         raise PermissionError(
             "HTTP is for reading; name a bucket (s3://, gs://, az://) or a folder"
         )
-    probe = folder / f"lock.{uuid4().hex}"
-    probe.write_bytes(b"1", new=True)
+    key = folder / probe
+    key.write_bytes(b"1", new=True)
     try:
-        probe.write_bytes(b"2", new=True)
+        key.write_bytes(b"2", new=True)
     except FileExistsError:
         return
     finally:
-        probe.unlink()
+        key.unlink()
     raise OSError(
         "its store creates again what exists, so two runs could write at once; it must know"
         " conditional writes (If-None-Match)"
@@ -161,19 +161,22 @@ class Hold(Protocol):
         """Write it anew; return False where it was seen that another has it now."""
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """Close the file and leave it as it is."""
 
 
 def hold(place: Place, content: bytes) -> Hold | None:
     """Create a file exclusively; None where there is one. On NFS, too, one of many gets it."""
     try:
-        return _Object(place, content) if isinstance(place, Key) else _File(place, content)
+        return _Object(place, content) if isinstance(place, ObjectKey) else _File(place, content)
     except FileExistsError:
         return None
 
 
 class _File:
-    """Rewritten in place: on a file that was removed, and created by another, it has no effect."""
+    """A file that is rewritten in place.
+
+    Once it was removed, and created by another, that has no effect.
+    """
 
     def __init__(self, path: Path, content: bytes) -> None:
         self._handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -189,18 +192,18 @@ class _File:
 
 
 class _Object:
-    """Written over only where its store still has what we have written."""
+    """An object that is written over only where its store still has what we have written."""
 
-    def __init__(self, key: Key, content: bytes) -> None:
+    def __init__(self, key: ObjectKey, content: bytes) -> None:
         self._key = key
         try:
             self._tag = key.write_bytes(content, new=True)
         except FileExistsError:
             try:
-                there, tag = key.read_tagged()
+                present, tag = key.read_tagged()
             except FileNotFoundError:
                 raise FileExistsError(f"{key} was there just now") from None
-            if not there.startswith(VACANT):
+            if not present.startswith(VACANT):
                 raise
             self._tag = key.write_bytes(content, tag=tag)
 
@@ -217,7 +220,7 @@ class _Object:
 
 def remove_if(place: Place, holds: Callable[[bytes], bool]) -> None:
     """Remove a file while its content is such; of many who do so at once, none removes another."""
-    if isinstance(place, Key):
+    if isinstance(place, ObjectKey):
         with suppress(FileNotFoundError, FileExistsError):
             content, tag = place.read_tagged()
             if holds(content):
@@ -225,8 +228,8 @@ def remove_if(place: Place, holds: Callable[[bytes], bool]) -> None:
                 place.write_bytes(VACANT + uuid4().hex.encode(), tag=tag)
         return
     end = time.monotonic() + PATIENCE
-    while (found := _content(place)) is not None and holds(found):
-        mark = place.with_name(f"{place.name}.{hashlib.sha256(found).hexdigest()[:32]}")
+    while (present := _content(place)) is not None and holds(present):
+        mark = place.with_name(f"{place.name}.{hashlib.sha256(present).hexdigest()[:32]}")
         try:
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:  # another is about to remove it, or died just then
@@ -234,7 +237,7 @@ def remove_if(place: Place, holds: Callable[[bytes], bool]) -> None:
             if time.monotonic() > end:
                 mark.unlink(missing_ok=True)
             continue
-        if _content(place) == found:
+        if _content(place) == present:
             place.unlink(missing_ok=True)
         mark.unlink(missing_ok=True)
 
@@ -244,50 +247,3 @@ def _content(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-class Appending(Protocol):
-    """A file that only grows."""
-
-    def write(self, content: bytes) -> None:
-        """Append; others see it at once, or within seconds."""
-
-    def sync(self) -> None:
-        """Let it outlive a failure of this machine."""
-
-    def close(self) -> None:
-        """Sync, and end."""
-
-
-def append(place: Place, leave: Callable[[], None]) -> Appending:
-    """Append to a file: to one of a file system, or to a row of objects `NAME.000000`, ....
-
-    All of them `find` finds by the name, in order. ``leave`` raises OSError where nothing more may
-    be written; it is asked before each object, which, unlike an open file, could be written anew
-    after it was removed.
-    """
-    return Parts(place, leave) if isinstance(place, Key) else _Appended(place)
-
-
-class _Appended:
-    """A file of a file system that grows."""
-
-    def __init__(self, path: Path) -> None:
-        if path.exists() and path.stat().st_nlink > 1:  # a copy of hard links would grow, too
-            replace(path, path.read_bytes())
-        self._file: BinaryIO = path.open("ab")
-        self._synced = time.monotonic()
-
-    def write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._file.flush()
-        if time.monotonic() - self._synced > SYNC:
-            self.sync()
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        self.sync()
-        self._file.close()

@@ -1,18 +1,16 @@
 """Keys of object stores (S3, Google Cloud Storage, Azure; HTTP to read), used as paths are.
 
-A `Key` has those methods of `pathlib.Path` that are needed here, so that most code need not know
-which of the two it has. There are no folders: a key "holds" the objects whose keys go on from it
-after a slash. What goes wrong is an OSError, in one line. Who may do what is known to the
-environment of each process (``AWS_ACCESS_KEY_ID``, a role of the machine, and so on); no secret
-is ever taken from an address, kept, pickled or shown.
+An `ObjectKey` has those methods of `pathlib.Path` that are needed here, so that most code need not
+know which of the two it has. There are no folders: a key "holds" the objects whose keys go on from
+it after a slash. What goes wrong is an OSError, in one line. The environment of each process says
+who may do what (``AWS_ACCESS_KEY_ID``, a role of the machine, and so on); no secret is ever taken
+from an address, kept, pickled or shown.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,25 +23,19 @@ from urllib.parse import quote, unquote
 from tilepipe.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from obstore import PutMode, UpdateVersion
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 """What an address may begin with, before ``://``."""
-PART = 1 << 20
-"""Bytes after which what is appended goes on in another object."""
-FLUSH = 1.0
-"""Seconds after which what was appended lies in the store."""
 RETRIES = 7
 """How often a request that fails is repeated, each time after longer: 7 to 60 s in all."""
-PATIENCE = 120.0
-"""Seconds for which a store may refuse what was appended."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Key:
+class ObjectKey:
     """An address in an object store: of an object, or of what all objects below it begin with."""
 
     root: str
@@ -52,10 +44,10 @@ class Key:
     """What follows, without slashes at its ends; may be empty."""
 
     @classmethod
-    def parse(cls, address: str) -> Key:
+    def parse(cls, address: str) -> ObjectKey:
         """Return the key of an address; BadRequest for one that is none, or without obstore.
 
-        >>> Key.parse("s3://bucket/scans/volume.zarr/").name
+        >>> ObjectKey.parse("s3://bucket/scans/volume.zarr/").name
         'volume.zarr'
         """
         scheme, _, rest = address.partition("://")
@@ -82,47 +74,47 @@ class Key:
     def __str__(self) -> str:
         return f"{self.root}/{self.path}".rstrip("/")
 
-    def __truediv__(self, name: str) -> Key:
-        return Key(self.root, f"{self.path}/{name}".strip("/"))
+    def __truediv__(self, name: str) -> ObjectKey:
+        return ObjectKey(self.root, f"{self.path}/{name}".strip("/"))
 
     @property
     def name(self) -> str:
-        """Its last part."""
+        """Return the last part of the key."""
         return self.path.rpartition("/")[2]
 
     @property
     def stem(self) -> str:
-        """Its last part without the suffix."""
+        """Return the last part of the key without its suffix."""
         return self.name.removesuffix(self.suffix)
 
     @property
     def suffix(self) -> str:
-        """What the last part ends with, such as ``.zarr``."""
+        """Return what the last part ends with, such as ``.zarr``."""
         before, dot, after = self.name.rpartition(".")
         return dot + after if before and after else ""
 
     @property
-    def parents(self) -> tuple[Key, ...]:
-        """What holds it, from near to far."""
+    def parents(self) -> tuple[ObjectKey, ...]:
+        """Return the keys that hold this one, from near to far."""
         names = self.path.split("/") if self.path else []
-        return tuple(Key(self.root, "/".join(names[:n])) for n in reversed(range(len(names))))
+        return tuple(ObjectKey(self.root, "/".join(names[:n])) for n in reversed(range(len(names))))
 
     @property
-    def parent(self) -> Key:
-        """What holds it; itself at the top."""
+    def parent(self) -> ObjectKey:
+        """Return the key that holds this one; at the top it is the key itself."""
         return self.parents[0] if self.path else self
 
-    def with_name(self, name: str) -> Key:
+    def with_name(self, name: str) -> ObjectKey:
         """Return its neighbour of that name."""
         return self.parent / name
 
     @property
     def can_write(self) -> bool:
-        """Whether there is a way to write there, permitted or not."""
+        """Return whether there is a way to write there, permitted or not."""
         return not self.root.startswith("http")
 
     def is_file(self) -> bool:
-        """Whether it is an object."""
+        """Return whether it is an object."""
         import obstore
 
         try:
@@ -133,33 +125,33 @@ class Key:
         return True
 
     def is_dir(self) -> bool:
-        """Whether it holds objects; empty ones, by which some show folders, do not count."""
+        """Return whether it holds objects; empty ones, by which some show folders, do not count."""
         import obstore
 
         with told(self):
             pages = obstore.list(_store(self.root), self.path or None)
-            return any(one["size"] for page in pages for one in page)
+            return any(entry["size"] for page in pages for entry in page)
 
     def exists(self) -> bool:
-        """Whether it is an object or holds some."""
+        """Return whether it is an object or holds some."""
         return self.is_dir() or (self.path != "" and self.is_file())
 
-    def _listed(self) -> tuple[list[Key], list[Key]]:
+    def _listed(self) -> tuple[list[ObjectKey], list[ObjectKey]]:
         """Return what holds something itself, in order, and the objects, down to the next slash."""
         import obstore
 
         with told(self):
-            found = obstore.list_with_delimiter(_store(self.root), self.path or None)
-        inner = sorted(Key(self.root, path.rstrip("/")) for path in found["common_prefixes"])
-        names = (one["path"] for one in found["objects"])
-        return inner, [Key(self.root, name) for name in names if name != self.path]
+            page = obstore.list_with_delimiter(_store(self.root), self.path or None)
+        inner = sorted(ObjectKey(self.root, path.rstrip("/")) for path in page["common_prefixes"])
+        names = (entry["path"] for entry in page["objects"])
+        return inner, [ObjectKey(self.root, name) for name in names if name != self.path]
 
-    def iterdir(self) -> Iterator[Key]:
+    def iterdir(self) -> Iterator[ObjectKey]:
         """Yield what it holds, down to the next slash."""
         inner, objects = self._listed()
         yield from (*inner, *objects)
 
-    def folders(self) -> list[Key]:
+    def folders(self) -> list[ObjectKey]:
         """Return what it holds that holds something itself, in order."""
         return self._listed()[0]
 
@@ -172,8 +164,8 @@ class Key:
         import obstore
 
         with told(self):
-            found = obstore.get(_store(self.root), self.path)
-            return bytes(found.bytes()), _tag(found.meta["e_tag"], found.meta["version"])
+            response = obstore.get(_store(self.root), self.path)
+            return bytes(response.bytes()), _tag(response.meta["e_tag"], response.meta["version"])
 
     def read_text(self) -> str:
         """Return the whole object as text."""
@@ -199,14 +191,14 @@ class Key:
         try:
             with told(self):  # in one piece: conditions on several are rare
                 store = _store(self.root)
-                done = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
-                return _tag(done["e_tag"], done["version"])
+                response = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
+                return _tag(response["e_tag"], response["version"])
         except (FileExistsError, FileNotFoundError):
             if mode == "overwrite":
                 raise
             with suppress(FileNotFoundError):  # an answer may have been lost, and asked for again
-                there, tag = self.read_tagged()
-                if there == content:
+                present, tag = self.read_tagged()
+                if present == content:
                     return tag
             raise FileExistsError(f"{self} was written by another") from None
 
@@ -217,14 +209,14 @@ class Key:
         with suppress(FileNotFoundError), told(self):  # S3 does not say so, others do
             obstore.delete(_store(self.root), self.path)
 
-    def objects(self) -> Iterator[tuple[Key, int]]:
+    def objects(self) -> Iterator[tuple[ObjectKey, int]]:
         """Yield the objects that it holds, in it or below, with their sizes in bytes."""
         import obstore
 
         with told(self):
             for page in obstore.list(_store(self.root), self.path or None):
-                for one in page:
-                    yield Key(self.root, one["path"]), one["size"]
+                for entry in page:
+                    yield ObjectKey(self.root, entry["path"]), entry["size"]
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: there are no folders."""
@@ -237,91 +229,13 @@ class Key:
         return _store(self.root, self.path, timeout="120s")
 
 
-def remove_keys(keys: Sequence[Key]) -> None:
+def remove_keys(keys: Sequence[ObjectKey]) -> None:
     """Remove objects of one bucket, a thousand at most, at once."""
     import obstore
 
     if keys:
         with suppress(FileNotFoundError), told(keys[0]):
             obstore.delete(_store(keys[0].root), [key.path for key in keys])
-
-
-class Parts:
-    """Appends to the objects ``KEY.000000``, ``KEY.000001`` and so on, of `PART` bytes or so.
-
-    Each is begun exclusively, so that nobody ever writes over what another has appended, and
-    is written anew as it grows, by a thread, `FLUSH` seconds after what it lacks at most.
-    """
-
-    def __init__(self, key: Key, leave: Callable[[], None]) -> None:
-        """``leave`` is asked before each object is written; it raises OSError to refuse."""
-        earlier = [k.name for k in key.parent.iterdir() if k.name.startswith(f"{key.name}.")]
-        self._key, self._leave = key, leave
-        self._number = 1 + max((int(name.rpartition(".")[2]) for name in earlier), default=-1)
-        self._tag: UpdateVersion | None = None
-        self._content = bytearray()
-        """Of the last part."""
-        self._written = 0
-        """Bytes of it that lie in the store."""
-        self._failed: tuple[float, OSError] | None = None
-        self._broken: BaseException | None = None
-        self._filling, self._writing = threading.Lock(), threading.Lock()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="tilepipe-parts", daemon=True)
-        self._thread.start()
-
-    def write(self, content: bytes) -> None:
-        """Append; OSError where what was appended before has long not reached the store."""
-        if self._broken is not None:
-            raise OSError(f"{self._key}: {explain(self._broken)}") from self._broken
-        if self._failed is not None and time.monotonic() - self._failed[0] > PATIENCE:
-            raise self._failed[1]
-        with self._filling:
-            self._content += content
-
-    def sync(self) -> None:
-        """Write what the store lacks; OSError where that fails."""
-        with self._writing:
-            with self._filling:
-                content = bytes(self._content)
-            if len(content) == self._written:
-                return
-            try:
-                self._leave()
-                self._put(content)
-            except OSError as error:
-                self._failed = self._failed or (time.monotonic(), error)
-                raise
-            self._failed, self._written = None, len(content)
-            if len(content) >= PART:
-                with self._filling:
-                    del self._content[: len(content)]
-                self._number, self._tag, self._written = self._number + 1, None, 0
-
-    def _put(self, content: bytes) -> None:
-        while True:
-            key = self._key.with_name(f"{self._key.name}.{self._number:06d}")
-            try:
-                self._tag = key.write_bytes(content, tag=self._tag, new=self._tag is None)
-                return
-            except FileExistsError:  # of another writer, who took us for dead
-                self._number, self._tag = self._number + 1, None
-
-    def _live(self) -> None:
-        while not self._end.wait(FLUSH):
-            try:
-                self.sync()
-            except OSError:  # it is tried again, and told to who writes
-                continue
-            except BaseException as error:  # nobody else would see that nothing is written now
-                self._broken = error
-                return
-
-    def close(self) -> None:
-        """Write what the store lacks, and end."""
-        self._end.set()
-        self._thread.join()
-        self.sync()
 
 
 def local_path(path: str | Path, what: str) -> Path:
@@ -345,9 +259,9 @@ def explain(error: BaseException) -> str:
     'GET s3.test/b: timeout'
     """
     text = str(error) or type(error).__name__
-    said = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
-    if said:
-        return f"{said[1]}: {said[2]}"
+    answer = re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL)
+    if answer:
+        return f"{answer[1]}: {answer[2]}"
     text = text.partition("\n\nDebug source")[0]
     return re.sub(r"(\w/[^\s?]*)\?[^\s:]+", r"\1", " ".join(text.split()))
 
@@ -363,7 +277,7 @@ def _tag(e_tag: str | None, version: str | None) -> UpdateVersion:
 
 
 def is_of_store(error: BaseException) -> bool:
-    """Whether it is a store that says so, and not what reads its objects."""
+    """Return whether it is a store that says so, and not what reads its objects."""
     return type(error).__module__.startswith("obstore")
 
 

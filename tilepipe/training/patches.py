@@ -15,7 +15,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, ceil_to, mirror
 from tilepipe.training.augment import Augmentation, draw_warp, grey
 from tilepipe.training.targets import IGNORE, MARGIN, border_weights, class_map, weights_margin
-from tilepipe.volumes.volume import read_mirrored
+from tilepipe.volumes.borders import read_mirrored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from tilepipe.models.spec import Profile
     from tilepipe.training.sampler import Census
+    from tilepipe.volumes.borders import Readable
     from tilepipe.volumes.normalize import Normalization
-    from tilepipe.volumes.volume import Readable
 
 
 @dataclass(frozen=True, slots=True)

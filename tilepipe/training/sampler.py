@@ -13,14 +13,14 @@ import numpy as np
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Blocks, Region, Shape
 from tilepipe.training.targets import IGNORE, MARGIN, class_map
-from tilepipe.volumes.volume import read_mirrored
+from tilepipe.volumes.borders import read_mirrored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from tilepipe.volumes.volume import Readable
+    from tilepipe.volumes.borders import Readable
 
 STAY = 16
 """Patches that are drawn from a block while its chunks are kept, where not all can be kept."""

@@ -19,8 +19,8 @@ import torch
 
 from tilepipe.errors import BadRequest
 from tilepipe.host.process import borrowed, seeded
-from tilepipe.runs.lease import Claim, Owner
-from tilepipe.storage.contents import FILES
+from tilepipe.runs.lease import Lease, Owner
+from tilepipe.storage.names import FILES
 from tilepipe.storage.objects import local_path
 from tilepipe.training.dataset import open_material
 from tilepipe.training.experiment import cores, prepare
@@ -316,20 +316,20 @@ def _is_ours(name: str, above: str) -> bool:
 
 @contextmanager
 def _owned(folder: Path, team: Team) -> Iterator[None]:
-    """Keep other trainings out of a folder, by a claim of the first of the processes."""
+    """Keep other trainings out of a folder, by a lease of the first of the processes."""
     if not team.first:
         yield
         return
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    claim = Claim.take(folder / "lock")
-    if isinstance(claim, Owner):
+    lease = Lease.take(folder / "lock")
+    if isinstance(lease, Owner):
         raise BadRequest(
-            f"log (={folder}) is being written by another training ({claim}); wait for it, or name"
+            f"log (={folder}) is being written by another training ({lease}); wait for it, or name"
             " another output"
         )
     try:
-        with closing(claim):
+        with closing(lease):
             yield
     finally:
         if new and not (folder / "state.pt").exists():  # it ended before it could be gone on with

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tilepipe.volumes.volume import Volume
 
     Voxels = NDArray[np.generic]
-    Key = tuple[int, Shape]
+    ChunkId = tuple[int, Shape]
 
 
 class ChunkCache:
@@ -29,7 +29,7 @@ class ChunkCache:
         self.bytes_read = 0
         """Bytes decoded so far."""
         self._held = 0
-        self._chunks: OrderedDict[Key, Future[Voxels]] = OrderedDict()
+        self._chunks: OrderedDict[ChunkId, Future[Voxels]] = OrderedDict()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
 
@@ -41,13 +41,13 @@ class ChunkCache:
         """Return a chunk, decoded at most once while it is kept, however many threads ask."""
         key = (number, place)
         with self._lock:
-            found = self._chunks.get(key)
-            if found is not None:
+            earlier = self._chunks.get(key)
+            if earlier is not None:
                 self._chunks.move_to_end(key)
             else:
-                mine = self._chunks[key] = Future()
-        if found is not None:
-            return found.result()
+                future = self._chunks[key] = Future()
+        if earlier is not None:
+            return earlier.result()
         start = tuple(n * size for n, size in zip(place, volume.chunks, strict=True))
         stop = tuple(
             min(a + n, m) for a, n, m in zip(start, volume.chunks, volume.shape, strict=True)
@@ -57,9 +57,9 @@ class ChunkCache:
         except BaseException as error:
             with self._lock:
                 del self._chunks[key]
-            mine.set_exception(error)
+            future.set_exception(error)
             raise
-        mine.set_result(voxels)
+        future.set_result(voxels)
         with self._lock:
             self.bytes_read += voxels.nbytes
             self._held += voxels.nbytes
@@ -67,7 +67,7 @@ class ChunkCache:
                 self._held -= self._chunks.pop(oldest).result().nbytes
         return voxels
 
-    def _oldest(self, key: Key) -> Key | None:
+    def _oldest(self, key: ChunkId) -> ChunkId | None:
         """Return the chunk to forget: the one used longest ago that is there, but ``key``."""
         return next((k for k, chunk in self._chunks.items() if k != key and chunk.done()), None)
 

@@ -15,7 +15,7 @@ from tifffile.tifffile import svs_description_metadata
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    Sizes = dict[str, tuple[float, str | None]]
+    VoxelSizes = dict[str, tuple[float, str | None]]
     """Size of a voxel and its unit, by axis."""
 
 _UNITS = {
@@ -38,7 +38,9 @@ def unit_name(text: object) -> str | None:
     return _UNITS.get(name, name.replace("metre", "meter"))
 
 
-def voxel_sizes(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, number: int) -> Sizes:
+def voxel_sizes(
+    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, number: int
+) -> VoxelSizes:
     """Return the size of a voxel of an image at full resolution along the axes that are said.
 
     ``number`` is the image's in the file. A pyramid's smaller levels are for the caller to scale.
@@ -52,14 +54,14 @@ def voxel_sizes(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, number
             sizes |= _entry(axis, pixels.get(name), pixels.get(f"{name}Unit", "µm"))
         sizes |= _entry("t", pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s"))
     elif file.is_imagej and number == 0:
-        said = file.imagej_metadata or {}
-        unit = said.get("unit", "")
+        metadata = file.imagej_metadata or {}
+        unit = metadata.get("unit", "")
         if unit_name(unit) is not None:
             across, down = page.resolution
             sizes |= _entry("x", _inverse(across), unit)
-            sizes |= _entry("y", _inverse(down), said.get("yunit", unit))
-        sizes |= _entry("z", said.get("spacing"), said.get("zunit", unit))
-        sizes |= _entry("t", said.get("finterval"), said.get("tunit", "s"))
+            sizes |= _entry("y", _inverse(down), metadata.get("yunit", unit))
+        sizes |= _entry("z", metadata.get("spacing"), metadata.get("zunit", unit))
+        sizes |= _entry("t", metadata.get("finterval"), metadata.get("tunit", "s"))
     elif file.is_svs and number == 0:
         size = svs_description_metadata(page.description).get("MPP")
         sizes |= _entry("y", size, "µm") | _entry("x", size, "µm")
@@ -78,12 +80,12 @@ def channel_names(file: tifffile.TiffFile, number: int) -> tuple[str, ...]:
 def _ome_image(file: tifffile.TiffFile, number: int) -> Mapping[str, object] | None:
     """Return what OME-XML says of an image; None where images cannot be told from series."""
     try:
-        said = tifffile.xml2dict(file.ome_metadata or "")
+        metadata = tifffile.xml2dict(file.ome_metadata or "")
     except (ValueError, SyntaxError):  # what xml raises
         return None
-    images = _several(said.get("OME", {}).get("Image"))
-    there = len(images) == len(file.series) and "Pixels" in images[number]
-    return images[number] if there else None
+    images = _several(metadata.get("OME", {}).get("Image"))
+    is_clear = len(images) == len(file.series) and "Pixels" in images[number]
+    return images[number] if is_clear else None
 
 
 def _several(value: object) -> list[Mapping[str, object]]:
@@ -91,7 +93,7 @@ def _several(value: object) -> list[Mapping[str, object]]:
     return [item for item in items if isinstance(item, dict)]
 
 
-def _resolution(page: tifffile.TiffPage) -> Sizes:
+def _resolution(page: tifffile.TiffPage) -> VoxelSizes:
     """Return what the tags say; without a unit, how the sides of a pixel compare."""
     if not {"XResolution", "YResolution"} <= {tag.name for tag in page.tags}:
         return {}
@@ -108,7 +110,7 @@ def _inverse(number: float) -> float:
     return 1 / number if number else math.inf
 
 
-def _entry(axis: str, size: object, unit: object) -> Sizes:
+def _entry(axis: str, size: object, unit: object) -> VoxelSizes:
     """Return one size; nothing for what is no size."""
     if not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
         return {}

@@ -33,48 +33,48 @@ def name_axes(
         letters = tuple(_ASSUMED[len(shape)])
     else:
         raise BadRequest(f"source (={path}) of shape {shape} must have 2 to 5 dimensions")
-    given = axes if axes is not None else "".join(letter or "t" for letter in letters)
-    kept = [letter for letter in letters if letter is not None]
+    shown = axes if axes is not None else "".join(letter or "t" for letter in letters)
+    named = [letter for letter in letters if letter is not None]
     if len(letters) != len(shape) or (stated is not None and len(stated) != len(shape)):
         raise BadRequest(
-            f"axes (={given}) must name the {len(shape)} dimensions of {path}, shape {shape}"
+            f"axes (={shown}) must name the {len(shape)} dimensions of {path}, shape {shape}"
         )
-    if len(set(kept)) != len(kept) or not all(letter in tuple(AXES) for letter in kept):
-        raise BadRequest(f"axes (={given}) must be letters of {AXES}, each once; name them anew")
-    if not {"y", "x"} <= set(kept):
-        raise BadRequest(f"axes (={given}) must contain y and x; name them with axes")
-    if "".join(kept).replace("c", "") not in _ORDERS:
-        raise BadRequest(f"axes (={given}) must end in (z)yx; transpose the array")
+    if len(set(named)) != len(named) or not all(letter in tuple(AXES) for letter in named):
+        raise BadRequest(f"axes (={shown}) must be letters of {AXES}, each once; name them anew")
+    if not {"y", "x"} <= set(named):
+        raise BadRequest(f"axes (={shown}) must contain y and x; name them with axes")
+    if "".join(named).replace("c", "") not in _ORDERS:
+        raise BadRequest(f"axes (={shown}) must end in (z)yx; transpose the array")
     return letters, axes is None and stated is None
 
 
 def pick_channels(
-    asked: Sequence[int | str], count: int, names: Sequence[str], path: Place
+    requested: Sequence[int | str], count: int, names: Sequence[str], path: Place
 ) -> tuple[int, ...]:
     """Return the numbers of channels that are asked for by number or name, in that order.
 
     A number that is no channel's may be the name of one, such as a wavelength. Raises BadRequest
     for a channel that is not there, listing those that are, and for a name that two have.
     """
-    if not asked:
+    if not requested:
         raise BadRequest("channels must name at least one, by number or name, as in 0,2")
     names = tuple(names) if len(names) == count else ()
-    found = []
-    for channel in asked:
+    picked = []
+    for channel in requested:
         if isinstance(channel, int) and 0 <= channel < count:
-            found.append(channel)
+            picked.append(channel)
             continue
         places = [number for number, name in enumerate(names) if name == str(channel)]
         if len(places) == 1:
-            found += places
+            picked += places
             continue
-        there = f"0 to {count - 1}" if count > 1 else "0"
+        choices = f"0 to {count - 1}" if count > 1 else "0"
         if any(names):
-            there += ", " + ", ".join(name or "(no name)" for name in names)
+            choices += ", " + ", ".join(name or "(no name)" for name in names)
         if places:
             numbers = " and ".join(map(str, places))
             raise BadRequest(
                 f"channels (={channel}) is the name of channels {numbers} of {path}; give a number"
             )
-        raise BadRequest(f"channels (={channel}) must be of {there}: the channels of {path}")
-    return tuple(found)
+        raise BadRequest(f"channels (={channel}) must be of {choices}: the channels of {path}")
+    return tuple(picked)

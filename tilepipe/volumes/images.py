@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zarr.types import AnyArray
 
     from tilepipe.storage.location import Place
-    from tilepipe.volumes.ome import Multiscale, Node
+    from tilepipe.volumes.ome import Multiscale, ZarrNode
 
 LAYOUT = "bioformats2raw.layout"
 """The attribute of a group whose images are the groups 0, 1, 2, ... inside it."""
@@ -45,7 +45,7 @@ class Chosen:
     """What is to be said of the others."""
 
 
-def choose_image(path: Place, node: Node, series: int | None) -> Chosen | None:
+def choose_image(path: Place, node: ZarrNode, series: int | None) -> Chosen | None:
     """Return the image of a group that is read; None where there is none.
 
     Of several ``multiscales`` it is the first, as the specification has it, of several groups
@@ -68,11 +68,11 @@ def choose_image(path: Place, node: Node, series: int | None) -> Chosen | None:
     image = None if inner is None else _parsed(group, inner, number)
     if image is None:
         return None
-    said = f"the source holds {count} images: number {series or 0} is read (--series)"
-    return Chosen(image, group, (said,) if count > 1 else ())
+    notice = f"the source holds {count} images: number {series or 0} is read (--series)"
+    return Chosen(image, group, (notice,) if count > 1 else ())
 
 
-def find_images(path: Place, node: Node) -> list[tuple[Place, int]]:
+def find_images(path: Place, node: ZarrNode) -> list[tuple[Place, int]]:
     """Return the images of a group: the group of each, and its number in that group."""
     if count := count_multiscales(node.attributes):
         return [(path, number) for number in range(count)]
@@ -80,17 +80,17 @@ def find_images(path: Place, node: Node) -> list[tuple[Place, int]]:
     if LAYOUT not in node.attributes and not (isinstance(ome, dict) and LAYOUT in ome):
         return []
     listed = read_node(path / "OME")
-    said = {} if listed is None else listed.attributes.get("ome", listed.attributes)
-    names = said.get("series") if isinstance(said, dict) else None
+    ome_group = {} if listed is None else listed.attributes.get("ome", listed.attributes)
+    names = ome_group.get("series") if isinstance(ome_group, dict) else None
     if isinstance(names, list) and all(re.fullmatch(r"\w+", str(name)) for name in names):
         return [(path / str(name), 0) for name in names]
-    found: list[tuple[Place, int]] = []
+    groups: list[tuple[Place, int]] = []
     while True:
-        group = path / str(len(found))
+        group = path / str(len(groups))
         inner = read_node(group)
         if inner is None or not count_multiscales(inner.attributes):
-            return found
-        found.append((group, 0))
+            return groups
+        groups.append((group, 0))
 
 
 def count_images(path: str | Path) -> int:
@@ -119,25 +119,25 @@ def lying_beside(path: str | Path, series: int | None) -> list[str]:
         with suppress(ValueError):  # only the image that is read must be right
             image = parse_multiscale(attributes, number)
             used |= set() if image is None else {name.split("/")[0] for name in image.paths}
-    said = []
+    notices = []
     labels = read_node(group / "labels")
     ome = {} if labels is None else labels.attributes.get("ome", labels.attributes)
     if isinstance(ome, dict) and isinstance(names := ome.get("labels"), list) and names:
-        said.append(
+        notices.append(
             f"the source also holds labels, which are not read: {_shown(list(map(str, names)))}"
         )
     others = [folder.name for folder in folders(group)] if can_list(group) else []
     others = [name for name in others if name not in used and read_node(group / name) is not None]
     if others:
-        said.append(f"the source also holds {_shown(others)}, which the image is not made of")
-    return said
+        notices.append(f"the source also holds {_shown(others)}, which the image is not made of")
+    return notices
 
 
 def _shown(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
 
 
-def _parsed(path: Place, node: Node, number: int) -> Multiscale | None:
+def _parsed(path: Place, node: ZarrNode, number: int) -> Multiscale | None:
     try:
         return parse_multiscale(node.attributes, number)
     except ValueError as error:
@@ -146,7 +146,7 @@ def _parsed(path: Place, node: Node, number: int) -> Multiscale | None:
         ) from error
 
 
-def open_array(path: Place, node: Node) -> AnyArray:
+def open_array(path: Place, node: ZarrNode) -> AnyArray:
     """Open the array and check what can be checked before zarr warns or fails on it."""
     stated = node.metadata.get("data_type", node.metadata.get("dtype"))
     if isinstance(stated, dict):

@@ -80,14 +80,14 @@ def _above(values: NDArray[np.generic], base: int) -> NDArray[np.float64]:
     unsigned = f"u{whole.dtype.itemsize}"
     below = whole < number
     # Differences wrap round at the type's end; taken without a sign they are right again.
-    found = np.where(below, (number - whole).view(unsigned), (whole - number).view(unsigned))
-    offsets: NDArray[np.float64] = found.astype(np.float64)
+    differences = np.where(below, (number - whole).view(unsigned), (whole - number).view(unsigned))
+    offsets: NDArray[np.float64] = differences.astype(np.float64)
     np.negative(offsets, out=offsets, where=below)
     return offsets
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class NormalizationRule:
     """A way of normalising as it is spelled."""
 
     kind: str
@@ -97,33 +97,33 @@ class Rule:
 
     @property
     def needs_pass(self) -> bool:
-        """Whether the whole volume must be read once before."""
+        """Return whether the whole volume must be read once before."""
         return self.kind in ("percentile", "zscore")
 
 
-def parse(text: str) -> Rule:
+def parse(text: str) -> NormalizationRule:
     """Return the rule that a text spells.
 
     >>> parse("percentile:1,99.8")
-    Rule(kind='percentile', first=1.0, second=99.8)
+    NormalizationRule(kind='percentile', first=1.0, second=99.8)
     """
     kind, colon, rest = text.partition(":")
     try:
         numbers = [float(part) for part in rest.split(",")] if colon else []
     except ValueError:
         numbers = [math.nan]
-    wanted = {"none": 0, "zscore": 0, "scale": 2, "percentile": 2}
-    if kind not in wanted or len(numbers) != wanted[kind] or not all(map(math.isfinite, numbers)):
+    counts = {"none": 0, "zscore": 0, "scale": 2, "percentile": 2}
+    if kind not in counts or len(numbers) != counts[kind] or not all(map(math.isfinite, numbers)):
         raise BadRequest(f"normalize (={text}) must be none, zscore, scale:A,B or percentile:LO,HI")
     if kind == "scale" and numbers[0] == 0:
         raise BadRequest(f"normalize (={text}) must not scale by 0: every voxel would be equal")
     if kind == "percentile" and not 0 <= numbers[0] < numbers[1] <= 100:
         raise BadRequest(f"normalize (={text}) must hold 0 <= LO < HI <= 100")
-    return Rule(kind, *numbers)
+    return NormalizationRule(kind, *numbers)
 
 
 def resolve(
-    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None = None
+    rule: NormalizationRule, volume: Volume, progress: Callable[[int, int], None] | None = None
 ) -> Normalization:
     """Return the normalization of a volume, reading it as often as the rule needs it.
 
@@ -141,14 +141,14 @@ def resolve(
     if rule.kind == "scale":
         return Normalization((-rule.second / rule.first,) * channels, (rule.first,) * channels)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        found = (_moments if rule.kind == "zscore" else _percentiles)(rule, volume, progress)
-    base = tuple(int(known.base) for known in found) if _is_wide(volume.dtype) else ()
-    center = [known.center if base else known.base + known.center for known in found]
-    return Normalization(tuple(map(float, center)), tuple(1 / k.spread for k in found), base)
+        statistics = (_moments if rule.kind == "zscore" else _percentiles)(rule, volume, progress)
+    base = tuple(int(channel.base) for channel in statistics) if _is_wide(volume.dtype) else ()
+    center = [channel.center if base else channel.base + channel.center for channel in statistics]
+    return Normalization(tuple(map(float, center)), tuple(1 / k.spread for k in statistics), base)
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _Statistics:
     """Statistics of one channel."""
 
     base: float
@@ -161,24 +161,24 @@ def _is_wide(dtype: np.dtype[np.generic]) -> bool:
     return dtype.kind in "iu" and dtype.itemsize == 8
 
 
-def _checked(known: _Known, about: str) -> _Known:
+def _checked(statistics: _Statistics, about: str) -> _Statistics:
     """Refuse a spread that cannot be divided by; ``about`` begins the message."""
-    if not math.isfinite(known.spread):
+    if not math.isfinite(statistics.spread):
         why = "lie too far apart for a float of 64 bits"
-    elif known.spread == 0 or not math.isfinite(1 / known.spread):
+    elif statistics.spread == 0 or not math.isfinite(1 / statistics.spread):
         why = "lie too close together for a float of 64 bits"
     else:
-        return known
+        return statistics
     raise BadRequest(f"{about} has grey values that {why}: use none or scale:A,B")
 
 
-def _about(rule: Rule, channel: int) -> str:
+def _about(rule: NormalizationRule, channel: int) -> str:
     numbers = f":{rule.first:g},{rule.second:g}" if rule.kind == "percentile" else ""
-    asked = f"normalize (={rule.kind}{numbers})"
-    return f"{asked} needs a volume whose grey values vary; channel {channel}"
+    rule_text = f"normalize (={rule.kind}{numbers})"
+    return f"{rule_text} needs a volume whose grey values vary; channel {channel}"
 
 
-def _uniform(rule: Rule, channel: int, count: int, value: float) -> BadRequest:
+def _uniform(rule: NormalizationRule, channel: int, count: int, value: float) -> BadRequest:
     """Return the refusal of a channel that has one value, or none."""
     if not count:
         return BadRequest(
@@ -213,8 +213,8 @@ def _blocks(
 
 
 def _moments(
-    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None
-) -> list[_Known]:
+    rule: NormalizationRule, volume: Volume, progress: Callable[[int, int], None] | None
+) -> list[_Statistics]:
     """Return mean and standard deviation of each channel (Chan's pairwise update).
 
     Both are taken of the differences to the channel's first value: those of a constant are 0.
@@ -235,14 +235,14 @@ def _moments(
                 mean[channel] += delta * n / total
                 count[channel] = total
                 varies[channel] += piece.any()
-    found = []
+    statistics = []
     for channel in range(volume.channels):
         if not varies[channel]:
             raise _uniform(rule, channel, count[channel], first[channel])
         spread = math.sqrt(square[channel] / count[channel])
-        known = _Known(first[channel], float(mean[channel]), spread)
-        found.append(_checked(known, _about(rule, channel)))
-    return found
+        moments = _Statistics(first[channel], float(mean[channel]), spread)
+        statistics.append(_checked(moments, _about(rule, channel)))
+    return statistics
 
 
 def _offsets(values: NDArray[np.generic], first: float) -> NDArray[np.float64]:
@@ -255,8 +255,8 @@ def _offsets(values: NDArray[np.generic], first: float) -> NDArray[np.float64]:
 
 
 def _percentiles(
-    rule: Rule, volume: Volume, progress: Callable[[int, int], None] | None
-) -> list[_Known]:
+    rule: NormalizationRule, volume: Volume, progress: Callable[[int, int], None] | None
+) -> list[_Statistics]:
     """Return the lower percentile of each channel, and how far the upper one lies from it."""
     orders = order_statistics(
         lambda: _blocks(volume, progress),
@@ -264,22 +264,22 @@ def _percentiles(
         volume.channels,
         (rule.first / 100, rule.second / 100),
     )
-    found = []
+    statistics = []
     for channel, order in enumerate(orders):
         if not order.count or order.least == order.greatest:
             raise _uniform(rule, channel, order.count, order.least)
-        (base, *_), (other, *_) = order.neighbours
+        (base, *_), (upper, *_) = order.neighbours
         low, high = (_between(*neighbours) for neighbours in order.neighbours)
-        known = _Known(base, low, (other - base) + (high - low))
-        if base == other and known.spread == 0:
+        percentiles = _Statistics(base, low, (upper - base) + (high - low))
+        if base == upper and percentiles.spread == 0:
             raise BadRequest(
                 f"normalize (=percentile:{rule.first:g},{rule.second:g}) needs percentiles that"
                 f" differ; those of channel {channel} are both {base + low:g}, although its values"
                 f" go from {order.least:g} to {order.greatest:g}: take percentiles further apart,"
                 " or zscore, or scale:A,B"
             )
-        found.append(_checked(known, _about(rule, channel)))
-    return found
+        statistics.append(_checked(percentiles, _about(rule, channel)))
+    return statistics
 
 
 def _between(first: float, second: float, within: float) -> float:

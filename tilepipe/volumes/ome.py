@@ -28,7 +28,7 @@ _NAMES = {"channel": "c", "time": "t", "s": "c"}
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class ZarrNode:
     """The metadata of one Zarr array or group."""
 
     kind: Literal["array", "group"]
@@ -61,7 +61,7 @@ class Multiscale:
     """What the channels are called, "" for one without a name; empty where nothing says it."""
 
 
-def read_node(folder: Place) -> Node | None:
+def read_node(folder: Place) -> ZarrNode | None:
     """Return the metadata of the Zarr node in ``folder``; None where there is no node.
 
     Version 3 wins where both are there. Raises BadRequest for metadata that is not JSON.
@@ -72,17 +72,28 @@ def read_node(folder: Place) -> Node | None:
         metadata.pop("consolidated_metadata", None)
         kind = metadata.get("node_type")
         if kind == "array":
-            return Node("array", 3, metadata, attributes)
+            return ZarrNode("array", 3, metadata, attributes)
         if kind == "group":
-            return Node("group", 3, metadata, attributes)
+            return ZarrNode("group", 3, metadata, attributes)
         raise BadRequest(f"metadata (={folder / 'zarr.json'}) must say node_type array or group")
     array = _read_json(folder / ".zarray")
     if array is not None:
-        return Node("array", 2, array, _read_json(folder / ".zattrs") or {})
+        return ZarrNode("array", 2, array, _read_json(folder / ".zattrs") or {})
     group = _read_json(folder / ".zgroup")
     if group is not None:
-        return Node("group", 2, group, _read_json(folder / ".zattrs") or {})
+        return ZarrNode("group", 2, group, _read_json(folder / ".zattrs") or {})
     return None
+
+
+def is_array(folder: Place) -> bool:
+    """Return whether ``folder`` is a Zarr array; what cannot be read is none."""
+    try:
+        metadata = _read_json(folder / "zarr.json")
+        if metadata is not None:
+            return metadata.get("node_type") == "array"
+        return _read_json(folder / ".zarray") is not None
+    except (BadRequest, OSError):
+        return False
 
 
 def _read_json(path: Place) -> dict[str, object] | None:
@@ -272,35 +283,35 @@ def no_array(path: Place) -> str:
         return f"source (={path}) must be a Zarr array or image; there is no metadata of one"
     if not any(path.iterdir()):
         return f"source (={path}) holds nothing: there is no Zarr"
-    found: list[str] = []
-    left, looks = [path], 0
-    while left and len(found) <= 5 and looks <= 1000:
-        folder, node, image = left.pop(), None, False
+    arrays: list[str] = []
+    folders_left, looks = [path], 0
+    while folders_left and len(arrays) <= 5 and looks <= 1000:
+        folder, node, image = folders_left.pop(), None, False
         looks += 1
         with suppress(ValueError):
             node = read_node(folder)
             image = node is not None and parse_multiscale(node.attributes) is not None
         if node is not None and (node.kind == "array" or image):
-            found.append(str(folder).removeprefix(str(path)).lstrip("/"))
+            arrays.append(str(folder).removeprefix(str(path)).lstrip("/"))
         else:
-            left += reversed(folders(folder))
-    if not found:
+            folders_left += reversed(folders(folder))
+    if not arrays:
         return f"source (={path}) must be a Zarr array or image; the folder holds none"
-    listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    listed = ", ".join(arrays[:5]) + (", ..." if len(arrays) > 5 else "")
     return f"source (={path}) is a group, not an array; name one inside it: {listed}"
 
 
-def dimension_names(node: Node, path: Place) -> tuple[str, ...] | None:
+def dimension_names(node: ZarrNode, path: Place) -> tuple[str, ...] | None:
     """Return the axes that the array itself states; None where it says nothing of use."""
     stated = node.metadata.get("dimension_names") or node.attributes.get("_ARRAY_DIMENSIONS")
     if not isinstance(stated, list):
         return None
     names = [str(name).lower() if isinstance(name, str) else "" for name in stated]
     names = [_NAMES.get(name, name) for name in names]
-    known = [len(name) == 1 and name in AXES for name in names]
-    if not any(known):
+    are_axes = [len(name) == 1 and name in AXES for name in names]
+    if not any(are_axes):
         return None
-    if not all(known):
+    if not all(are_axes):
         raise BadRequest(f"source (={path}) has axes {stated}; name them with axes (of {AXES})")
     return tuple(names)
 

@@ -37,7 +37,7 @@ PIECE = 2**17
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What was found of one channel."""
+    """The order statistics of one channel."""
 
     count: int
     """Values; where there are none, the rest says nothing."""

@@ -217,7 +217,7 @@ def _chosen(
 
 
 def _is_stack(images: Sequence[tifffile.TiffPageSeries]) -> bool:
-    """Whether the images are pages of one kind that were written one by one.
+    """Return whether the images are pages of one kind that were written one by one.
 
     The images of OME-TIFF and of slides are said to be several, and are none.
     """
@@ -248,10 +248,10 @@ def _stored(image: tifffile.TiffPageSeries, path: Path) -> tuple[object, ...]:
     paths = {path}
     if image.is_multifile:
         paths |= {Path(page.parent.filehandle.path) for page in image.pages if page is not None}
-    found = [(file.name, file.stat()) for file in sorted(paths)]
-    if len(found) == 1:
-        return found[0][1].st_size, found[0][1].st_mtime_ns
-    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in found)
+    files = [(file.name, file.stat()) for file in sorted(paths)]
+    if len(files) == 1:
+        return files[0][1].st_size, files[0][1].st_mtime_ns
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in files)
 
 
 def _check_pages(image: tifffile.TiffPageSeries, path: Path) -> None:
@@ -326,8 +326,8 @@ def renamed(axes: str, plain: Sequence[str | None]) -> list[str]:
     >>> renamed("IYX", ("z", "y", "x")), renamed("TZYXS", ("t", "z", "y", "x", "c"))
     (['the source has axes IYX without meaning: read as zyx'], [])
     """
-    known = {"S": "c", **{letter.upper(): letter for letter in LETTERS}}
-    if all(name is None or known.get(a) == name for a, name in zip(axes, plain, strict=True)):
+    letters = {"S": "c", **{letter.upper(): letter for letter in LETTERS}}
+    if all(name is None or letters.get(a) == name for a, name in zip(axes, plain, strict=True)):
         return []
     read = "".join(name for name in plain if name)
     return [f"the source has axes {axes} without meaning: read as {read}"]

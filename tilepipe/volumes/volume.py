@@ -13,12 +13,12 @@ import math
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tilepipe.errors import BadRequest
-from tilepipe.geometry import Region, Shape, mirror
+from tilepipe.geometry import Region, Shape
 from tilepipe.host.process import borrowed
 from tilepipe.storage.location import locate
 from tilepipe.storage.objects import explain, is_of_store
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from zarr.types import AnyArray
 
     from tilepipe.storage.location import Place
-    from tilepipe.storage.objects import Key
+    from tilepipe.storage.objects import ObjectKey
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -109,17 +109,17 @@ class Volume:
             weakref.finalize(self, self._file.close)
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        asked = self.requested_axes, self.level, self.series, self.requested_channels
-        return _reopen, (self.path, *asked)
+        request = self.requested_axes, self.level, self.series, self.requested_channels
+        return _reopen, (self.path, *request)
 
     @property
     def dimensions(self) -> str:
-        """Axes as stored, channels among them; - for one of length 1 that was left out."""
+        """Return the axes as stored, with channels; - is one of length 1 that was left out."""
         return "".join(letter or "-" for letter in self._letters)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all voxels and channels, uncompressed."""
+        """Return the bytes of all voxels and channels, uncompressed."""
         return math.prod(self.shape) * self.channels * self.dtype.itemsize
 
     def read(self, region: Region) -> NDArray[np.generic]:
@@ -148,8 +148,8 @@ class Volume:
             raise OSError(
                 f"cannot read voxels {region} of {self.path}{place}: {explain(error)}"
             ) from error
-        kept = [letter for letter in self._letters if letter is not None]
-        voxels = np.moveaxis(voxels, kept.index("c"), 0) if self.has_channels else voxels[None]
+        named = [letter for letter in self._letters if letter is not None]
+        voxels = np.moveaxis(voxels, named.index("c"), 0) if self.has_channels else voxels[None]
         if self._picked is not None and not self.has_channels:
             voxels = voxels[list(self._picked)]  # the one, as often as it was asked for
         return np.ascontiguousarray(voxels, dtype=self.dtype)
@@ -184,47 +184,6 @@ def _reopen(
     return open_volume(path, axes=axes, level=level, series=series, channels=channels)
 
 
-class Readable(Protocol):
-    """What regions are read of: a volume, or one whose chunks are kept."""
-
-    @property
-    def shape(self) -> Shape: ...  # noqa: D102
-    @property
-    def channels(self) -> int: ...  # noqa: D102
-    @property
-    def dtype(self) -> np.dtype[np.generic]: ...  # noqa: D102
-    def read(self, region: Region) -> NDArray[np.generic]: ...  # noqa: D102
-
-
-def read_mirrored(volume: Readable, region: Region) -> NDArray[np.generic]:
-    """Return the voxels of a region that may reach outside the volume, which goes on mirrored.
-
-    Only the voxels that are needed are read, once. Law: equals the same region of the whole
-    volume grown by ``numpy.pad(mode="reflect")``, repeated as often as needed.
-    """
-    if region.size == 0:
-        return np.zeros((volume.channels, *region.shape), dtype=volume.dtype)
-    places = [mirror(*ends) for ends in zip(region.start, region.stop, volume.shape, strict=True)]
-    box = Region(tuple(int(p.min()) for p in places), tuple(int(p.max()) + 1 for p in places))
-    voxels = volume.read(box)
-    for axis, (place, origin) in enumerate(zip(places, box.start, strict=True), start=1):
-        wanted = place - origin
-        if not np.array_equal(wanted, np.arange(voxels.shape[axis])):
-            voxels = np.take(voxels, wanted, axis=axis)
-    return voxels
-
-
-def read_zero_padded(volume: Volume, region: Region) -> NDArray[np.generic]:
-    """Return the voxels of a region that may reach outside the volume, which goes on as zeros."""
-    inside = region.intersect(Region.whole(volume.shape))
-    if inside == region:
-        return volume.read(region)
-    voxels = np.zeros((volume.channels, *region.shape), dtype=volume.dtype)
-    if inside.size:
-        voxels[(slice(None), *inside.within(region.start))] = volume.read(inside)
-    return voxels
-
-
 @borrowed()
 def open_volume(
     path: str | Path,
@@ -247,17 +206,17 @@ def open_volume(
     if not str(path):
         raise BadRequest("source is empty; name a Zarr, an OME-Zarr or a TIFF")
     resolved = locate(path, "source")
-    asked = _Asked(axes, level, series, None if channels is None else tuple(channels))
+    request = _SourceRequest(axes, level, series, None if channels is None else tuple(channels))
     try:
         if not isinstance(resolved, Path):
-            return _open_remote(resolved, asked)
+            return _open_remote(resolved, request)
         if not resolved.exists():
             raise BadRequest(f"source (={path}) does not exist")
         if resolved.is_dir():
-            return _open_zarr(resolved, asked)
+            return _open_zarr(resolved, request)
         if not resolved.is_file():
             raise BadRequest(f"source (={path}) must be a file or a folder")
-        return _open_tiff(resolved, asked)
+        return _open_tiff(resolved, request)
     except BadRequest:
         raise
     except (OSError, ValueError) as error:
@@ -265,7 +224,7 @@ def open_volume(
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _SourceRequest:
     """What is asked of a source; see `open_volume`."""
 
     axes: str | None
@@ -274,36 +233,36 @@ class _Asked:
     channels: tuple[int | str, ...] | None
 
 
-def _open_remote(key: Key, asked: _Asked) -> Volume:
+def _open_remote(key: ObjectKey, request: _SourceRequest) -> Volume:
     if key.suffix.lower() in tiff.SUFFIXES:
         raise BadRequest(
             f"source (={key}) must be a Zarr store, or a file here; copy or convert it"
         )
-    return _open_zarr(key, asked)
+    return _open_zarr(key, request)
 
 
-def _open_tiff(path: Path, asked: _Asked) -> Volume:
+def _open_tiff(path: Path, request: _SourceRequest) -> Volume:
     tiff.check_start(path)
-    image = tiff.open_tiff(path, level=asked.level, series=asked.series)
+    image = tiff.open_tiff(path, level=request.level, series=request.series)
     try:
         stated, notices = None, list(image.notices)
-        if asked.axes is None:
+        if request.axes is None:
             try:
                 stated = tiff.plain_axes(image.axes, image.array.shape)
             except ValueError as error:
                 raise BadRequest(f"{error} in {path}; name them with axes") from error
             notices += tiff.renamed(image.axes, stated)
-        letters = tuple((asked.axes or "").lower()) if stated is None else stated
-        known = [image.sizes.get(letter or "") for letter in letters]
+        letters = tuple((request.axes or "").lower()) if stated is None else stated
+        sizes = [image.sizes.get(letter or "") for letter in letters]
         return _volume(
             path,
             image.array,
-            asked,
+            request,
             stated=stated,
             kind="TIFF",
             storage=image.storage,
-            scale=tuple(1.0 if size is None else size[0] for size in known) if any(known) else None,
-            units=tuple(None if size is None else size[1] for size in known),
+            scale=tuple(1.0 if size is None else size[0] for size in sizes) if any(sizes) else None,
+            units=tuple(None if size is None else size[1] for size in sizes),
             channel_names=image.channel_names,
             notices=notices,
             file=image.file,
@@ -313,15 +272,15 @@ def _open_tiff(path: Path, asked: _Asked) -> Volume:
         raise
 
 
-def _open_zarr(path: Place, asked: _Asked) -> Volume:
-    node, level = read_node(path), asked.level
+def _open_zarr(path: Place, request: _SourceRequest) -> Volume:
+    node, level = read_node(path), request.level
     notices: list[str] = []
     image: Multiscale | None
     if node is None or node.kind == "group":
-        if node is None or (found := choose_image(path, node, asked.series)) is None:
+        if node is None or (chosen := choose_image(path, node, request.series)) is None:
             raise BadRequest(no_array(path))
-        image, group = found.image, found.group
-        notices += found.notices
+        image, group = chosen.image, chosen.group
+        notices += chosen.notices
         if not 0 <= level < len(image.paths):
             raise BadRequest(
                 f"level (={level}) must be one of {', '.join(map(str, range(len(image.paths))))}, "
@@ -337,20 +296,20 @@ def _open_zarr(path: Place, asked: _Asked) -> Volume:
     else:
         if level != 0:
             raise BadRequest(f"level (={level}) must be 0; {path} is one array, not an image group")
-        if asked.series not in (None, 0):
-            raise BadRequest(f"series (={asked.series}) must be 0; {path} is one array")
+        if request.series not in (None, 0):
+            raise BadRequest(f"series (={request.series}) must be 0; {path} is one array")
         folder, kind = path, f"zarr v{node.zarr_format}"
         image, place = parent_image(path)
     array = open_array(folder, node)
     stated: tuple[str | None, ...] | None = None
     if image is not None and image.axes is not None:
         stated = image.axes
-    elif asked.axes is None:
+    elif request.axes is None:
         stated = dimension_names(node, folder)
     return _volume(
         path,
         array,
-        asked,
+        request,
         stated=stated,
         kind=kind,
         storage=[node.metadata, str(folder)],
@@ -365,7 +324,7 @@ def _open_zarr(path: Place, asked: _Asked) -> Volume:
 def _volume(
     path: Place,
     array: AnyArray,
-    asked: _Asked,
+    request: _SourceRequest,
     *,
     stated: tuple[str | None, ...] | None,
     kind: str,
@@ -381,25 +340,25 @@ def _volume(
     check_dtype(array.dtype, str(array.dtype), path)
     if 0 in array.shape:
         raise BadRequest(f"source (={path}) of shape {array.shape} must have no axis of length 0")
-    letters, assumed = name_axes(asked.axes, stated, array.shape, path)
+    letters, assumed = name_axes(request.axes, stated, array.shape, path)
     dims = [place for place, letter in enumerate(letters) if letter not in (None, "c")]
     channel = letters.index("c") if "c" in letters else None
     try:
         chunks, shards = array.chunks, array.shards
     except NotImplementedError as error:
         raise BadRequest(f"source (={path}) must have chunks of one size: {error}") from error
-    for name, said in (("scale", scale), ("translation", translation)):
-        if said is not None and len(said) != array.ndim:
+    for name, numbers in (("scale", scale), ("translation", translation)):
+        if numbers is not None and len(numbers) != array.ndim:
             raise BadRequest(
-                f"{name} (={said}) in the metadata of {path} must have one per dimension"
+                f"{name} (={numbers}) in the metadata of {path} must have one per dimension"
             )
     count, chunk = (1, 1) if channel is None else (array.shape[channel], chunks[channel])
     picked = None
-    if asked.channels is not None:
-        picked = pick_channels(asked.channels, count, channel_names, path)
+    if request.channels is not None:
+        picked = pick_channels(request.channels, count, channel_names, path)
     names = channel_names if len(channel_names) == count else ()
     decoded = {n // chunk for n in (range(count) if picked is None else picked)}
-    described = json.dumps([str(path), asked.level, storage, picked], sort_keys=True)
+    described = json.dumps([str(path), request.level, storage, picked], sort_keys=True)
     return Volume(
         path=str(path),
         axes="".join(letters[place] or "" for place in dims),
@@ -415,14 +374,14 @@ def _volume(
         identity=hashlib.sha256(described.encode()).hexdigest(),
         axes_assumed=assumed,
         kind=kind,
-        requested_axes=asked.axes,
-        level=asked.level,
+        requested_axes=request.axes,
+        level=request.level,
         translation=tuple(0.0 if translation is None else translation[place] for place in dims),
         is_placed=scale is not None and file is None,
         channel_names=tuple(names[n] for n in picked or range(count)) if any(names) else (),
         notices=tuple(notices),
-        series=asked.series,
-        requested_channels=asked.channels,
+        series=request.series,
+        requested_channels=request.channels,
         decoded_channels=max(
             sum(min(chunk, count - n * chunk) for n in decoded), len(picked or ())
         ),

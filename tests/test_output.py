@@ -15,14 +15,8 @@ import zarr
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, TileGrid
-from tilepipe.volumes.output import (
-    check_target,
-    create_target,
-    open_target,
-    read_attributes,
-    update_attributes,
-    write_unit,
-)
+from tilepipe.volumes.output import Output
+from tilepipe.volumes.output_array import write_unit
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
@@ -40,7 +34,7 @@ def create(path: Path, **changes: Any) -> None:
         "units": ("nanometer", "nanometer", None),
         "attributes": {"model": "m"},
     }
-    create_target(path, **{**options, **changes})
+    Output.at(path).create(**{**options, **changes})
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint64", "float32"])
@@ -56,7 +50,7 @@ def test_write_units_from_threads_give_the_array(
     shape = (20, 50, 41) if channels is None else (channels, 20, 50, 41)
     axes = first + "zyx"
     create(path, axes=axes, shape=shape, dtype=dtype, shards=shards, ome_version=version)
-    target = open_target(path)
+    target = Output.at(path).open()
     assert (target.axes, target.shape, target.channels) == ("zyx", (20, 50, 41), channels)
     assert (target.chunks, target.shards) == ((8, 16, 16), shards)
     voxels = (np.random.default_rng(0).random(shape) * 200).astype(dtype)
@@ -86,7 +80,7 @@ def test_write_units_from_threads_give_the_array(
 
 def test_only_whole_write_units_are_written(tmp_path: Path) -> None:
     create(tmp_path / "o", shards=(16, 32, 32))
-    target = open_target(tmp_path / "o")
+    target = Output.at(tmp_path / "o").open()
     for start, stop in (
         ((0, 0, 0), (8, 32, 32)),
         ((8, 0, 0), (16, 32, 32)),
@@ -113,7 +107,7 @@ def test_rot_is_found(tmp_path: Path) -> None:
         create(path, axes="yx", shape=(64, 64), chunks=(64, 64), dtype=dtype, **plane())
         region = Region.whole((64, 64))
         noise = (np.random.default_rng(0).random((64, 64)) * 255).astype(dtype)
-        open_target(path).write(region, noise)
+        Output.at(path).open().write(region, noise)
         chunk = next((path / "0" / "c").rglob("0/0"))
         content = bytearray(chunk.read_bytes())
         content[len(content) // 2] ^= 1
@@ -130,10 +124,10 @@ def plane() -> dict[str, Any]:
 def test_attributes_are_kept_beside_the_image(tmp_path: Path, version: str) -> None:
     path = tmp_path / "o"
     create(path, ome_version=version)
-    assert read_attributes(path) == {"model": "m"}
-    update_attributes(path, {"done": [1, 2], "plan": {"tile": None}})
-    update_attributes(path, {"done": [3]})
-    assert read_attributes(path) == {"model": "m", "done": [3], "plan": {"tile": None}}
+    assert Output.at(path).read_attributes() == {"model": "m"}
+    Output.at(path).update_attributes({"done": [1, 2], "plan": {"tile": None}})
+    Output.at(path).update_attributes({"done": [3]})
+    assert Output.at(path).read_attributes() == {"model": "m", "done": [3], "plan": {"tile": None}}
     assert open_volume(path).scale == (4.0, 2.0, 2.0)
     if version == "0.5":
         image = json.loads((path / "zarr.json").read_text())["attributes"]["ome"]
@@ -145,9 +139,9 @@ def test_attributes_are_kept_beside_the_image(tmp_path: Path, version: str) -> N
     zarr.create_group(tmp_path / "other")
     for other in ("other", "missing"):
         with pytest.raises(BadRequest, match="no output of tilepipe"):
-            read_attributes(tmp_path / other)
+            Output.at(tmp_path / other).read_attributes()
         with pytest.raises(BadRequest, match="no output of tilepipe"):
-            open_target(tmp_path / other)
+            Output.at(tmp_path / other).open()
 
 
 def test_only_our_own_output_is_ever_removed(tmp_path: Path) -> None:
@@ -175,7 +169,7 @@ def test_only_our_own_output_is_ever_removed(tmp_path: Path) -> None:
         create(tmp_path / "empty", overwrite=True)
     (tmp_path / "empty" / "note").unlink()
     create(tmp_path / "folder" / "out", overwrite=True, attributes={"new": True})
-    assert read_attributes(tmp_path / "empty") == {"new": True}
+    assert Output.at(tmp_path / "empty").read_attributes() == {"new": True}
     assert sorted(os.listdir(tmp_path / "empty")) == ["0", "zarr.json"]
     assert (tmp_path / "folder" / "thesis.txt").exists()
 
@@ -186,10 +180,10 @@ def test_half_removed_output_stays_ours(tmp_path: Path) -> None:
         create(path, ome_version=version)
         shutil.rmtree(path / "0")
         with pytest.raises(BadRequest, match="lost its array 0"):
-            open_target(path)
+            Output.at(path).open()
         (path / f"zarr.{0:032x}.partial").touch()
         create(path, overwrite=True, ome_version="0.5")
-        assert open_target(path).shape == (20, 50, 41)
+        assert Output.at(path).open().shape == (20, 50, 41)
         assert sorted(os.listdir(path)) == ["0", "zarr.json"]
 
 
@@ -244,12 +238,12 @@ def test_target_must_keep_off_the_source(tmp_path: Path) -> None:
         ("https://host/o", "HTTP is for reading"),
     ):
         with pytest.raises(BadRequest, match=message) as caught:
-            check_target(place, source)
+            Output.at(place).check_apart(source)
         assert "\n" not in str(caught.value)
     with pytest.raises(BadRequest, match="inside the array"):
-        check_target(source / "o", tmp_path / "file")
-    check_target(tmp_path / "o", source)
-    check_target(store / "em" / "labels", source)
+        Output.at(source / "o").check_apart(tmp_path / "file")
+    Output.at(tmp_path / "o").check_apart(source)
+    Output.at(store / "em" / "labels").check_apart(source)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -261,4 +255,4 @@ def test_unwritable_folder_is_refused(tmp_path: Path) -> None:
         folders.append(str(tmp_path / "locked"))
     for folder in folders:
         with pytest.raises(BadRequest, match="writable"):
-            check_target(f"{folder}/o", tmp_path / "v")
+            Output.at(f"{folder}/o").check_apart(tmp_path / "v")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tilepipe.errors import BadRequest
-from tilepipe.storage import objects
+from tilepipe.storage import appending, objects
+from tilepipe.storage.appending import GrowingObjects, append
 from tilepipe.storage.location import (
-    append,
     check_writable,
     find,
     folders,
@@ -21,7 +21,7 @@ from tilepipe.storage.location import (
     remove_if,
     replace,
 )
-from tilepipe.storage.objects import Key, Parts, explain
+from tilepipe.storage.objects import ObjectKey, explain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_what_is_written_is_found(folder: Place) -> None:
     with pytest.raises(FileNotFoundError):
         (folder / "a").read_bytes()
     (folder / "in" / "c").unlink()
-    if isinstance(folder, Key):
+    if isinstance(folder, ObjectKey):
         (folder / "in").unlink()  # this server shows what is empty now
     else:
         (folder / "in").rmdir()
@@ -118,8 +118,8 @@ def granted() -> None:
 
 
 def test_what_is_appended_is_read_in_order(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "PART", 100)
-    monkeypatch.setattr(objects, "FLUSH", 0.01)
+    monkeypatch.setattr(appending, "PART", 100)
+    monkeypatch.setattr(appending, "FLUSH", 0.01)
     records = [b"%07d\n" % n for n in range(300)]
     for part in (records[:100], records[100:]):
         with closing(append(folder / "done", granted)) as file:
@@ -134,11 +134,11 @@ def test_what_is_appended_is_read_in_order(folder: Place, monkeypatch: pytest.Mo
 
 def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
     """One who was taken for dead, and is not, and who took over."""
-    key = Key.parse(prefix()) / "done"
-    with closing(Parts(key, granted)) as dead:
+    key = ObjectKey.parse(prefix()) / "done"
+    with closing(GrowingObjects(key, granted)) as dead:
         dead.write(b"1")
         dead.sync()
-        with closing(Parts(key, granted)) as heir:
+        with closing(GrowingObjects(key, granted)) as heir:
             heir.write(b"2")
             heir.sync()
             for n in range(3):
@@ -147,7 +147,7 @@ def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
                 heir.write(b"b%d" % n)
                 heir.sync()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(objects, "PART", 1)
+            patch.setattr(appending, "PART", 1)
             dead.write(b"c")
             dead.sync()
             dead.write(b"d")
@@ -159,9 +159,9 @@ def test_two_who_append_lose_nothing(prefix: Callable[[], str]) -> None:
 def test_what_was_appended_is_seen_soon(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "FLUSH", 0.05)
-    key = Key.parse(prefix()) / "done"
-    with closing(Parts(key, granted)) as file:
+    monkeypatch.setattr(appending, "FLUSH", 0.05)
+    key = ObjectKey.parse(prefix()) / "done"
+    with closing(GrowingObjects(key, granted)) as file:
         file.write(b"1")
         for _ in range(200):
             if find(key.parent, "done"):
@@ -174,12 +174,12 @@ def test_what_was_appended_is_seen_soon(
 def test_a_store_that_refuses_for_long_is_told(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = Key.parse(prefix()) / "done"
-    parts = Parts(key, granted)
+    key = ObjectKey.parse(prefix()) / "done"
+    parts = GrowingObjects(key, granted)
     parts.write(b"1")
     objects._store.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "PATIENCE", 0.0)
+        patch.setattr(appending, "PATIENCE", 0.0)
         patch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         with pytest.raises(PermissionError, match="SignatureDoesNotMatch"):
             parts.sync()
@@ -196,8 +196,8 @@ def test_a_thread_that_fails_for_good_is_told(
     prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what is no OSError, such as a fault of a library: nothing is written any more."""
-    monkeypatch.setattr(objects, "FLUSH", 0.01)
-    parts = Parts(Key.parse(prefix()) / "done", granted)
+    monkeypatch.setattr(appending, "FLUSH", 0.01)
+    parts = GrowingObjects(ObjectKey.parse(prefix()) / "done", granted)
     with monkeypatch.context() as patch:
         patch.setattr(objects, "_store", lambda *_, **__: None)  # no store, says obstore
         parts.write(b"1")
@@ -245,7 +245,7 @@ def test_a_store_that_creates_again_what_exists_is_refused(
     objects._store.cache_clear()
     try:
         with pytest.raises(OSError, match="creates again what exists"):
-            check_writable(Key.parse("s3://tests/o"))
+            check_writable(ObjectKey.parse("s3://tests/o"), "probe")
         assert held == []  # what was tried was removed
     finally:
         server.shutdown()
@@ -255,7 +255,7 @@ def test_a_store_that_creates_again_what_exists_is_refused(
 
 
 def test_a_place_to_write_is_left_as_it_was(folder: Place) -> None:
-    check_writable(folder)
+    check_writable(folder, "probe")
     assert find(folder, "") == []
 
 
@@ -265,7 +265,7 @@ def test_what_a_store_refuses_is_told_in_one_line(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     objects._store.cache_clear()
     try:
-        key = Key.parse("s3://tests/refused")
+        key = ObjectKey.parse("s3://tests/refused")
         with pytest.raises(
             PermissionError, match=r"^s3://tests/refused: SignatureDoes\w+: The req"
         ):

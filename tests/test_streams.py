@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tilepipe.geometry import Region
 from tilepipe.planning.costs import blocks
-from tilepipe.segmentation.streams import Feed, Store
+from tilepipe.segmentation.streams import RowReader, RowWriter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def test_rows_are_read_once_and_let_go(data: st.DataObject) -> None:
     parts = list(blocks(start, stop, 40, data.draw(st.integers(1, 12))))
     with ThreadPoolExecutor(1) as pool:
         box = Region((3, start), (7, stop))
-        feed = Feed(box, axis=1, parts=parts, load=load, pool=pool)
+        feed = RowReader(box, axis=1, parts=parts, load=load, pool=pool)
         low = high = start
         while high < stop:
             high = data.draw(st.integers(high + 1, stop))
@@ -77,7 +77,7 @@ def test_whole_units_are_written_once(data: st.DataObject) -> None:
     truth = np.random.default_rng(0).random((2, *region.shape))
     wall = Wall(region, unit)
     with ThreadPoolExecutor(1) as pool:
-        store, done = Store(wall, region, axis=1, unit=unit, pool=pool), 0
+        store, done = RowWriter(wall, region, axis=1, unit=unit, pool=pool), 0
         while done < stop - start:
             more = data.draw(st.integers(1, stop - start - done))
             store.add(truth[:, :, done : done + more])
