@@ -452,8 +452,10 @@ def test_a_training_learns_from_all_pages_or_the_image_asked_for(tmp_path: Path)
     small: dict[str, Any] = {"base": 2, "depth": 1, "patch": (8, 8), "steps": 1, "ndim": 2}
     material = open_material([(str(image), str(labels))], [], Recipe(**small))
     assert (material.images[0].shape, material.labels[0].shape) == (PAGES.shape,) * 2
-    study = prepare(material, Recipe(**small), tmp_path, resume=False, first=False, scanned=None)
-    assert len([notice for notice in study.notices if "read as a stack" in notice]) == 2
+    experiment = prepare(
+        material, Recipe(**small), tmp_path, resume=False, first=False, scanned=None
+    )
+    assert len([notice for notice in experiment.notices if "read as a stack" in notice]) == 2
     one = open_material([(str(image), str(labels))], [], Recipe(**small, series=2, channels=(0, 0)))
     assert one.channels == 2
     np.testing.assert_array_equal(whole(one.images[0]), np.stack([PAGES[2]] * 2))

@@ -34,8 +34,8 @@ from tilepipe.training.validate import score
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tilepipe.training.experiment import Study
-    from tilepipe.training.log import Progress
+    from tilepipe.training.experiment import Experiment
+    from tilepipe.training.meter import TrainReport
 
 SMALL = {
     "target": "mask", "ndim": 2, "base": 4, "depth": 2, "patch": (24, 24), "elastic": 2.0,
@@ -77,13 +77,13 @@ def log_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[str, str]) -> None:
-    told: list[Progress] = []
-    studies: list[Study] = []
+    told: list[TrainReport] = []
+    experiments: list[Experiment] = []
     recipe = Recipe(**SMALL, steps=120, batch_norm=True)  # type: ignore[arg-type]
     last = train(
         [pair], output=tmp_path / "u.pt", recipe=recipe, preview=tmp_path / "p.png",
         tensorboard=True,
-        prepared=studies.append, progress=told.append,
+        prepared=experiments.append, progress=told.append,
     )  # fmt: skip
     assert last.score is not None
     assert last.score.error < 0.06 < told[0].score.error  # type: ignore[union-attr]
@@ -105,7 +105,7 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     events = EventAccumulator(str(tmp_path / "u.pt.training" / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(10, 121, 10))
     assert [e.step for e in events.Scalars("error")] == [0, 120]
-    assert studies[0].held_out_voxels == 4 * 10 * 90
+    assert experiments[0].held_out_voxels == 4 * 10 * 90
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_training_that_goes_on_equals_an_unbroken_one(
     recipe = Recipe(**{**SMALL, "steps": 14, "validate_every": 8, "batch": 2, **options})  # type: ignore[arg-type]
     train([pair], output=tmp_path / "whole.pt", recipe=recipe)
 
-    def interrupt(report: Progress) -> None:
+    def interrupt(report: TrainReport) -> None:
         if report.step == 10:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -272,7 +272,7 @@ def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]
 def test_storage_that_fails_is_told_in_a_line(tmp_path: Path, pair: tuple[str, str]) -> None:
     recipe = Recipe(**{**SMALL, "steps": 2, "normalize": "none"})  # type: ignore[arg-type]
 
-    def damage(study: Study) -> None:
+    def damage(experiment: Experiment) -> None:
         for plane in range(4):
             (Path(pair[0]) / f"c/{plane}/0/0").write_bytes(b"damaged")
 
@@ -484,7 +484,7 @@ def test_the_command_refuses_in_a_line(
 
 
 def test_several_volumes_and_one_held_out_whole(tmp_path: Path, pair: tuple[str, str]) -> None:
-    pairs, studies = [pair], []
+    pairs, experiments = [pair], []
     for number, shape in enumerate([(2, 60, 50), (1, 64, 64)]):
         places = [tmp_path / f"{name}-{number}.zarr" for name in ("image", "labels")]
         for place, array in zip(places, discs(*shape, seed=number + 1), strict=True):
@@ -493,15 +493,15 @@ def test_several_volumes_and_one_held_out_whole(tmp_path: Path, pair: tuple[str,
     recipe = Recipe(**SMALL, steps=1)  # type: ignore[arg-type]
     last = train(
         pairs[:2], output=tmp_path / "u.pt", recipe=recipe, apart=pairs[2:],
-        prepared=studies.append,
+        prepared=experiments.append,
     )  # fmt: skip
     assert last.score is not None
-    assert studies[0].held_out_voxels == 64 * 64
-    assert sum(studies[0].counts) == 4 * 80 * 90 + 2 * 60 * 50
-    census = studies[0].patches.census
+    assert experiments[0].held_out_voxels == 64 * 64
+    assert sum(experiments[0].counts) == 4 * 80 * 90 + 2 * 60 * 50
+    census = experiments[0].patches.census
     drawn = [census.draw(n, np.random.default_rng((0, n)))[0] for n in range(600)]
     assert set(drawn) == {0, 1}
-    share = 2 * 60 * 50 / sum(studies[0].counts)
+    share = 2 * 60 * 50 / sum(experiments[0].counts)
     assert abs(drawn.count(1) / 600 - share) < 0.08  # 5 standard deviations
 
 
@@ -556,7 +556,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path, pair: tuple[str, st
     recipe = Recipe(**SMALL, steps=2)  # type: ignore[arg-type]
     second: list[str] = []
 
-    def begin_another(report: Progress) -> None:
+    def begin_another(report: TrainReport) -> None:
         for overwrite in (False, True):
             with pytest.raises(BadRequest) as caught:
                 train(

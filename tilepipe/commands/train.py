@@ -22,8 +22,8 @@ from tilepipe.training.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tilepipe.training.experiment import Study
-    from tilepipe.training.log import Progress
+    from tilepipe.training.experiment import Experiment
+    from tilepipe.training.meter import TrainReport
 
 
 def _asked(
@@ -215,7 +215,7 @@ def train(
         folder=folder,
         preview=preview,
         tensorboard=tensorboard,
-        prepared=lambda study: click.echo(describe_study(study)),
+        prepared=lambda experiment: click.echo(describe_experiment(experiment)),
         scanned=progress.scan,
         progress=progress,
     )
@@ -228,7 +228,7 @@ class TrainProgress:
     def __init__(self) -> None:
         self._pace = Pace()
 
-    def __call__(self, report: Progress) -> None:
+    def __call__(self, report: TrainReport) -> None:
         """Show how a training goes."""
         if self._pace.is_due(5.0) or report.score is not None:
             click.echo(describe_progress(report), err=True)
@@ -239,31 +239,31 @@ class TrainProgress:
             click.echo(f"{what}: {done / total:.0%} read", err=True)
 
 
-def describe_study(study: Study) -> str:
+def describe_experiment(experiment: Experiment) -> str:
     """Return what a training will do."""
-    recipe, frame = study.recipe, study.frame
-    parameters = sum(p.numel() for p in study.network.parameters())
-    total = max(1, sum(study.counts))
-    classes = [f"{n / total:.1%}" for n in study.counts]
+    recipe, profile, frame = experiment.recipe, experiment.profile, experiment.frame
+    parameters = sum(p.numel() for p in experiment.network.parameters())
+    total = max(1, sum(experiment.counts))
+    classes = [f"{n / total:.1%}" for n in experiment.counts]
     ends = ((recipe.steps, "steps"), (recipe.minutes, "minutes"))
     length = " or ".join(f"{count:g} {unit}" for count, unit in ends if count)
     return table(
         [
-            ("network", f"{study.profile.axes}D, {parameters / 1e6:.3g} million weights,"
-             f" {counted(study.profile.channels, 'channel')} in, {', '.join(study.labels)} out"),
+            ("network", f"{profile.axes}D, {parameters / 1e6:.3g} million weights,"
+             f" {counted(profile.channels, 'channel')} in, {', '.join(experiment.labels)} out"),
             ("patches", f"{comma(frame.answer)} voxels, of which the network reads"
              f" {comma(frame.read.shape)}; {recipe.batch * recipe.accumulate} a step"),
-            ("labels", f"{recipe.target}: {sum(study.counts) / 1e6:.3g} million voxels"
+            ("labels", f"{recipe.target}: {sum(experiment.counts) / 1e6:.3g} million voxels"
              + (f", classes {', '.join(classes)}" if len(classes) > 1 else "")),
-            ("held out", f"{study.held_out_voxels / 1e6:.3g} million voxels"),
+            ("held out", f"{experiment.held_out_voxels / 1e6:.3g} million voxels"),
             ("training", f"{length}, {recipe.optimizer}, learning rate {recipe.highest_lr:g},"
              f" loss {recipe.loss_name}"),
-            ("folder", str(study.folder)),
+            ("folder", str(experiment.folder)),
         ]
-    ) + "".join(f"\nnote: {notice}" for notice in study.notices)  # fmt: skip
+    ) + "".join(f"\nnote: {notice}" for notice in experiment.notices)  # fmt: skip
 
 
-def describe_progress(report: Progress) -> str:
+def describe_progress(report: TrainReport) -> str:
     """Return how a training goes, in a line."""
     begin = f"step {report.step} ({report.done:.0%})"
     if report.score is not None:
@@ -277,7 +277,7 @@ def describe_progress(report: Progress) -> str:
     )
 
 
-def describe_training(report: Progress, output: str) -> str:
+def describe_training(report: TrainReport, output: str) -> str:
     """Return how a training went."""
     best = "" if report.best is None else f", best held-out score {report.best:.4f}"
     return (

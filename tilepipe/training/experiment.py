@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Study:
+class Experiment:
     """What is learned, from what, and how it is judged."""
 
     recipe: Recipe
@@ -115,7 +115,7 @@ def prepare(
     resume: bool,
     first: bool,
     scanned: Scan | None,
-) -> Study:
+) -> Experiment:
     """Count the labels, build the network, and decide the patches.
 
     What is made for the training goes to ``folder``; of several processes, ``first`` makes it.
@@ -167,7 +167,7 @@ def prepare(
     patches = make_patches(
         material, census, recipe, frame, folder=folder, cache=cache, scanned=scanned
     )
-    return Study(
+    return Experiment(
         recipe=recipe,
         folder=folder,
         network=network,
