@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tilepipe.host import limits
-from tilepipe.training.dataset import open_material
+from tilepipe.training.dataset import open_dataset
 from tilepipe.training.experiment import prepare
 from tilepipe.training.learner import Learner
 from tilepipe.training.loader import Loader
@@ -41,9 +41,9 @@ def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[floa
     write_synthetic(image, shape, seed=0, labels_path=labels)
     cores = limits.cores()
     recipe = Recipe(**{**COMMON, "loaders": cores, **options})
-    material = open_material([(str(image), str(labels))], (), recipe)
+    dataset = open_dataset([(str(image), str(labels))], (), recipe)
     with joined("auto") as team:
-        experiment = prepare(material, recipe, folder, resume=False, first=True, scanned=None)
+        experiment = prepare(dataset, recipe, folder, resume=False, first=True, scanned=None)
         learner = Learner(experiment, team)
         learner.use_threads(cores)
         made, learned = [], []

@@ -24,7 +24,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.models.model import load_model
 from tilepipe.options import Options
 from tilepipe.segmentation.segment import segment
-from tilepipe.training.dataset import open_material
+from tilepipe.training.dataset import open_dataset
 from tilepipe.training.learner import rate
 from tilepipe.training.recipe import CHOICES, Recipe
 from tilepipe.training.targets import TARGETS
@@ -248,11 +248,11 @@ def test_of_a_large_volume_no_more_is_held_out_than_is_soon_segmented(tmp_path: 
         zarr.create_array(
             place, shape=(4096, 8000, 9000), chunks=(64, 64, 64), dtype="u1", dimension_names="zyx"
         )
-    found = open_material([(places[0], places[1])], (), Recipe(steps=1))
-    ((_, region),) = found.held_out
+    found = open_dataset([(places[0], places[1])], (), Recipe(steps=1))
+    (region,) = found.volumes[0].held_out
     assert 2**23 < region.size <= 2**25
     assert region.stop == (4096, 8000, 9000)
-    assert sum(part.size for part in found.regions[0]) == 4096 * 8000 * 9000 - region.size
+    assert sum(part.size for part in found.volumes[0].regions) == 4096 * 8000 * 9000 - region.size
 
 
 def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]) -> None:
@@ -508,7 +508,7 @@ def test_several_volumes_and_one_held_out_whole(tmp_path: Path, pair: tuple[str,
 def test_regions_that_overlap_count_once(pair: tuple[str, str]) -> None:
     regions = ("0:2,:,:", "1:3,10:60,:", "0:3,20:30,5:9")
     recipe = Recipe(**{**SMALL, "train_region": regions, "val_region": ("2:4,50:,:",)}, steps=1)  # type: ignore[arg-type]
-    learned = open_material([pair], (), recipe).regions[0]
+    learned = open_dataset([pair], (), recipe).volumes[0].regions
     counts = np.zeros((4, 80, 90), int)
     for region in learned:
         counts[region.slices] += 1

@@ -17,7 +17,7 @@ import torch
 from tilepipe.errors import BadRequest
 from tilepipe.host.process import borrowed, seeded
 from tilepipe.storage.objects import local_path
-from tilepipe.training.dataset import open_material
+from tilepipe.training.dataset import open_dataset
 from tilepipe.training.experiment import cores, prepare
 from tilepipe.training.folder import MARK, SUFFIX, begin, check_places, owned
 from tilepipe.training.interrupt import stopping
@@ -31,10 +31,10 @@ from tilepipe.training.ranks import is_first, joined
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from tilepipe.training.dataset import Scan
     from tilepipe.training.experiment import Experiment
     from tilepipe.training.interrupt import Stop
     from tilepipe.training.meter import TrainReport
+    from tilepipe.training.preparation import Scan
     from tilepipe.training.recipe import Recipe
     from tilepipe.training.validate import Score
 
@@ -109,16 +109,16 @@ def train(
         check_places(output, folder, recipe, resume=resume, overwrite=overwrite)
         if preview is not None and not (preview.suffix == ".png" and preview.parent.is_dir()):
             raise BadRequest(f"preview (={preview}) must be a .png in a folder that exists")
-    material = open_material(pairs, apart, recipe, masks=masks)
+    dataset = open_dataset(pairs, apart, recipe, masks=masks)
     if resume:
-        check_sources(folder / "state.pt", material.sources)
+        check_sources(folder / "state.pt", dataset.sources)
     with _failures_in_a_line(), joined(recipe.device) as team, owned(folder, team):
         if not team.first:
             team.wait()  # for what the first one leaves in the folder
         elif not resume:
             begin(folder)
         experiment = prepare(
-            material, recipe, folder, resume=resume, first=team.first, scanned=scanned
+            dataset, recipe, folder, resume=resume, first=team.first, scanned=scanned
         )
         if team.first:
             team.wait()
