@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.support import read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
-from tilepipe.instances import components
+from tilepipe.instances import blocks
 from tilepipe.instances.components import label_components
 from tilepipe.instances.growth import grow, grow_objects
 from tilepipe.volumes.volume import open_volume
@@ -43,15 +43,13 @@ sizes = st.lists(st.integers(1, 7), min_size=2, max_size=3).map(tuple)
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    shape=sizes, data=st.data(), share=st.floats(0.2, 0.8), full=st.booleans(), plane=st.booleans()
-)
+@given(shape=sizes, data=st.data(), share=st.floats(0.2, 0.8), plane=st.booleans())
 def test_components_are_those_of_the_whole(
-    shape: tuple[int, ...], data: st.DataObject, share: float, full: bool, plane: bool
+    shape: tuple[int, ...], data: st.DataObject, share: float, plane: bool
 ) -> None:
     block = tuple(data.draw(st.integers(2, 5)) for _ in shape)
     image = mask(shape, share, data.draw(st.integers(0, 99)))
-    around = scipy.ndimage.generate_binary_structure(len(shape), len(shape) if full else 1)
+    around = scipy.ndimage.generate_binary_structure(len(shape), 1)
     if plane and len(shape) == 3:
         around[0] = around[2] = False
     wanted, count = scipy.ndimage.label(image, around)
@@ -64,7 +62,6 @@ def test_components_are_those_of_the_whole(
             path,
             foreground=nonzero,
             per_plane=plane,
-            full=full,
             block=block,
             progress=lambda done, blocks: steps.append((done, blocks)),
         )
@@ -108,8 +105,8 @@ def test_a_snake_through_many_blocks_is_one_object(tmp_path: Path) -> None:
 
 
 def test_default_blocks_join_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "BLOCK", 256 * 256)
-    monkeypatch.setattr(components, "CHUNK", 64)
+    monkeypatch.setattr(blocks, "BLOCK", 256 * 256)
+    monkeypatch.setattr(blocks, "CHUNK", 64)
     image = mask((3, 300, 310), 0.6, 3)
     source = open_volume(write_volume(tmp_path / "m.zarr", image, "zyx", chunks=(1, 100, 310)))
     wanted, count = scipy.ndimage.label(image)

@@ -27,7 +27,7 @@ from tilepipe.segmentation.segment import segment
 from tilepipe.training.dataset import open_dataset
 from tilepipe.training.learner import rate
 from tilepipe.training.recipe import CHOICES, Recipe
-from tilepipe.training.targets import TARGETS
+from tilepipe.training.targets import class_map
 from tilepipe.training.train import train
 from tilepipe.training.validate import score
 
@@ -429,8 +429,14 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert abs(rates[-1]) < 1e-12
 
 
-def test_every_target_can_be_asked_for() -> None:
-    assert CHOICES["target"] == TARGETS
+def test_every_target_but_values_has_classes() -> None:
+    labels = np.array([[0, 1], [2, 2]])
+    for target in CHOICES["target"]:
+        if target == "values":
+            with pytest.raises(ValueError, match="has no classes"):
+                class_map(labels, target)
+        else:
+            assert class_map(labels, target).dtype == np.uint8
 
 
 def test_scores_of_a_table() -> None:
