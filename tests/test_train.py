@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click import Context, Option
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -462,6 +464,26 @@ def test_the_command_takes_its_options_from_a_file_too(
     recipe = load_model(tmp_path / "u.pt").provenance["recipe"]
     assert recipe["kernels"] == [[3, 3], 3]  # type: ignore[index]
     assert recipe["val_region"] == ["3:4,:,:"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_every_option_is_explained_in_a_sentence(name: str) -> None:
+    command = main.get_command(Context(main), name)
+    assert command is not None
+    options = [p for p in command.params if isinstance(p, Option) and p.opts and p.expose_value]
+    assert len(options) > 12
+    for option in options:
+        sentence = (option.help or "").partition(" [")[0]
+        assert len(sentence.split()) > 2, option.opts
+        assert sentence[0].isupper(), option.opts
+        assert sentence.endswith("."), option.opts
+
+
+def test_options_of_the_recipe_stand_in_groups_and_all_of_them_do() -> None:
+    text = CliRunner().invoke(main, ["train", "--help"]).output
+    first = text.index("What is learned from:")
+    for field in fields(Recipe):
+        assert text.index(f"--{field.name.replace('_', '-')}") > first
 
 
 @pytest.mark.parametrize(
