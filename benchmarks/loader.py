@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tilepipe.host import limits
-from tilepipe.training.dataset import open_material
+from tilepipe.training.dataset import open_dataset
 from tilepipe.training.experiment import prepare
 from tilepipe.training.learner import Learner
 from tilepipe.training.loader import Loader
@@ -41,14 +41,14 @@ def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[floa
     write_synthetic(image, shape, seed=0, labels_path=labels)
     cores = limits.cores()
     recipe = Recipe(**{**COMMON, "loaders": cores, **options})
-    material = open_material([(str(image), str(labels))], (), recipe)
+    dataset = open_dataset([(str(image), str(labels))], (), recipe)
     with joined("auto") as team:
-        study = prepare(material, recipe, folder, resume=False, first=True, scanned=None)
-        learner = Learner(study, team)
+        experiment = prepare(dataset, recipe, folder, resume=False, first=True, scanned=None)
+        learner = Learner(experiment, team)
         learner.use_threads(cores)
         made, learned = [], []
         for turn in range(repeats):
-            ahead = Loader(study.patches, team, batch=recipe.batch, workers=cores)
+            ahead = Loader(experiment.patches, team, batch=recipe.batch, workers=cores)
             with closing(ahead) as loader:
                 batches = loader.batches(turn * 1000)
                 batch = next(batches)
@@ -63,7 +63,7 @@ def measure(name: str, folder: Path, seconds: float, repeats: int) -> tuple[floa
                 float(learner.step(itertools.repeat(batch), 1e-4))
                 count += recipe.batch
             learned.append(count / (time.perf_counter() - begun))
-        return max(made), max(learned), study.cache.bytes_read
+        return max(made), max(learned), experiment.cache.bytes_read
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.support import write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Blocks, Region
-from tilepipe.training.sampler import Census, Kind, Labels
+from tilepipe.training.dataset import TrainingVolume
+from tilepipe.training.sampler import Census, ClassReader
 from tilepipe.training.targets import class_map
 from tilepipe.volumes.cache import ChunkCache
 from tilepipe.volumes.volume import open_volume
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-MEMBRANE = Kind("membrane", None, False, 2)
+MEMBRANE = ClassReader("membrane", None, False, 2)
 
 
 def instances(seed: int = 0) -> NDArray[np.uint16]:
@@ -33,15 +34,16 @@ def instances(seed: int = 0) -> NDArray[np.uint16]:
     return np.repeat(np.repeat(ids, 5, axis=1), 5, axis=2)
 
 
-def census(place: Path, labels: NDArray[np.generic], kind: Kind, **options: object) -> Census:
+def census(
+    place: Path, labels: NDArray[np.generic], reader: ClassReader, **options: object
+) -> Census:
     write_volume(place, labels, "zyx", (1, 16, 20))
     volume = open_volume(place)
-    mask = options.pop("mask", None)
-    given = {"classes": None, "balance": False, "kept": 10**6, "seed": 0, **options}
+    given = {"classes": None, "balance": False, "cached": 10**6, "seed": 0, **options}
     regions = (Region((0, 0, 0), (1, 60, 60)), Region((1, 10, 7), (2, 50, 60)))
     kept = ChunkCache(10**8).open(volume)
     classes = given.pop("classes")
-    made = Census([Labels(kept, mask, volume.chunks, regions)], kind, **given)  # type: ignore[arg-type]
+    made = Census([TrainingVolume(kept, kept, None, regions, ())], reader, **given)  # type: ignore[arg-type]
     made.count(classes=classes)  # type: ignore[arg-type]
     return made
 
@@ -80,8 +82,8 @@ def test_each_class_is_as_likely_with_balance(tmp_path: Path, kept: int) -> None
     labels[0, 3:6, 50:53] = 1
     labels[1, 20:40, 20:30] = 2
     labels[1, 12:14, 8:10] = 255
-    kind = Kind("classes", 255, False, 2)
-    made = census(tmp_path / "l.zarr", labels, kind, balance=True, kept=kept)
+    kind = ClassReader("classes", 255, False, 2)
+    made = census(tmp_path / "l.zarr", labels, kind, balance=True, cached=kept)
     assert made.counts == [5720 - 9 - 200 - 4, 9, 200]
     drawn = Counter()
     for number in range(3000):
@@ -96,11 +98,10 @@ def test_each_class_is_as_likely_with_balance(tmp_path: Path, kept: int) -> None
 def test_draws_from_a_large_block_are_of_the_class_and_all_over(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 2, (1, 200, 210)).astype(np.uint8)
     volume = open_volume(write_volume(tmp_path / "l.zarr", labels, "zyx", (1, 200, 210)))
-    item = Labels(
-        ChunkCache(10**8).open(volume), None, volume.chunks, (Region.whole((1, 200, 210)),)
-    )
-    kind = Kind("classes", None, False, 2)
-    made = Census([item], kind, balance=True, kept=9, seed=0)
+    opened = ChunkCache(10**8).open(volume)
+    item = TrainingVolume(opened, opened, None, (Region.whole((1, 200, 210)),), ())
+    kind = ClassReader("classes", None, False, 2)
+    made = Census([item], kind, balance=True, cached=9, seed=0)
     made.count(classes=None)
     drawn = [made.draw(n, np.random.default_rng(n))[2] for n in range(400)]
     assert abs(sum(int(labels[voxel]) for voxel in drawn) - 200) < 50  # 5 standard deviations
@@ -112,7 +113,7 @@ def test_without_balance_each_labelled_voxel_is_as_likely(tmp_path: Path) -> Non
     labels = np.full((2, 60, 60), 255, np.uint8)
     labels[0, :30] = 0
     labels[0, 30:33, :10] = 1
-    made = census(tmp_path / "l.zarr", labels, Kind("classes", 255, False, 2))
+    made = census(tmp_path / "l.zarr", labels, ClassReader("classes", 255, False, 2))
     drawn = Counter(
         int(labels[made.draw(n, np.random.default_rng((1, n)))[2]]) for n in range(4000)
     )
@@ -123,8 +124,8 @@ def test_without_balance_each_labelled_voxel_is_as_likely(tmp_path: Path) -> Non
 def test_what_cannot_be_counted_is_refused(tmp_path: Path) -> None:
     labels = instances()
     with pytest.raises(BadRequest, match=r"labels hold .* no class in 0:255.*--target mask"):
-        census(tmp_path / "a.zarr", labels, Kind("classes", None, False, 2))
+        census(tmp_path / "a.zarr", labels, ClassReader("classes", None, False, 2))
     with pytest.raises(BadRequest, match=r"hold the class 3 .*classes \(=3\).*--classes 4"):
-        census(tmp_path / "b.zarr", labels % 4, Kind("classes", None, False, 2), classes=3)
+        census(tmp_path / "b.zarr", labels % 4, ClassReader("classes", None, False, 2), classes=3)
     with pytest.raises(BadRequest, match="no voxel of the training regions is labelled"):
-        census(tmp_path / "c.zarr", labels * 0 + 7, Kind("classes", 7, False, 2))
+        census(tmp_path / "c.zarr", labels * 0 + 7, ClassReader("classes", 7, False, 2))

@@ -24,7 +24,9 @@ from distributed import SpecCluster
 from tests.commands import words
 from tests.support import new_ledger
 from tilepipe.engines import RETRIES, TileFailure, TileResult, dask, serial
-from tilepipe.engines.batches import MOST
+from tilepipe.engines.attempts import Back, Failed
+from tilepipe.engines.batches import MOST, of_each
+from tilepipe.engines.batches import SPAN as SPAN_OF_BATCH
 from tilepipe.engines.plugin import plugin_name
 from tilepipe.engines.walltime import SPAN, SPARE
 from tilepipe.errors import BadRequest, TileError
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from distributed import Client, Worker
 
     from tilepipe.engines import Job
+    from tilepipe.engines.batches import Ended
 
 WORKERS, THREADS = 2, 3
 WINDOW = 2 * WORKERS * THREADS
@@ -306,12 +309,26 @@ def test_a_tile_that_kills_its_worker_in_mid_batch_is_set_aside_alone(
     assert sum(outcome.attempts > 1 for outcome in found.values()) < MOST
 
 
-def test_a_batch_gives_back_what_takes_longer_than_thought(cluster: Client, tmp_path: Path) -> None:
+def test_a_batch_gives_back_what_takes_longer_than_thought(
+    cluster: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster.wait_for_workers(WORKERS)  # one may have been killed by a test before
-    job, tiles = FileJob(str(tmp_path), since=200, seconds=0.3), 200 + 2 * MOST
-    began = time.monotonic()
+    slow = 200
+    job, tiles = FileJob(str(tmp_path), since=slow, seconds=1.5 * SPAN_OF_BATCH), slow + 2 * MOST
+    done, given_back = list[list[int]](), list[int]()
+
+    def watched(
+        batch: tuple[int, ...], ended: Ended | Failed | Back
+    ) -> Iterator[tuple[int, TileResult | Failed | Back]]:
+        outcomes = [*of_each(batch, ended)]
+        done.append([index for index, outcome in outcomes if isinstance(outcome, TileResult)])
+        given_back.extend(index for index, outcome in outcomes if isinstance(outcome, Back))
+        return iter(outcomes)
+
+    monkeypatch.setattr(dask, "of_each", watched)
     found = by_index(dask.run(job, range(tiles), client=cluster))
-    assert time.monotonic() - began < MOST * 0.3  # what a whole batch takes; half of it is needed
+    assert all(index < slow for batch in done for index in batch[:-1])  # a slow tile is its last
+    assert any(index > slow for index in given_back)
     assert sorted(found) == [*range(tiles)]
     assert {*Counter(notes(tmp_path, "done")).values()} == {1}
     assert {outcome.attempts for outcome in found.values()} == {1}

@@ -176,6 +176,30 @@ def test_objects_of_any_number_are_masks(tmp_path: Path, label: int) -> None:
     assert [one.true for one in scores.pixels.classes] == [96, 64]
 
 
+@pytest.mark.parametrize(("predicted", "true"), [("u8", "u8"), ("u8", "i8"), ("i8", "u8")])
+def test_classes_of_64_bits_are_shown_as_they_are(
+    tmp_path: Path, predicted: str, true: str
+) -> None:
+    """A table counts labels by their bits, and -1 has the bits of 2**64 - 1."""
+    values = {"u8": [3, 2**63, 2**64 - 1, 2**63 + 7], "i8": [3, -(2**63), -1, -(2**63) + 7]}
+    rows = np.repeat(np.arange(4), [6, 4, 3, 3])[:, None] * np.ones(5, int)
+    paths = [
+        write(tmp_path / f"{name}.zarr", np.array(values[kind], kind)[rows])
+        for name, kind in (("p", predicted), ("l", true))
+    ]
+    scores = evaluate(*paths, kind="classes")
+    assert scores.pixels is not None
+    every = sorted({*values[predicted], *values[true]})
+    assert [one.label for one in scores.pixels.classes] == every
+    counts = dict(zip(values[true], (30, 20, 15, 15), strict=True))
+    assert [one.true for one in scores.pixels.classes] == [counts.get(n, 0) for n in every]
+    same = predicted == true
+    assert scores.pixels.pixel_error == (0 if same else 50 / 80)
+    assert [one.dice for one in scores.pixels.classes if one.dice] == [1] * (4 if same else 1)
+    shown = run(*paths, "--kind", "classes")
+    assert all(f"class {n} " in shown.output for n in every), shown.output
+
+
 def test_a_prediction_of_the_region_alone_is_laid_on_the_labels(tmp_path: Path) -> None:
     true = noise(6, 20, 30) % 2
     write(tmp_path / "l.zarr", true)

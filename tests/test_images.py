@@ -24,7 +24,7 @@ from tilepipe.instances.components import label_components
 from tilepipe.options import Options
 from tilepipe.planning.plan import plan
 from tilepipe.segmentation.segment import segment
-from tilepipe.training.dataset import open_material
+from tilepipe.training.dataset import open_dataset
 from tilepipe.training.experiment import prepare
 from tilepipe.training.recipe import Recipe
 from tilepipe.volumes.ome import parse_multiscale
@@ -450,14 +450,16 @@ def test_a_training_learns_from_all_pages_or_the_image_asked_for(tmp_path: Path)
         write_pages(tmp_path / name, pages) for name, pages in (("i.tif", PAGES), ("l.tif", masks))
     )
     small: dict[str, Any] = {"base": 2, "depth": 1, "patch": (8, 8), "steps": 1, "ndim": 2}
-    material = open_material([(str(image), str(labels))], [], Recipe(**small))
-    assert (material.images[0].shape, material.labels[0].shape) == (PAGES.shape,) * 2
-    study = prepare(material, Recipe(**small), tmp_path, resume=False, first=False, scanned=None)
-    assert len([notice for notice in study.notices if "read as a stack" in notice]) == 2
-    one = open_material([(str(image), str(labels))], [], Recipe(**small, series=2, channels=(0, 0)))
+    dataset = open_dataset([(str(image), str(labels))], [], Recipe(**small))
+    assert (dataset.volumes[0].image.shape, dataset.volumes[0].labels.shape) == (PAGES.shape,) * 2
+    experiment = prepare(
+        dataset, Recipe(**small), tmp_path, resume=False, first=False, scanned=None
+    )
+    assert len([notice for notice in experiment.notices if "read as a stack" in notice]) == 2
+    one = open_dataset([(str(image), str(labels))], [], Recipe(**small, series=2, channels=(0, 0)))
     assert one.channels == 2
-    np.testing.assert_array_equal(whole(one.images[0]), np.stack([PAGES[2]] * 2))
-    np.testing.assert_array_equal(whole(one.labels[0])[0], masks[2])
+    np.testing.assert_array_equal(whole(one.volumes[0].image), np.stack([PAGES[2]] * 2))
+    np.testing.assert_array_equal(whole(one.volumes[0].labels)[0], masks[2])
 
 
 def test_a_prediction_is_compared_where_it_lies(tmp_path: Path) -> None:

@@ -43,15 +43,13 @@ sizes = st.lists(st.integers(1, 7), min_size=2, max_size=3).map(tuple)
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    shape=sizes, data=st.data(), share=st.floats(0.2, 0.8), full=st.booleans(), plane=st.booleans()
-)
+@given(shape=sizes, data=st.data(), share=st.floats(0.2, 0.8), plane=st.booleans())
 def test_components_are_those_of_the_whole(
-    shape: tuple[int, ...], data: st.DataObject, share: float, full: bool, plane: bool
+    shape: tuple[int, ...], data: st.DataObject, share: float, plane: bool
 ) -> None:
     block = tuple(data.draw(st.integers(2, 5)) for _ in shape)
     image = mask(shape, share, data.draw(st.integers(0, 99)))
-    around = scipy.ndimage.generate_binary_structure(len(shape), len(shape) if full else 1)
+    around = scipy.ndimage.generate_binary_structure(len(shape), 1)
     if plane and len(shape) == 3:
         around[0] = around[2] = False
     wanted, count = scipy.ndimage.label(image, around)
@@ -64,7 +62,6 @@ def test_components_are_those_of_the_whole(
             path,
             foreground=nonzero,
             per_plane=plane,
-            full=full,
             block=block,
             progress=lambda done, blocks: steps.append((done, blocks)),
         )

@@ -18,13 +18,13 @@ from tilepipe.geometry import Region
 from tilepipe.models.model import load_model, wrap
 from tilepipe.models.spec import find_profile
 from tilepipe.models.unet import UNet
-from tilepipe.training.dataset import _objects, count, make_patches, open_material
+from tilepipe.training.dataset import open_dataset
 from tilepipe.training.loader import Loader
 from tilepipe.training.patches import Patches, frame
+from tilepipe.training.preparation import _objects, count_classes, make_patches
 from tilepipe.training.ranks import Team
 from tilepipe.training.recipe import Recipe
 from tilepipe.training.targets import IGNORE, border_weights, class_map
-from tilepipe.volumes.cache import ChunkCache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,16 +67,14 @@ def samples(
     ]
     model = write_unet(folder / "unet.pt", normalize="none", **architecture)  # type: ignore[arg-type]
     profile = find_profile(load_model(model))
-    material = open_material([(places[0], places[1])], (), recipe, masks=masks)
-    cache = ChunkCache(recipe.cache)
+    dataset = open_dataset([(places[0], places[1])], (), recipe, masks=masks)
     patch = recipe.patch or (20,) * profile.axes
     patches = make_patches(
-        material,
-        count(material, recipe, profile.axes, cache),
+        dataset,
+        count_classes(dataset, recipe, profile.axes),
         recipe,
         frame(profile, patch),
         folder=folder,
-        cache=cache,
     )
     return patches, model
 
@@ -257,7 +255,7 @@ def test_objects_of_a_mask_in_time_are_numbered_in_3d(tmp_path: Path) -> None:
     for place, array in zip(places, (noise(*labels.shape), labels), strict=True):
         write_volume(Path(place), array, "tzyx")
     recipe = Recipe(target="mask", weight_map=True, steps=1)
-    volume = open_material([(places[0], places[1])], (), recipe).labels[0]
+    volume = open_dataset([(places[0], places[1])], (), recipe).volumes[0].labels.volume
     objects = _objects(volume, recipe, 3, tmp_path / "objects.zarr").read(
         Region.whole(volume.shape)
     )
@@ -282,7 +280,7 @@ def test_values_move_with_the_image(tmp_path: Path) -> None:
 def test_bytes_decoded_are_few_where_chunks_are_kept(tmp_path: Path) -> None:
     image, labels = noise(300, 300), cells(300, 300)
     patches, _ = samples(tmp_path, image, labels, cache=40_000)
-    cache = patches.pairs[0].image._cache  # type: ignore[attr-defined]
+    cache = patches.volumes[0].image._cache
     before = cache.bytes_read
     for number in range(64):
         patches[number]

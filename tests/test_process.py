@@ -149,8 +149,8 @@ CALLS = {
         "c.pt", small, architecture={"ndim": 2, "base": 1, "depth": 1},
         normalize="none", labels=("a", "b"), provenance={}), False),
     "write_synthetic": (lambda: tp.write_synthetic(Path("s.zarr"), (64, 64), seed=1), False),
-    "label_components": (lambda: tp.label_components(tp.open_volume("l.zarr"), "ids.zarr",
-                                                     foreground=lambda values: values[0] > 0), False),
+    "label_components": (lambda: tp.label_components(
+        tp.open_volume("l.zarr"), "ids.zarr", foreground=lambda values: values[0] > 0), False),
     "grow_objects": (lambda: tp.grow_objects(tp.open_volume("ids.zarr"), "grown.zarr"), False),
     "train": (lambda: tp.train([("v.zarr", "l.zarr")], output="t.pt", recipe=recipe), False),
     "train fails": (lambda: tp.train([("v.zarr", "l.zarr")], output="u.pt", recipe=recipe,

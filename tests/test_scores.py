@@ -196,6 +196,13 @@ def test_wide_numbers_stay_apart() -> None:
     assert (found.predicted, found.true, found.average_precision) == (3, 3, 1)
 
 
+def test_tables_of_labels_with_and_without_a_sign_do_not_add_up() -> None:
+    signed, unsigned = (tabulate(ids, ids) for ids in (np.array([-1]), np.array([1], np.uint64)))
+    assert add([unsigned, add([]), unsigned]).unsigned == (True, True)
+    with pytest.raises(ValueError, match="with and without a sign"):
+        add([signed, unsigned])
+
+
 def test_nothing_adds_up_to_nothing() -> None:
     nothing = np.zeros((0, 3), np.uint8)
     for table in (tabulate(nothing, nothing), add([])):

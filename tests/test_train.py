@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click import Context, Option
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -24,18 +26,18 @@ from tilepipe.errors import BadRequest
 from tilepipe.models.model import load_model
 from tilepipe.options import Options
 from tilepipe.segmentation.segment import segment
-from tilepipe.training.dataset import open_material
+from tilepipe.training.dataset import open_dataset
 from tilepipe.training.learner import rate
 from tilepipe.training.recipe import CHOICES, Recipe
-from tilepipe.training.targets import TARGETS
+from tilepipe.training.targets import class_map
 from tilepipe.training.train import train
 from tilepipe.training.validate import score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tilepipe.training.experiment import Study
-    from tilepipe.training.log import Progress
+    from tilepipe.training.experiment import Experiment
+    from tilepipe.training.meter import TrainReport
 
 SMALL = {
     "target": "mask", "ndim": 2, "base": 4, "depth": 2, "patch": (24, 24), "elastic": 2.0,
@@ -77,13 +79,13 @@ def log_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[str, str]) -> None:
-    told: list[Progress] = []
-    studies: list[Study] = []
+    told: list[TrainReport] = []
+    experiments: list[Experiment] = []
     recipe = Recipe(**SMALL, steps=120, batch_norm=True)  # type: ignore[arg-type]
     last = train(
         [pair], output=tmp_path / "u.pt", recipe=recipe, preview=tmp_path / "p.png",
         tensorboard=True,
-        prepared=studies.append, progress=told.append,
+        prepared=experiments.append, progress=told.append,
     )  # fmt: skip
     assert last.score is not None
     assert last.score.error < 0.06 < told[0].score.error  # type: ignore[union-attr]
@@ -105,7 +107,7 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     events = EventAccumulator(str(tmp_path / "u.pt.training" / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(10, 121, 10))
     assert [e.step for e in events.Scalars("error")] == [0, 120]
-    assert studies[0].held_out_voxels == 4 * 10 * 90
+    assert experiments[0].held_out_voxels == 4 * 10 * 90
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_a_training_that_goes_on_equals_an_unbroken_one(
     recipe = Recipe(**{**SMALL, "steps": 14, "validate_every": 8, "batch": 2, **options})  # type: ignore[arg-type]
     train([pair], output=tmp_path / "whole.pt", recipe=recipe)
 
-    def interrupt(report: Progress) -> None:
+    def interrupt(report: TrainReport) -> None:
         if report.step == 10:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -248,11 +250,11 @@ def test_of_a_large_volume_no_more_is_held_out_than_is_soon_segmented(tmp_path: 
         zarr.create_array(
             place, shape=(4096, 8000, 9000), chunks=(64, 64, 64), dtype="u1", dimension_names="zyx"
         )
-    found = open_material([(places[0], places[1])], (), Recipe(steps=1))
-    ((_, region),) = found.held_out
+    found = open_dataset([(places[0], places[1])], (), Recipe(steps=1))
+    (region,) = found.volumes[0].held_out
     assert 2**23 < region.size <= 2**25
     assert region.stop == (4096, 8000, 9000)
-    assert sum(part.size for part in found.regions[0]) == 4096 * 8000 * 9000 - region.size
+    assert sum(part.size for part in found.volumes[0].regions) == 4096 * 8000 * 9000 - region.size
 
 
 def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]) -> None:
@@ -272,7 +274,7 @@ def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]
 def test_storage_that_fails_is_told_in_a_line(tmp_path: Path, pair: tuple[str, str]) -> None:
     recipe = Recipe(**{**SMALL, "steps": 2, "normalize": "none"})  # type: ignore[arg-type]
 
-    def damage(study: Study) -> None:
+    def damage(experiment: Experiment) -> None:
         for plane in range(4):
             (Path(pair[0]) / f"c/{plane}/0/0").write_bytes(b"damaged")
 
@@ -429,8 +431,14 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert abs(rates[-1]) < 1e-12
 
 
-def test_every_target_can_be_asked_for() -> None:
-    assert CHOICES["target"] == TARGETS
+def test_every_target_but_values_has_classes() -> None:
+    labels = np.array([[0, 1], [2, 2]])
+    for target in CHOICES["target"]:
+        if target == "values":
+            with pytest.raises(ValueError, match="has no classes"):
+                class_map(labels, target)
+        else:
+            assert class_map(labels, target).dtype == np.uint8
 
 
 def test_scores_of_a_table() -> None:
@@ -456,6 +464,26 @@ def test_the_command_takes_its_options_from_a_file_too(
     recipe = load_model(tmp_path / "u.pt").provenance["recipe"]
     assert recipe["kernels"] == [[3, 3], 3]  # type: ignore[index]
     assert recipe["val_region"] == ["3:4,:,:"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_every_option_is_explained_in_a_sentence(name: str) -> None:
+    command = main.get_command(Context(main), name)
+    assert command is not None
+    options = [p for p in command.params if isinstance(p, Option) and p.opts and p.expose_value]
+    assert len(options) > 12
+    for option in options:
+        sentence = (option.help or "").partition(" [")[0]
+        assert len(sentence.split()) > 2, option.opts
+        assert sentence[0].isupper(), option.opts
+        assert sentence.endswith("."), option.opts
+
+
+def test_options_of_the_recipe_stand_in_groups_and_all_of_them_do() -> None:
+    text = CliRunner().invoke(main, ["train", "--help"]).output
+    first = text.index("What is learned from:")
+    for field in fields(Recipe):
+        assert text.index(f"--{field.name.replace('_', '-')}") > first
 
 
 @pytest.mark.parametrize(
@@ -484,7 +512,7 @@ def test_the_command_refuses_in_a_line(
 
 
 def test_several_volumes_and_one_held_out_whole(tmp_path: Path, pair: tuple[str, str]) -> None:
-    pairs, studies = [pair], []
+    pairs, experiments = [pair], []
     for number, shape in enumerate([(2, 60, 50), (1, 64, 64)]):
         places = [tmp_path / f"{name}-{number}.zarr" for name in ("image", "labels")]
         for place, array in zip(places, discs(*shape, seed=number + 1), strict=True):
@@ -493,22 +521,22 @@ def test_several_volumes_and_one_held_out_whole(tmp_path: Path, pair: tuple[str,
     recipe = Recipe(**SMALL, steps=1)  # type: ignore[arg-type]
     last = train(
         pairs[:2], output=tmp_path / "u.pt", recipe=recipe, apart=pairs[2:],
-        prepared=studies.append,
+        prepared=experiments.append,
     )  # fmt: skip
     assert last.score is not None
-    assert studies[0].held_out_voxels == 64 * 64
-    assert sum(studies[0].counts) == 4 * 80 * 90 + 2 * 60 * 50
-    census = studies[0].patches.census
+    assert experiments[0].held_out_voxels == 64 * 64
+    assert sum(experiments[0].counts) == 4 * 80 * 90 + 2 * 60 * 50
+    census = experiments[0].patches.census
     drawn = [census.draw(n, np.random.default_rng((0, n)))[0] for n in range(600)]
     assert set(drawn) == {0, 1}
-    share = 2 * 60 * 50 / sum(studies[0].counts)
+    share = 2 * 60 * 50 / sum(experiments[0].counts)
     assert abs(drawn.count(1) / 600 - share) < 0.08  # 5 standard deviations
 
 
 def test_regions_that_overlap_count_once(pair: tuple[str, str]) -> None:
     regions = ("0:2,:,:", "1:3,10:60,:", "0:3,20:30,5:9")
     recipe = Recipe(**{**SMALL, "train_region": regions, "val_region": ("2:4,50:,:",)}, steps=1)  # type: ignore[arg-type]
-    learned = open_material([pair], (), recipe).regions[0]
+    learned = open_dataset([pair], (), recipe).volumes[0].regions
     counts = np.zeros((4, 80, 90), int)
     for region in learned:
         counts[region.slices] += 1
@@ -556,7 +584,7 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path, pair: tuple[str, st
     recipe = Recipe(**SMALL, steps=2)  # type: ignore[arg-type]
     second: list[str] = []
 
-    def begin_another(report: Progress) -> None:
+    def begin_another(report: TrainReport) -> None:
         for overwrite in (False, True):
             with pytest.raises(BadRequest) as caught:
                 train(

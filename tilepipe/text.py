@@ -59,4 +59,4 @@ def duration(seconds: float) -> str:
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Return rows of a name and a value as lines, the values below one another."""
-    return "\n".join(f"{name:<14}{value}" for name, value in rows)
+    return "\n".join(f"{name:<13} {value}" for name, value in rows)

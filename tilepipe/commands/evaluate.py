@@ -40,18 +40,26 @@ _MASK = {0: "no object", 1: "object"}
     "--region", metavar="START:STOP,...", help="The part of the labels to compare, as 20:24,:,:."
 )
 @click.option(
-    "--threshold", type=float, metavar="X", help="Take probabilities above this for foreground."
+    "--threshold",
+    type=float,
+    metavar="X",
+    help="The probability above which a voxel is foreground.",
 )
 @click.option(
     "--channel", type=int, metavar="N", help="Which channel of PREDICTION, counted from 0."
 )
-@click.option("--objects", type=Numbers(), help="Which values of PREDICTION are objects. [not 0]")
-@click.option("--label-objects", type=Numbers(), help="Which values of LABELS are. [not 0]")
+@click.option(
+    "--objects", type=Numbers(), help="Which values of PREDICTION are objects. [all but 0]"
+)
+@click.option(
+    "--label-objects", type=Numbers(), help="Which values of LABELS are objects. [all but 0]"
+)
 @click.option("--ignore", type=int, metavar="N", help="Leave out voxels with this label.")
 @click.option(
     "--components",
     type=click.Choice(COMPONENTS),
-    help="Within what an object is connected. [plane for membrane, volume for instances]",
+    help="Whether objects lie within each plane or within the volume. [plane for membrane, volume"
+    " for instances]",
 )
 @click.option("--warping", is_flag=True, help="Compute the warping error of masks, too; slower.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON, for programs.")
@@ -82,33 +90,34 @@ def describe_scores(scores: Scores) -> str:
     if scores.warping_error is not None:
         rows.append(("warping error", f"{scores.warping_error:.6f}"))
     if scores.pixels is not None:
-        for found in scores.pixels.classes:
-            name = f"class {found.label}" if scores.kind == "classes" else _MASK[found.label]
-            measures = f"Dice {found.dice:.4f}, IoU {found.iou:.4f}"
-            rows.append((name, f"{measures}; {counted(found.true, 'voxel')} in labels"))
+        for each in scores.pixels.classes:
+            name = f"class {each.label}" if scores.kind == "classes" else _MASK[each.label]
+            measures = f"Dice {each.dice:.4f}, IoU {each.iou:.4f}"
+            rows.append((name, f"{measures}; {counted(each.true, 'voxel')} in labels"))
     if scores.partition is not None:
         rows += _partition(scores.partition)
     if scores.thinned is not None:
         rows.append(("", "after thinning the borders between predicted objects:"))
         rows += _partition(scores.thinned)
     if scores.objects is not None:
-        found_objects, matches = scores.objects, scores.objects.matches
+        objects, matches = scores.objects, scores.objects.matches
         hits = ", ".join(f"{m.precision:.3f} at {m.threshold:g}" for m in matches[::5])
         rows += [
-            ("objects", f"{found_objects.predicted:,} predicted, {found_objects.true:,} true"),
-            ("precision", f"{found_objects.average_precision:.4f} on average; {hits}"),
+            ("objects", f"{objects.predicted:,} predicted, {objects.true:,} true"),
+            ("precision", f"{objects.average_precision:.4f} on average; {hits}"),
         ]
     return table(rows)
 
 
 def _partition(scores: PartitionScores) -> list[tuple[str, str]]:
-    def told(found: Agreement) -> str:
-        return f"{found.score:.6f} (split {found.split:.6f}, merge {found.merge:.6f})"
+    def describe(agreement: Agreement) -> str:
+        split, merge = agreement.split, agreement.merge
+        return f"{agreement.score:.6f} (split {split:.6f}, merge {merge:.6f})"
 
     planes = f", mean of {counted(scores.planes, 'plane')}" if scores.planes > 1 else ""
     return [
-        ("V-Rand", told(scores.v_rand) + planes),
-        ("V-Info", told(scores.v_info) + planes),
+        ("V-Rand", describe(scores.v_rand) + planes),
+        ("V-Info", describe(scores.v_info) + planes),
         ("Rand error", f"{scores.rand_error:.6f}"),
         ("VOI", f"split {scores.voi_split:.4f}, merge {scores.voi_merge:.4f} bits{planes}"),
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click_option_group import optgroup
 
 from tilepipe.commands.exits import Command, refusing
 from tilepipe.commands.progress import Pace
@@ -22,39 +23,53 @@ from tilepipe.training.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tilepipe.training.experiment import Study
-    from tilepipe.training.log import Progress
+    from tilepipe.training.experiment import Experiment
+    from tilepipe.training.meter import TrainReport
 
 
-def _asked(
-    name: str, text: str, *, kind: click.ParamType[object] | type | None = None, many: bool = False
+_METAVARS: dict[object, str] = {int: "N", float: "X"}
+
+
+def _option(
+    name: str,
+    text: str,
+    *,
+    kind: click.ParamType[object] | type | None = None,
+    metavar: str | None = None,
+    many: bool = False,
 ) -> Callable[[Command], Command]:
     """Return the option for a field of the recipe, with its default."""
     default = next(f.default for f in fields(Recipe) if f.name == name)
     flag = "--" + name.replace("_", "-")
-    shown = default not in (None, ()) and not isinstance(default, bool)
     if isinstance(default, bool):
-        return click.option(f"{flag}/--no-{flag[2:]}", default=default, help=text)
+        flags = f"{flag}/--no-{flag[2:]}"
+        return optgroup.option(flags, default=default, show_default=True, help=text)
     if kind is None:
         kind = click.Choice(RECIPES[name]) if name in RECIPES else type(default)
-    return click.option(
-        flag, type=kind, default=default, multiple=many, show_default=shown, help=text
+    return optgroup.option(
+        flag,
+        type=kind,
+        metavar=metavar or _METAVARS.get(kind),
+        default=default,
+        multiple=many,
+        show_default=default not in (None, ()) and not isinstance(kind, Bytes),
+        help=text,
     )
 
 
 def _configure(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
-    """Take the defaults of a command from a TOML file; what is said on the line comes first."""
+    """Take the defaults of a command from a TOML file; options of the command line come first."""
     if path is None:
         return
     try:
-        said = tomllib.loads(Path(path).read_text())
+        settings = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise click.UsageError(f"config (={path}) cannot be read: {error}", ctx) from None
     known = {option.name: option for option in ctx.command.params}
-    names = {name: name.replace("-", "_") for name in said}
-    if unknown := [name for name in said if names[name] not in known]:
+    names = {name: name.replace("-", "_") for name in settings}
+    if unknown := [name for name in settings if names[name] not in known]:
         raise click.UsageError(f"config (={path}) holds {unknown[0]}, which is no option", ctx)
-    ctx.default_map = {names[name]: _spelled(value) for name, value in said.items()}
+    ctx.default_map = {names[name]: _spelled(value) for name, value in settings.items()}
 
 
 def _spelled(value: object) -> object:
@@ -67,81 +82,139 @@ def _spelled(value: object) -> object:
 
 
 _OPTIONS = (
-    click.argument("volumes", nargs=-1, required=True, metavar="IMAGE LABELS [IMAGE LABELS]..."),
-    click.option("-o", "--output", required=True, metavar="FILE", help="The checkpoint, a .pt."),
-    click.option(
-        "--validate-on", "apart", nargs=2, multiple=True, metavar="IMAGE LABELS",
-        help="Volumes that are held out whole.",
+    click.argument(
+        "volumes", nargs=-1, required=True, type=Place(), metavar="IMAGE LABELS [IMAGE LABELS]..."
     ),
     click.option(
-        "--mask", "masks", multiple=True, metavar="PATH",
-        help="A volume that is 0 where the labels say nothing; one for each pair.",
+        "-o", "--output", required=True, type=Place(), metavar="FILE",
+        help="The checkpoint to write, a .pt: the network that was best on what is held out.",
     ),
     click.option(
-        "--config", metavar="FILE.toml", is_eager=True, expose_value=False, callback=_configure,
-        help="Options from a file; those given here come first.",
+        "--config", type=Place(), metavar="FILE.toml", is_eager=True, expose_value=False,
+        callback=_configure,
+        help="A TOML file of options by their names; options of the command line come first.",
     ),
-    _asked("target", "What is learned from the labels."),
-    _asked("classes", "Output channels; 1 for one sigmoid. [the target's]", kind=int),
-    _asked("names", "What the channels are called, as ocean,land.", kind=Names()),
-    _asked("ignore", "The label that says nothing.", kind=int),
-    _asked("train_region", "Slices to learn from, as 0:20,:,:.", kind=str, many=True),
-    _asked(
-        "val_region", "Slices to hold out, or none. [the last eighth]",
-        kind=str, many=True,
+    optgroup.group("What is learned from"),
+    _option("train_region", "The slices of each volume that are learned from, as 0:20,:,:; may be"
+            " given several times. [all that is not held out]",
+            kind=str, metavar="START:STOP,...", many=True),
+    optgroup.option(
+        "--mask", "masks", multiple=True, type=Place(),
+        help="A volume that is 0 where the labels say nothing; give one for each pair.",
     ),
-    _asked("axes", "Axes of the images, where they do not say them.", kind=str),
-    _asked("level", "Of a pyramid; 0 is finest."),
-    _asked("series", "Which of several images, where a file holds them; 0 is first.", kind=int),
-    _asked("channels", "Of the images, in this order. [all]", kind=Channels()),
-    _asked("normalize", "none, scale:A,B, percentile:LO,HI or zscore, over each whole volume."),
-    _asked("ndim", "Axes of the network, 2 or 3. [the volume's]", kind=int),
-    _asked("base", "Channels of the first level."),
-    _asked("depth", "Levels."),
-    _asked("padding", "Of the convolutions."),
-    _asked("batch_norm", "Normalise by batch after each convolution."),
-    _asked("attention", "Attention gates at the skips."),
-    _asked("residual", "Residual blocks."),
-    _asked("dropout", "At the end of the contracting path."),
-    _asked("kernels", "Of each level, as '1,3,3;3;3'. [3]", kind=PerLevel()),
-    _asked("pools", "Between the levels, as '1,2,2;2'. [2]", kind=PerLevel()),
-    _asked("network", "One's own: module:factory or file.py:factory.", kind=str),
-    _asked("network_args", "Arguments of the factory.", kind=Arguments()),
-    _asked("patch", "Voxels of a patch that the loss sees. [256,256 or 48,48,48]", kind=Sizes()),
-    _asked("balance", "Sample every class equally often."),
-    _asked("cache", "Decoded chunks that are kept.", kind=Bytes()),
-    _asked("augment", "Deform patches and change their grey values."),
-    _asked("elastic", "Random displacements, in voxels. [10 for 388, as the paper]", kind=float),
-    _asked("rotate", "Turn patches."),
-    _asked("flip", "Flip patches."),
-    _asked("scale", "Zoom patches, by up to this share."),
-    _asked("grey", "Change contrast, brightness and gamma, by up to this share."),
-    _asked("noise", "Noise, in normalised grey values."),
-    _asked("in_plane", "Deform, and look for neighbours, along y and x alone."),
-    _asked("loss", "[cross-entropy; l2 for values]", kind=click.Choice(RECIPES["loss"])),
-    _asked("class_weights", "Weigh classes by the inverse of their frequency."),
-    _asked("weight_map", "Weigh the voxels between close objects, as the paper."),
-    _asked("w0", "Weight where they touch."),
-    _asked("sigma", "How fast it falls, in voxels."),
-    _asked("steps", "Length of the training.", kind=int),
-    _asked("minutes", "Length of the training; the first of the two ends it.", kind=float),
-    _asked("batch", "Patches of a batch."),
-    _asked("accumulate", "Batches of a step."),
-    _asked("optimizer", ""),
-    _asked("lr", "Highest learning rate. [1e-3; 1e-2 for sgd]", kind=float),
-    _asked("weight_decay", ""),
-    _asked("schedule", "Of the learning rate."),
-    _asked("warmup", "Share of the training in which it rises."),
-    _asked("clip", "Largest norm of the gradient; 0 for none."),
-    _asked("average", "Running mean of the weights, as 0.999; 0 for none."),
-    _asked("precision", "Of the network's arithmetic."),
-    _asked("compile", "Compile the network."),
-    _asked("seed", ""),
-    _asked("validate_every", "Steps. [a twentieth of the training]", kind=int),
-    _asked("patience", "End after so many validations without a better one.", kind=int),
-    _asked("device", "auto, cpu, cuda or cuda:N."),
-    _asked("threads", "Compute threads.", kind=int),
-    _asked("loaders", "Threads that make patches."),
+    _option("axes", "The axes of the images, where their files do not say them.",
+            kind=str, metavar="ZYX"),
+    _option("level", "The level of a pyramid; 0 is the finest."),
+    _option("series", "Which image is read of files that hold several; 0 is the first.", kind=int),
+    _option("channels", "Which channels of the images are read, by number or name, in this order."
+            " [all]", kind=Channels()),
+    _option("normalize", "How grey values are normalised, over each whole volume: none, scale:A,B,"
+            " percentile:LO,HI or zscore.", metavar="HOW"),
+    optgroup.group("What is learned"),
+    _option("target", "What the labels become: their own classes, objects against the background,"
+            " the borders of numbered objects, or grey values."),
+    _option("classes", "The number of output channels; 1 learns two classes with one sigmoid."
+            " [as many as the target has]", kind=int),
+    _option("names", "What the output channels are called, as ocean,land.", kind=Names()),
+    _option("ignore", "Voxels with this label are not learned from.", kind=int),
+    optgroup.group("The network", help="A U-Net, or with --network one of your own."),
+    _option("ndim", "The spatial axes of the network, 2 or 3. [the volume's]", kind=int),
+    _option("base", "The number of channels of the first level; each level has twice as many as the"
+            " one before."),
+    _option("depth", "The number of levels; from one level to the next the resolution is halved."),
+    _option("padding", "Whether convolutions use only voxels of the image (valid), or pad it with"
+            " zeros to keep its size (same)."),
+    _option("batch_norm", "Whether every convolution is followed by batch normalisation."),
+    _option("attention", "Whether the skip connections pass through attention gates."),
+    _option("residual", "Whether the levels are residual blocks."),
+    _option("dropout", "The share of channels that are dropped at the end of the contracting"
+            " path."),
+    _option("kernels", "The sizes of the kernels, level by level, as '1,3,3;3;3'. [3]",
+            kind=PerLevel()),
+    _option("pools", "The sizes of the pooling between the levels, as '1,2,2;2'. [2]",
+            kind=PerLevel()),
+    _option("network", "The code that builds a network of your own: module:factory or"
+            " file.py:factory.", kind=str, metavar="REF"),
+    _option("network_args", "The arguments of that factory, as JSON.", kind=Arguments()),
+    optgroup.group("Patches and augmentation"),
+    _option("patch", "The voxels of a patch that the loss sees; the network reads its context"
+            " round them. [256,256 or 48,48,48]", kind=Sizes()),
+    _option("balance", "Whether patches lie round every class equally often, and not as often as"
+            " it occurs."),
+    _option("augment", "Whether patches are deformed and their grey values are changed at all."),
+    _option("rotate", "Whether patches are turned by any angle, by quarter turns, or not."),
+    _option("flip", "Whether patches are mirrored, each axis in half of them."),
+    _option("scale", "The share by which patches are made larger or smaller at most."),
+    _option("elastic", "The standard deviation of random displacements, in voxels. [10 for a patch"
+            " of 388, as in the paper]", kind=float),
+    _option("in_plane", "Whether patches are deformed along y and x alone, and neighbours along z"
+            " do not count for membranes and borders."),
+    _option("grey", "The share by which contrast, brightness and gamma are changed at most."),
+    _option("noise", "The largest standard deviation of the noise that is added, as a share of that"
+            " of the patch."),
+    optgroup.group("The loss"),
+    _option("loss", "What the training makes small. [cross-entropy; l2 for values]",
+            kind=click.Choice(RECIPES["loss"])),
+    _option("class_weights", "Whether classes weigh as much more as they are rarer."),
+    _option("weight_map", "Whether voxels between close objects weigh more, as in the paper."),
+    _option("w0", "The weight of such a voxel where objects touch."),
+    _option("sigma", "How far apart objects may be for that, in voxels: the weight falls as a"
+            " Gaussian with this deviation."),
+    optgroup.group("The optimisation"),
+    _option("steps", "The number of steps after which the training ends.", kind=int),
+    _option("minutes", "The minutes after which the training ends, if the steps do not end it"
+            " before.", kind=float),
+    _option("batch", "The number of patches in a batch."),
+    _option("accumulate", "The number of batches whose gradients are added up for one step."),
+    _option("optimizer", "The optimizer: AdamW, or SGD with the momentum of the paper, 0.99."),
+    _option("lr", "The highest learning rate. [1e-3 for adamw, 1e-2 for sgd]", kind=float),
+    _option("schedule", "Whether the learning rate falls as a cosine after it has risen, or stays"
+            " constant."),
+    _option("warmup", "The share of the training in which the learning rate rises to its highest."),
+    _option("weight_decay", "How strongly the optimizer draws the weights towards 0."),
+    _option("clip", "The largest norm of the gradient; a larger one is scaled down. 0 sets no"
+            " limit."),
+    _option("average", "The share of the old in a running mean of the weights, such as 0.999; the"
+            " mean is what is saved. 0 saves the last weights."),
+    _option("seed", "The number that all random numbers are drawn from; the same seed draws the"
+            " same patches."),
+    optgroup.group("Validation"),
+    _option("val_region", "The slices of each volume that are held out, as 20:24,:,:; may be given"
+            " several times. The word none holds nothing out. [the last eighth]",
+            kind=str, metavar="START:STOP,...", many=True),
+    optgroup.option(
+        "--validate-on", "apart", nargs=2, multiple=True, type=Place(), metavar="IMAGE LABELS",
+        help="A pair of volumes that is held out whole; may be given several times.",
+    ),
+    _option("validate_every", "The number of steps between two validations. [a twentieth of the"
+            " training]", kind=int),
+    _option("patience", "The training ends after this many validations without a better one.",
+            kind=int),
+    optgroup.group("Where it runs"),
+    _option("device", "The device: auto, cpu, cuda or cuda:N.", metavar="NAME"),
+    _option("precision", "The precision of the network's arithmetic."),
+    _option("compile", "Whether the network is compiled first, which takes half a minute and a C++"
+            " compiler."),
+    _option("threads", "The number of threads that compute on a CPU. [all cores]", kind=int),
+    _option("loaders", "The number of threads that make patches."),
+    _option("cache", "The memory in which decoded chunks of the volumes are kept. [1GB]",
+            kind=Bytes()),
+    optgroup.group("What it leaves"),
+    optgroup.option(
+        "--log", "folder", type=Place(), metavar="FOLDER",
+        help="The folder for the log, the state to go on from and the last checkpoint."
+        " [OUTPUT.training]",
+    ),
+    optgroup.option("--resume", is_flag=True, help="Go on where an earlier run ended."),
+    optgroup.option(
+        "--overwrite", is_flag=True, help="Replace an earlier training and begin anew."
+    ),
+    optgroup.option(
+        "--preview", type=Place(), metavar="FILE.png",
+        help="Write a picture of patches, their weights and the network's answers at every"
+        " validation.",
+    ),
+    optgroup.option("--tensorboard", is_flag=True, help="Write a log for TensorBoard, too."),
 )  # fmt: skip
 
 
@@ -168,17 +241,6 @@ def paired(volumes: tuple[str, ...]) -> list[tuple[str, str]]:
 
 @click.command()
 @_request
-@click.option("--resume", is_flag=True, help="Go on where an earlier run ended.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier training.")
-@click.option(
-    "--preview", type=Place(), metavar="FILE.png",
-    help="Write a picture of patches, weights and answers.",
-)  # fmt: skip
-@click.option(
-    "--log", "folder", type=Place(), metavar="FOLDER",
-    help="The folder for the log and the state. [OUTPUT.training]",
-)  # fmt: skip
-@click.option("--tensorboard", is_flag=True, help="Also write a log for TensorBoard.")
 @refusing
 def train(
     volumes: tuple[str, ...],
@@ -194,9 +256,9 @@ def train(
 ) -> None:
     """Train a network on patches of images and their labels.
 
-    IMAGE and LABELS are Zarr, OME-Zarr or TIFF. The best checkpoint is all that `tilepipe segment`
-    needs. What belongs to the training lies beside it, in FILE.training; a training that was
-    interrupted goes on with --resume.
+    IMAGE and LABELS are Zarr, OME-Zarr or TIFF; LABELS has the voxels of its IMAGE. The best
+    checkpoint is all that `tilepipe segment` needs. What belongs to the training lies beside it, in
+    FILE.training. A training that was interrupted goes on with --resume.
     """
     from tilepipe.models.device import find_device
     from tilepipe.training import train as story
@@ -215,7 +277,7 @@ def train(
         folder=folder,
         preview=preview,
         tensorboard=tensorboard,
-        prepared=lambda study: click.echo(describe_study(study)),
+        prepared=lambda experiment: click.echo(describe_experiment(experiment)),
         scanned=progress.scan,
         progress=progress,
     )
@@ -228,7 +290,7 @@ class TrainProgress:
     def __init__(self) -> None:
         self._pace = Pace()
 
-    def __call__(self, report: Progress) -> None:
+    def __call__(self, report: TrainReport) -> None:
         """Show how a training goes."""
         if self._pace.is_due(5.0) or report.score is not None:
             click.echo(describe_progress(report), err=True)
@@ -239,45 +301,45 @@ class TrainProgress:
             click.echo(f"{what}: {done / total:.0%} read", err=True)
 
 
-def describe_study(study: Study) -> str:
+def describe_experiment(experiment: Experiment) -> str:
     """Return what a training will do."""
-    recipe, frame = study.recipe, study.frame
-    parameters = sum(p.numel() for p in study.network.parameters())
-    total = max(1, sum(study.counts))
-    classes = [f"{n / total:.1%}" for n in study.counts]
+    recipe, profile, frame = experiment.recipe, experiment.profile, experiment.frame
+    parameters = sum(p.numel() for p in experiment.network.parameters())
+    total = max(1, sum(experiment.counts))
+    classes = [f"{n / total:.1%}" for n in experiment.counts]
     ends = ((recipe.steps, "steps"), (recipe.minutes, "minutes"))
     length = " or ".join(f"{count:g} {unit}" for count, unit in ends if count)
     return table(
         [
-            ("network", f"{study.profile.axes}D, {parameters / 1e6:.3g} million weights,"
-             f" {counted(study.profile.channels, 'channel')} in, {', '.join(study.labels)} out"),
+            ("network", f"{profile.axes}D, {parameters / 1e6:.3g} million weights,"
+             f" {counted(profile.channels, 'channel')} in, {', '.join(experiment.labels)} out"),
             ("patches", f"{comma(frame.answer)} voxels, of which the network reads"
              f" {comma(frame.read.shape)}; {recipe.batch * recipe.accumulate} a step"),
-            ("labels", f"{recipe.target}: {sum(study.counts) / 1e6:.3g} million voxels"
+            ("labels", f"{recipe.target}: {sum(experiment.counts) / 1e6:.3g} million voxels"
              + (f", classes {', '.join(classes)}" if len(classes) > 1 else "")),
-            ("held out", f"{study.held_out_voxels / 1e6:.3g} million voxels"),
+            ("held out", f"{experiment.held_out_voxels / 1e6:.3g} million voxels"),
             ("training", f"{length}, {recipe.optimizer}, learning rate {recipe.highest_lr:g},"
              f" loss {recipe.loss_name}"),
-            ("folder", str(study.folder)),
+            ("folder", str(experiment.folder)),
         ]
-    ) + "".join(f"\nnote: {notice}" for notice in study.notices)  # fmt: skip
+    ) + "".join(f"\nnote: {notice}" for notice in experiment.notices)  # fmt: skip
 
 
-def describe_progress(report: Progress) -> str:
+def describe_progress(report: TrainReport) -> str:
     """Return how a training goes, in a line."""
     begin = f"step {report.step} ({report.done:.0%})"
     if report.score is not None:
         score = report.score
         dice = ", ".join(f"{value:.4f}" for value in score.dice)
-        said = f"Dice {dice}; error {score.error:.4f}" if dice else f"error {score.error:.5g}"
-        return f"{begin}: held out: {said}"
+        text = f"Dice {dice}; error {score.error:.4f}" if dice else f"error {score.error:.5g}"
+        return f"{begin}: held out: {text}"
     return (
         f"{begin}: loss {report.loss:.4f}, {report.patches_per_second:.3g} patches/s,"
         f" {report.waited:.0%} waiting for them, about {report.left:.0f} s left"
     )
 
 
-def describe_training(report: Progress, output: str) -> str:
+def describe_training(report: TrainReport, output: str) -> str:
     """Return how a training went."""
     best = "" if report.best is None else f", best held-out score {report.best:.4f}"
     return (

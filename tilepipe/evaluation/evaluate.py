@@ -15,39 +15,26 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tilepipe.errors import BadRequest
-from tilepipe.evaluation.position import place_on
-from tilepipe.evaluation.scores import (
-    Table,
-    add,
-    object_scores,
-    partition_scores,
-    pixel_scores,
-    tabulate,
-)
+from tilepipe.evaluation.comparison import Comparison, Labelling, open_comparison
+from tilepipe.evaluation.scores import Table, object_scores, partition_scores, pixel_scores
 from tilepipe.evaluation.warping import LARGEST_PLANE, warping_mismatches
-from tilepipe.geometry import Region, TileGrid, parse_region
+from tilepipe.geometry import Region, TileGrid
 from tilepipe.host.process import borrowed
-from tilepipe.instances.blocks import block_of
 from tilepipe.instances.components import label_components
 from tilepipe.instances.growth import grow_objects
 from tilepipe.options import COMPONENTS, KINDS
-from tilepipe.text import comma, counted
+from tilepipe.text import comma
 from tilepipe.volumes.source import open_named
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
+    from tilepipe.evaluation.comparison import Read, Stage
     from tilepipe.evaluation.scores import ObjectScores, PartitionScores, PixelScores
-    from tilepipe.geometry import Shape
-    from tilepipe.volumes.volume import Volume
 
     Kind = Literal["auto", "classes", "mask", "instances", "membrane"]
     Components = Literal["plane", "volume"]
-    Progress = Callable[[str, int, int], None]
-    Read = Callable[[Region], NDArray[np.generic]]
 
 MOST_CLASSES = 256
 """More values than that are taken for numbers of objects."""
@@ -83,96 +70,6 @@ class Scores:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """The prediction or the labels: one integer for each voxel of the compared region."""
-
-    volume: Volume
-    origin: Shape
-    """The region's first voxel in the volume."""
-    channel: int | None = None
-    threshold: float | None = None
-    objects: tuple[int, ...] | None = None
-    """Values that are objects; None: all but 0."""
-    ignore: int | None = None
-    """A value that is no object."""
-
-    def read(self, region: Region) -> NDArray[np.generic]:
-        """Return the values in a part of the compared region."""
-        return self.values(self.volume.read(region.shift(self.origin)))
-
-    def read_mask(self, region: Region) -> NDArray[np.bool_]:
-        """Return where there are objects in a part of the compared region."""
-        return self.mask(self.volume.read(region.shift(self.origin)))
-
-    def values(self, image: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return the values of voxels ``(channels, ...)``."""
-        if self.channel is None and len(image) > 1:
-            largest: NDArray[np.intp] = image.argmax(axis=0)
-            return largest
-        one: NDArray[np.generic] = image[self.channel or 0]
-        return one if self.threshold is None else np.greater(one, self.threshold).astype(np.uint8)
-
-    def mask(self, image: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Return where there are objects, of voxels ``(channels, ...)``."""
-        return self.is_object(self.values(image))
-
-    def is_object(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Return which values are objects; those of a table are as `tabulate` returns them."""
-        if self.volume.dtype == np.uint64:
-            values = values.astype(np.uint64, copy=False)  # a table holds them with a sign
-        found = values != 0 if self.objects is None else np.zeros(values.shape, bool)
-        for value in self.objects or ():  # numpy.isin rounds integers of 64 bits
-            found |= values == value
-        return found if self.ignore is None else found & (values != self.ignore)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """Prediction and labels, and how far the comparison is told to be."""
-
-    prediction: _Side
-    labels: _Side
-    shape: Shape
-    """Voxels compared."""
-    progress: Progress | None
-
-    @property
-    def axes(self) -> str:
-        """Axes of the labels."""
-        return self.labels.volume.axes
-
-    def count(self, what: str, read: Read, read_true: Read, components: str = "volume") -> Table:
-        """Count the pairs of values; frames, and planes where asked for, apart."""
-        lead = self.axes.index("y") if components == "plane" else self.axes.count("t")
-        numbers = np.arange(math.prod(self.shape[:lead])).reshape(self.shape[:lead])
-        chunks, others = self.labels.volume.chunks, self.prediction.volume.chunks
-        block = block_of(
-            self.shape, tuple(map(min, chunks, self.shape)), tuple(map(max, chunks, others))
-        )
-        grid = TileGrid(self.shape, block)
-        tables, rows, told = [add([])], 0, self.stage(what)
-        for done, tile in enumerate(grid, start=1):
-            found, true = read(tile.write), read_true(tile.write)
-            plane = numbers[tile.write.slices[:lead]].reshape(
-                *tile.write.shape[:lead], *(1,) * (len(self.shape) - lead)
-            )
-            if self.labels.ignore is not None:
-                kept = self.labels.read(tile.write) != self.labels.ignore
-                plane = np.broadcast_to(plane, kept.shape)[kept]
-                found, true = found[kept], true[kept]
-            tables.append(tabulate(found, true, plane=plane))
-            rows += len(tables[-1])
-            if rows > 1_000_000 and rows > 2 * len(tables[0]):
-                tables, rows = [add(tables)], 0
-            told(done, len(grid))
-        return add(tables)
-
-    def stage(self, what: str) -> Callable[[int, int], None]:
-        """Return what tells the progress of a stage."""
-        return lambda done, blocks: self.progress(what, done, blocks) if self.progress else None
-
-
 @borrowed()
 def evaluate(
     prediction: str | Path,
@@ -189,36 +86,47 @@ def evaluate(
     ignore: int | None = None,
     components: Components | None = None,
     warping: bool = False,
-    progress: Progress | None = None,
+    progress: Stage | None = None,
 ) -> Scores:
     """Compare a prediction with labels of the same shape, or with a ``region`` of labels.
 
     Where the metadata of both say that the prediction lies elsewhere, by whole voxels, the labels
-    there are compared.
+    there are compared. What the scores are is said in the modules `scores` and `warping` beside
+    this one and in docs/scores.md.
 
-    What is compared, by ``kind``: ``classes``, each value being a class; ``mask``, objects against
-    the rest; ``instances``, both numbering objects; ``membrane``, a mask of cell interiors whose
-    connected components (faces connect) are the predicted objects. ``auto`` is ``mask`` where
-    labels hold at most one value besides 0, or the prediction does and labels are wider than 8
-    bits; ``instances`` where both are wider; else ``classes``.
+    Arguments:
+        prediction: The volume that is judged: labels, a mask, or probabilities.
+        labels: The volume that is true: integers of one channel.
+        kind: What is compared: ``classes``, each value being a class; ``mask``, objects against
+            the rest; ``instances``, both numbering objects; ``membrane``, a mask of cell interiors
+            whose connected components (faces connect) are the predicted objects. ``auto`` is
+            ``mask`` where labels hold at most one value besides 0, or the prediction does and
+            labels are wider than 8 bits; ``instances`` where both are wider; else ``classes``.
+        axes: The axes of a file that does not say them, such as ``zyx``.
+        series: The image of each file that holds several.
+        region: The part of the labels that is compared, such as ``20:24,:,:``.
+        threshold: Turns the probabilities of one channel into 1 above it and 0. Several channels
+            without a threshold: the number of the largest is the value.
+        channel: The channel of the prediction, counted from 0.
+        objects: The values of the prediction that are objects in masks; by default all but 0.
+        label_objects: The same of the labels.
+        ignore: Voxels with this label do not count.
+        components: Whether objects lie within each ``plane`` or the ``volume``. By default planes
+            for ``membrane``, as the ISBI 2012 challenge does for sections, and the volume for
+            ``instances``. Labels of ``membrane`` with one value besides 0 are a mask, whose
+            components are the true objects; else they number the objects.
+        warping: Add the warping error of ``mask`` and ``membrane``: planes one by one, in memory.
+        progress: Called with what is done, the blocks of it that are done, and their number.
 
-    In masks ``objects`` and ``label_objects`` are the values that are objects, by default all but
-    0. A ``threshold`` turns the probabilities of one ``channel`` into 1 above it and 0. Several
-    channels without one: the number of the largest is the value. Voxels labelled ``ignore`` do
-    not count. ``axes`` name the axes of a file that does not say them, ``series`` is the image of
-    each file that holds several.
+    Returns:
+        The scores; those that do not fit the kind are None.
 
-    ``components`` are taken, and ``instances`` numbered, within each ``plane`` or the ``volume``;
-    by default planes for ``membrane``, as the ISBI 2012 challenge does for sections, and the
-    volume for ``instances``. Labels of ``membrane`` with one value besides 0 are a mask, whose
-    components are the true objects; else they number the objects. ``warping`` adds the warping
-    error of ``mask`` and ``membrane``: planes one by one, in memory.
+    Raises:
+        BadRequest: For files that cannot be read, shapes that differ, and what is not there to be
+            compared.
 
-    ``progress`` is called with what is done, blocks done and their number. Raises BadRequest for
-    files that cannot be read, shapes that differ, and what is not there to be compared. What the
-    scores are is said in the modules `scores` and `warping` beside this one and in docs/scores.md.
     """
-    pair = _open_pair(
+    comparison = open_comparison(
         open_named(prediction, axes, series),
         open_named(labels, axes, series),
         region=region,
@@ -229,117 +137,64 @@ def evaluate(
         ignore=ignore,
         progress=progress,
     )
-    kind = _checked_kind(kind, pair, warping=warping, components=components)
+    kind = _checked_kind(kind, comparison, warping=warping, components=components)
     try:
-        return _compare(pair, kind, components, warping=warping)
+        return _compare(comparison, kind, components, warping=warping)
     except OSError as error:
         raise BadRequest(f"the comparison cannot go on: {error}") from error
 
 
-def _compare(pair: _Pair, kind: Kind, components: Components | None, *, warping: bool) -> Scores:
-    mine, theirs = pair.prediction, pair.labels
-    pixels = partition = thinned = found = None
-    chosen: Components | None = None
-    table = pair.count("values", mine.read, theirs.read)
+def _compare(
+    comparison: Comparison, kind: Kind, components: Components | None, *, warping: bool
+) -> Scores:
+    prediction, labels, region = comparison.prediction, comparison.labels, comparison.region
+    pixels = partition = thinned = objects = None
+    within: Components | None = None
+    table = comparison.count("values", prediction.read, labels.read)
     if not table.total:
-        raise BadRequest(f"ignore (={theirs.ignore}) leaves no voxel of {_told(pair)} to compare")
+        raise BadRequest(f"ignore (={labels.ignore}) leaves no voxel of {region} to compare")
     if kind == "auto":
-        kind = _chosen_kind(table, mine, theirs)
+        kind = _chosen_kind(table, prediction, labels)
     if kind == "instances":
-        chosen = components or "volume"
-        table = pair.count("objects", mine.read, theirs.read, chosen)
-        partition, found = partition_scores(table), object_scores(table)
+        within = components or "volume"
+        table = comparison.count("objects", prediction.read, labels.read, within)
+        partition, objects = partition_scores(table), object_scores(table)
+    elif kind == "classes":
+        pixels = pixel_scores(_checked_classes(table))
     else:
-        pixels = pixel_scores(_few(table) if kind == "classes" else _as_masks(table, pair))
+        pixels = pixel_scores(_as_masks(table, comparison))
     if kind == "membrane":
-        chosen = components or "plane"
-        partition, thinned, found = _membrane(pair, chosen, table)
-    if chosen is not None and partition is None:
+        within = components or "plane"
+        partition, thinned, objects = _membrane(comparison, within, table)
+    if within is not None and partition is None:
         raise BadRequest(
-            f"labels (={theirs.volume.path}) hold no object in {_told(pair)}; take kind mask or"
-            " classes"
+            f"labels (={labels.volume.path}) hold no object in {region}; take kind mask or classes"
         )
     return Scores(
-        prediction=mine.volume.path,
-        labels=theirs.volume.path,
+        prediction=prediction.volume.path,
+        labels=labels.volume.path,
         kind=kind,
-        region=_told(pair),
+        region=str(region),
         voxels=table.total,
-        components=chosen,
+        components=within,
         pixels=pixels,
         partition=partition,
         thinned=thinned,
-        objects=found,
-        warping_error=_warping(pair) / table.total if warping else None,
+        objects=objects,
+        warping_error=_warping(comparison) / table.total if warping else None,
     )
 
 
-def _told(pair: _Pair) -> str:
-    return str(Region.whole(pair.shape).shift(pair.labels.origin))
-
-
-def _open_pair(
-    mine: Volume,
-    theirs: Volume,
-    *,
-    region: str | Region | None,
-    threshold: float | None,
-    channel: int | None,
-    objects: tuple[int, ...] | None,
-    label_objects: tuple[int, ...] | None,
-    ignore: int | None,
-    progress: Progress | None,
-) -> _Pair:
-    whole = Region.whole(theirs.shape)
-    if isinstance(region, str):
-        region = parse_region(region, theirs.shape)
-    box = whole if region is None else region
-    if box.size == 0 or box.intersect(whole) != box:
-        raise BadRequest(f"region (={box}) must hold voxels, all inside the labels' {whole}")
-    start = box.start if mine.shape == theirs.shape else (0,) * len(box.start)
-    if placed := place_on(mine, theirs, None if region is None else box):
-        box, start = placed
-    elif mine.shape not in (theirs.shape, box.shape):
-        hint = "" if region is None else f", or the region's, {comma(box.shape)}"
-        raise BadRequest(
-            f"prediction (={mine.path}) of shape {comma(mine.shape)} must have the labels' shape,"
-            f" {comma(theirs.shape)}{hint}"
-            + (f": {theirs.path}" if region is not None else f" ({theirs.path}), or give region")
-        )
-    if theirs.channels > 1 or theirs.dtype.kind == "f":
-        raise BadRequest(
-            f"labels (={theirs.path}) must be integers of one channel, not {theirs.dtype} of"
-            f" {counted(theirs.channels, 'channel')}"
-        )
-    if channel is not None and not 0 <= channel < mine.channels:
-        raise BadRequest(
-            f"channel (={channel}) must lie in 0:{mine.channels}, the channels of {mine.path}"
-        )
-    if mine.dtype.kind == "f" and threshold is None and (channel is not None or mine.channels == 1):
-        raise BadRequest(
-            f"prediction (={mine.path}) of type {mine.dtype} holds no labels; give threshold, such"
-            " as 0.5"
-        )
-    if mine.channels > 1 and channel is None and (mine.dtype.kind != "f" or threshold is not None):
-        raise BadRequest(
-            f"prediction (={mine.path}) has {mine.channels} channels; say which one with channel"
-        )
-    return _Pair(
-        _Side(mine, start, channel, threshold, objects),
-        _Side(theirs, box.start, objects=label_objects, ignore=ignore),
-        box.shape,
-        progress,
-    )
-
-
-def _checked_kind(kind: Kind, pair: _Pair, *, warping: bool, components: str | None) -> Kind:
-    mine, theirs = pair.prediction, pair.labels
+def _checked_kind(
+    kind: Kind, comparison: Comparison, *, warping: bool, components: str | None
+) -> Kind:
+    prediction, labels = comparison.prediction, comparison.labels
     masks = [
         f"{name} (={value})"
         for name, value in (
-            ("threshold", mine.threshold),
-            ("objects", mine.objects and comma(mine.objects)),
-            ("label_objects", theirs.objects and comma(theirs.objects)),
+            ("threshold", prediction.threshold),
+            ("objects", prediction.objects and comma(prediction.objects)),
+            ("label_objects", labels.objects and comma(labels.objects)),
             ("warping", warping or None),
         )
         if value is not None
@@ -352,7 +207,7 @@ def _checked_kind(kind: Kind, pair: _Pair, *, warping: bool, components: str | N
         raise BadRequest(f"components (={components}) needs kind instances or membrane, not {kind}")
     if masks and kind in ("classes", "instances"):
         raise BadRequest(f"{masks[0]} is for masks; take kind mask or membrane, not {kind}")
-    plane = math.prod(pair.shape[-2:])
+    plane = math.prod(comparison.shape[-2:])
     if warping and plane > LARGEST_PLANE:
         raise BadRequest(
             f"warping needs planes of at most {LARGEST_PLANE:,} pixels, in memory; {plane:,} are"
@@ -361,19 +216,20 @@ def _checked_kind(kind: Kind, pair: _Pair, *, warping: bool, components: str | N
     return "mask" if masks and kind == "auto" else kind
 
 
-def _chosen_kind(table: Table, mine: _Side, theirs: _Side) -> Kind:
+def _chosen_kind(table: Table, prediction: Labelling, labels: Labelling) -> Kind:
     """Return the kind that the values and their types suggest; see `evaluate`."""
-    found, true = (len(np.setdiff1d(values, [0])) for values in (table.predicted, table.true))
-    wide = theirs.volume.dtype.itemsize > 1
-    if true <= 1 or (wide and found <= 1):
+    predicted, true = (len(np.setdiff1d(values, [0])) for values in (table.predicted, table.true))
+    wide = labels.volume.dtype.itemsize > 1
+    if true <= 1 or (wide and predicted <= 1):
         return "mask"
-    labelled = mine.volume.dtype.kind in "iu" and mine.volume.dtype.itemsize > 1
-    return "instances" if wide and labelled else "classes"
+    numbered = prediction.volume.dtype.kind in "iu" and prediction.volume.dtype.itemsize > 1
+    return "instances" if wide and numbered else "classes"
 
 
-def _few(table: Table) -> Table:
+def _checked_classes(table: Table) -> Table:
     """Return the table, if its values may be classes."""
-    values = len(np.union1d(table.predicted, table.true))
+    predicted, true = (np.unique(labels).tolist() for labels in table.labels)
+    values = len({*predicted, *true})
     if values > MOST_CLASSES:
         raise BadRequest(
             f"kind (=classes) is for at most {MOST_CLASSES} classes; {values:,} values were found:"
@@ -382,65 +238,67 @@ def _few(table: Table) -> Table:
     return table
 
 
-def _as_masks(table: Table, pair: _Pair) -> Table:
+def _as_masks(table: Table, comparison: Comparison) -> Table:
     """Return the table of objects, 1, and what is none, 0; rows may repeat."""
+    predicted, true = table.labels
     return Table(
         table.plane,
-        pair.prediction.is_object(table.predicted).astype(np.int64),
-        pair.labels.is_object(table.true).astype(np.int64),
+        comparison.prediction.is_object(predicted).astype(np.int64),
+        comparison.labels.is_object(true).astype(np.int64),
         table.voxels,
     )
 
 
 def _membrane(
-    pair: _Pair, components: Components, raw: Table
+    comparison: Comparison, components: Components, raw: Table
 ) -> tuple[PartitionScores | None, PartitionScores | None, ObjectScores]:
     """Return scores of the components as they are, after their borders are thinned, and of each."""
     per_plane = components == "plane"
-    is_mask = pair.labels.objects is not None or len(np.setdiff1d(raw.true, [0])) < 2
+    is_mask = comparison.labels.objects is not None or len(np.setdiff1d(raw.true, [0])) < 2
     with tempfile.TemporaryDirectory(prefix="tilepipe-") as folder:
 
         def reader(name: str) -> Read:
-            volume = open_volume(Path(folder) / name, axes=pair.axes)
+            volume = open_volume(Path(folder) / name, axes=comparison.axes)
             return lambda region: volume.read(region)[0]
 
-        def number(side: _Side, name: str) -> None:
+        def number(labelling: Labelling, name: str) -> None:
             label_components(
-                side.volume,
+                labelling.volume,
                 Path(folder) / name,
-                foreground=side.mask,
-                region=Region.whole(pair.shape).shift(side.origin),
+                foreground=labelling.mask,
+                region=Region.whole(comparison.shape).shift(labelling.origin),
                 per_plane=per_plane,
-                progress=pair.stage(f"numbering {name}"),
+                progress=comparison.stage(f"numbering {name}"),
             )
 
-        number(pair.prediction, "prediction")
+        number(comparison.prediction, "prediction")
         if is_mask:
-            number(pair.labels, "labels")
-        true = reader("labels") if is_mask else pair.labels.read
-        table = pair.count("objects", reader("prediction"), true, components)
+            number(comparison.labels, "labels")
+        read_true = reader("labels") if is_mask else comparison.labels.read
+        table = comparison.count("objects", reader("prediction"), read_true, components)
         grow_objects(
-            open_volume(Path(folder) / "prediction", axes=pair.axes),
+            open_volume(Path(folder) / "prediction", axes=comparison.axes),
             Path(folder) / "thinned",
             per_plane=per_plane,
-            progress=pair.stage("thinning"),
+            progress=comparison.stage("thinning"),
         )
-        thin = pair.count("thinned objects", reader("thinned"), true, components)
+        thin = comparison.count("thinned objects", reader("thinned"), read_true, components)
     return partition_scores(table), partition_scores(thin), object_scores(table)
 
 
-def _warping(pair: _Pair) -> int:
+def _warping(comparison: Comparison) -> int:
     """Return how many pixels differ after warping, plane by plane."""
-    grid = TileGrid(pair.shape, (1,) * (len(pair.shape) - 2) + pair.shape[-2:])
-    told, mismatches = pair.stage("warping"), 0
+    grid = TileGrid(comparison.shape, (1,) * (len(comparison.shape) - 2) + comparison.shape[-2:])
+    progress, mismatches = comparison.stage("warping"), 0
     for done, tile in enumerate(grid, start=1):
-        found, true = (
-            read(tile.write).reshape(pair.shape[-2:])
-            for read in (pair.prediction.read_mask, pair.labels.read_mask)
+        predicted, true = (
+            read(tile.write).reshape(comparison.shape[-2:])
+            for read in (comparison.prediction.read_mask, comparison.labels.read_mask)
         )
         fixed = None
-        if pair.labels.ignore is not None:
-            fixed = (pair.labels.read(tile.write) == pair.labels.ignore).reshape(true.shape)
-        mismatches += int(warping_mismatches(found, true, fixed=fixed).sum())
-        told(done, len(grid))
+        if comparison.labels.ignore is not None:
+            labels = comparison.labels.read(tile.write)
+            fixed = (labels == comparison.labels.ignore).reshape(true.shape)
+        mismatches += int(warping_mismatches(predicted, true, fixed=fixed).sum())
+        progress(done, len(grid))
     return mismatches

@@ -41,6 +41,9 @@ class Table:
     true: Ints
     voxels: Ints
     """Voxels with this pair of labels, 1 at least."""
+    unsigned: tuple[bool, bool] = (False, False)
+    """Whether the predicted and the true labels are of 64 bits without a sign; the columns hold
+    the bits of such labels, so that those past 2**63 - 1 look negative there."""
 
     def __len__(self) -> int:
         return len(self.voxels)
@@ -52,7 +55,22 @@ class Table:
 
     def where(self, rows: NDArray[np.bool_]) -> Table:
         """Return the table of some of the rows."""
-        return Table(self.plane[rows], self.predicted[rows], self.true[rows], self.voxels[rows])
+        columns = (self.plane[rows], self.predicted[rows], self.true[rows], self.voxels[rows])
+        return Table(*columns, self.unsigned)
+
+    @property
+    def labels(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+        """The predicted and the true labels as they are, of those without a sign too."""
+        predicted, true = self.unsigned
+        return _as_they_are(self.predicted, predicted), _as_they_are(self.true, true)
+
+    @property
+    def equal(self) -> NDArray[np.bool_]:
+        """Whether the predicted label is the true one, row by row."""
+        equal: NDArray[np.bool_] = self.predicted == self.true
+        if self.unsigned[0] != self.unsigned[1]:
+            equal &= self.true >= 0  # the bits of -1 are those of 2**64 - 1, which is another label
+        return equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +163,6 @@ def tabulate(
     """Count the pairs of labels of two integer arrays of one shape.
 
     ``plane`` numbers each voxel's plane and broadcasts to that shape; without it all is plane 0.
-    Labels of 64 bits without a sign come back with one, still apart from one another.
 
     >>> table = tabulate(np.array([[1, 1], [0, 2]]), np.array([[5, 5], [5, 7]]))
     >>> table.predicted.tolist(), table.true.tolist(), table.voxels.tolist()
@@ -167,7 +184,9 @@ def tabulate(
     lengths = np.diff(first, append=rows.size)
     zeros = np.zeros(first.size, np.int64)
     where = zeros if planes is None else planes[first].astype(np.int64)
-    return _group(where, rows[first].astype(np.int64), columns[first].astype(np.int64), lengths)
+    labels = rows[first].astype(np.int64), columns[first].astype(np.int64)
+    unsigned = predicted.dtype == np.uint64, true.dtype == np.uint64
+    return _group(where, *labels, lengths, unsigned)
 
 
 def add(tables: Sequence[Table]) -> Table:
@@ -183,20 +202,27 @@ def add(tables: Sequence[Table]) -> Table:
         np.concatenate([np.zeros(0, np.int64), *(getattr(table, name) for table in tables)])
         for name in ("plane", "predicted", "true", "voxels")
     ]
-    return _group(*columns)
+    unsigned = {table.unsigned for table in tables if len(table)}
+    if len(unsigned) > 1:
+        raise ValueError("tables of labels with and without a sign do not add up")
+    plane, predicted, true, voxels = columns
+    return _group(plane, predicted, true, voxels, *unsigned)
 
 
-def _group(plane: Ints, predicted: Ints, true: Ints, voxels: Ints) -> Table:
+def _group(
+    plane: Ints,
+    predicted: Ints,
+    true: Ints,
+    voxels: Ints,
+    unsigned: tuple[bool, bool] = (False, False),
+) -> Table:
+    """Return the table of rows in any order, in which a pair of labels may stand several times."""
     order = np.lexsort((true, predicted, plane))
-    plane, predicted, true = plane[order], predicted[order], true[order]
-    return _sum((plane, predicted, true), voxels[order])
-
-
-def _sum(columns: tuple[Ints, Ints, Ints], voxels: Ints) -> Table:
+    columns = plane[order], predicted[order], true[order]
     begins = _begins(columns)
-    counts = np.add.reduceat(voxels, begins) if begins.size else voxels
+    counts = np.add.reduceat(voxels[order], begins) if begins.size else voxels
     plane, predicted, true = (column[begins] for column in columns)
-    return Table(plane, predicted, true, counts)
+    return Table(plane, predicted, true, counts, unsigned)
 
 
 def _begins(columns: Iterable[Ints]) -> NDArray[np.intp]:
@@ -219,22 +245,27 @@ def _sizes(labels: Ints, voxels: Ints, plane: Ints | None = None) -> tuple[Ints,
     return where[begins], labels[begins], counts
 
 
-def _by_label(labels: Ints, voxels: Ints) -> dict[int, int]:
+def _by_label(labels: Ints, voxels: Ints, unsigned: bool) -> dict[int, int]:
+    """Return how many voxels bear each label, by the labels as they are."""
     _, label, count = _sizes(labels, voxels)
-    return dict(zip(label.tolist(), count.tolist(), strict=True))
+    return dict(zip(_as_they_are(label, unsigned).tolist(), count.tolist(), strict=True))
+
+
+def _as_they_are(labels: Ints, unsigned: bool) -> NDArray[np.integer]:
+    return labels.view(np.uint64) if unsigned else labels
 
 
 def pixel_scores(table: Table) -> PixelScores:
     """Return pixel error, Dice and intersection over union of each class.
 
-    >>> found = pixel_scores(tabulate(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1])))
-    >>> found.pixel_error, found.classes[1].dice, found.classes[1].iou
+    >>> scores = pixel_scores(tabulate(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 1])))
+    >>> scores.pixel_error, scores.classes[1].dice, scores.classes[1].iou
     (0.25, 0.8, 0.6666666666666666)
     """
-    predicted = _by_label(table.predicted, table.voxels)
-    true = _by_label(table.true, table.voxels)
-    same = table.where(table.predicted == table.true)
-    both = _by_label(same.true, same.voxels)
+    predicted = _by_label(table.predicted, table.voxels, table.unsigned[0])
+    true = _by_label(table.true, table.voxels, table.unsigned[1])
+    same = table.where(table.equal)
+    both = _by_label(same.true, same.voxels, table.unsigned[1])
     classes = []
     for label in sorted(predicted.keys() | true.keys()):
         p, t, n = (counts.get(label, 0) for counts in (predicted, true, both))
@@ -250,10 +281,10 @@ def partition_scores(table: Table) -> PartitionScores | None:
     partitions score exactly 1.
 
     >>> table = tabulate(np.array([1, 1, 1, 1]), np.array([1, 1, 2, 2]))
-    >>> found = partition_scores(table)
-    >>> found.v_rand
+    >>> scores = partition_scores(table)
+    >>> scores.v_rand
     Agreement(score=0.6666666666666666, split=1.0, merge=0.5)
-    >>> found.voi_split, found.voi_merge
+    >>> scores.voi_split, scores.voi_merge
     (0.0, 1.0)
     """
     inside = table.where(table.true != 0)
@@ -267,23 +298,23 @@ def partition_scores(table: Table) -> PartitionScores | None:
         objects = predicted != 0
         single = float(voxels[~objects].sum())
         joint = voxels[objects].astype(np.float64)
-        mine = _sizes(predicted[objects], voxels[objects])[2].astype(np.float64)
-        theirs = _sizes(true, voxels)[2].astype(np.float64)
-        both = math.fsum((joint * joint).tolist()) + single
-        in_mine = math.fsum((mine * mine).tolist()) + single
-        in_theirs = math.fsum((theirs * theirs).tolist())
-        pairs.append((both, in_mine, in_theirs))
+        predicted_sizes = _sizes(predicted[objects], voxels[objects])[2].astype(np.float64)
+        true_sizes = _sizes(true, voxels)[2].astype(np.float64)
+        in_both = math.fsum((joint * joint).tolist()) + single
+        in_predicted = math.fsum((predicted_sizes * predicted_sizes).tolist()) + single
+        in_true = math.fsum((true_sizes * true_sizes).tolist())
+        pairs.append((in_both, in_predicted, in_true))
         total = float(voxels.sum())
-        rand = 2 * both / (in_mine + in_theirs), both / in_theirs, both / in_mine
-        rows.append((*rand, *_information(joint, mine, theirs, total)))
+        rand = 2 * in_both / (in_predicted + in_true), in_both / in_true, in_both / in_predicted
+        rows.append((*rand, *_information(joint, predicted_sizes, true_sizes, total)))
     means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-    both, in_mine, in_theirs = (math.fsum(column) for column in zip(*pairs, strict=True))
+    in_both, in_predicted, in_true = (math.fsum(column) for column in zip(*pairs, strict=True))
     return PartitionScores(
         planes=len(rows),
         voxels=inside.total,
         v_rand=Agreement(*means[:3]),
         v_info=Agreement(*means[3:6]),
-        rand_error=1 - 2 * both / (in_mine + in_theirs),
+        rand_error=1 - 2 * in_both / (in_predicted + in_true),
         voi_split=means[6],
         voi_merge=means[7],
     )
@@ -291,23 +322,25 @@ def partition_scores(table: Table) -> PartitionScores | None:
 
 def _information(
     joint: NDArray[np.float64],
-    mine: NDArray[np.float64],
-    theirs: NDArray[np.float64],
+    predicted: NDArray[np.float64],
+    true: NDArray[np.float64],
     total: float,
 ) -> tuple[float, ...]:
-    """Return V-Info, its split and merge parts, H(mine | theirs) and H(theirs | mine), in bits.
+    """Return V-Info, its split and merge parts, H(predicted | true), H(true | predicted), in bits.
 
     Objects of one voxel add nothing to the sums, so they are left out of the counts. Counts are
     sorted, so that equal ones give equal sums to the last bit.
     """
-    both, ours, true = (
+    of_joint, of_predicted, of_true = (
         max(math.log2(total) - math.fsum((n * np.log2(n)).tolist()) / total, 0.0)
-        for n in map(np.sort, (joint, mine, theirs))
+        for n in map(np.sort, (joint, predicted, true))
     )
-    shared = max(ours + true - both, 0.0)
-    score = 2 * shared / (ours + true) if ours + true else 1.0
-    split, merge = (min(shared / h, 1.0) if h else 1.0 for h in (ours, true))
-    return min(score, 1.0), split, merge, max(both - true, 0.0), max(both - ours, 0.0)
+    of_each = of_predicted + of_true
+    shared = max(of_each - of_joint, 0.0)
+    score = 2 * shared / of_each if of_each else 1.0
+    split, merge = (min(shared / h, 1.0) if h else 1.0 for h in (of_predicted, of_true))
+    beyond, lacking = max(of_joint - of_true, 0.0), max(of_joint - of_predicted, 0.0)
+    return min(score, 1.0), split, merge, beyond, lacking
 
 
 def object_scores(table: Table) -> ObjectScores:
@@ -316,15 +349,15 @@ def object_scores(table: Table) -> ObjectScores:
     Above one half an object can be a hit for one other only, so none is counted twice. Where
     there is nothing to find and nothing found, the precision is 1.
 
-    >>> found = object_scores(tabulate(np.array([1, 1, 1, 0, 2]), np.array([1, 1, 1, 1, 0])))
-    >>> found.matches[0], round(found.average_precision, 3)
+    >>> scores = object_scores(tabulate(np.array([1, 1, 1, 0, 2]), np.array([1, 1, 1, 1, 0])))
+    >>> scores.matches[0], round(scores.average_precision, 3)
     (Match(threshold=0.5, hits=1, precision=0.5), 0.25)
     """
-    mine = table.where(table.predicted != 0)
-    theirs = table.where(table.true != 0)
-    shared = mine.where(mine.true != 0)
+    predicted = table.where(table.predicted != 0)
+    true = table.where(table.true != 0)
+    shared = predicted.where(predicted.true != 0)
     sizes = []
-    for whole, column in ((mine, "predicted"), (theirs, "true")):
+    for whole, column in ((predicted, "predicted"), (true, "true")):
         plane, label, voxels = _sizes(getattr(whole, column), whole.voxels, whole.plane)
         keys = (
             np.concatenate((plane, shared.plane)),
@@ -334,15 +367,15 @@ def object_scores(table: Table) -> ObjectScores:
         by_number = np.zeros(int(numbers.max(initial=-1)) + 1, np.int64)
         by_number[numbers[: len(label)]] = voxels
         sizes.append((len(label), by_number[numbers[len(label) :]]))
-    (found, of_mine), (wanted, of_theirs) = sizes
-    union = of_mine + of_theirs - shared.voxels
+    (predicted_count, predicted_voxels), (true_count, true_voxels) = sizes
+    union = predicted_voxels + true_voxels - shared.voxels
     matches = []
     for threshold in TWENTIETHS:
         hits = int((shared.voxels * 20 > threshold * union).sum())
-        either = found + wanted - hits
+        either = predicted_count + true_count - hits
         matches.append(Match(threshold / 20, hits, hits / either if either else 1.0))
     mean = math.fsum(match.precision for match in matches) / len(matches)
-    return ObjectScores(found, wanted, mean, tuple(matches))
+    return ObjectScores(predicted_count, true_count, mean, tuple(matches))
 
 
 def _numbers(plane: Ints, label: Ints) -> NDArray[np.intp]:

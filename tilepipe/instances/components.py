@@ -5,11 +5,10 @@ Both go block by block and give what they would give on the whole array, whateve
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.ndimage import label
+from scipy.ndimage import generate_binary_structure, label
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -36,7 +35,6 @@ def label_components(
     foreground: Foreground,
     region: Region | None = None,
     per_plane: bool = False,
-    full: bool = False,
     block: Shape | None = None,
     progress: Progress | None = None,
 ) -> int:
@@ -44,8 +42,8 @@ def label_components(
 
     ``foreground`` is given voxels ``(channels, *block)`` and returns the mask of that block; it
     must judge each voxel by its own values. Of a ``region`` only, the target has the region's
-    shape. Voxels connect through faces, with ``full`` through edges and corners too; with
-    ``per_plane`` not along z, and never along t. ``block`` is how many voxels are read at once.
+    shape. Voxels connect through faces; with ``per_plane`` not along z, and never along t.
+    ``block`` is how many voxels are read at once.
 
     Law: equals ``scipy.ndimage.label`` of the whole up to renumbering, for any block. Memory is a
     few blocks and the pairs of components that meet where blocks do. Raises BadRequest for a place
@@ -54,7 +52,8 @@ def label_components(
     region = Region.whole(volume.shape) if region is None else region
     if region.size == 0 or region.intersect(Region.whole(volume.shape)) != region:
         raise BadRequest(f"region (={region}) must hold voxels, all inside {volume.shape}")
-    structure = _structure(len(volume.axes), grown_axes(volume, per_plane), full=full)
+    axes = grown_axes(volume, per_plane)
+    structure = _structure(len(volume.axes), axes)
     with created_labels(volume, path, region, block) as target:
         ids = open_volume(path, axes=volume.axes)
         unit = tuple(map(max, target.chunks, volume.chunks)) if block is None else block
@@ -62,11 +61,11 @@ def label_components(
         firsts, count, pairs = [], 0, [np.zeros((0, 2), np.int64)]
         for done, tile in enumerate(grid, start=1):
             mask = foreground(volume.read(tile.write.shift(region.start)))
-            numbers, found = _numbered(mask, structure, count)
+            numbers, components = _numbered(mask, structure, count)
             firsts.append(count + 1)
-            count += found
+            count += components
             target.write(tile.write, numbers.astype(target.dtype))
-            pairs += _meetings(ids, numbers, tile.write, structure)
+            pairs += _meetings(ids, numbers, tile.write, axes)
             if len(pairs) > 64:
                 pairs = [np.unique(np.concatenate(pairs), axis=0)]
             if progress is not None:
@@ -84,13 +83,13 @@ def label_components(
     return count - len(gone)
 
 
-def _structure(ndim: int, axes: Sequence[int], *, full: bool) -> NDArray[np.bool_]:
-    """Return which of the 3 x 3 (x 3) voxels round a voxel connect to it."""
-    structure = np.zeros((3,) * ndim, bool)
-    for offset in itertools.product((-1, 0, 1), repeat=ndim):
-        moved = [axis for axis, step in enumerate(offset) if step]
-        inside = all(axis in axes for axis in moved)
-        structure[tuple(step + 1 for step in offset)] = inside and (full or len(moved) < 2)
+def _structure(ndim: int, axes: Sequence[int]) -> NDArray[np.bool_]:
+    """Return which of the 3 x 3 (x 3) voxels round a voxel connect to it: through faces."""
+    structure = generate_binary_structure(ndim, 1)
+    for axis in set(range(ndim)) - set(axes):
+        moved: list[slice] = [slice(None)] * ndim
+        moved[axis] = slice(None, None, 2)
+        structure[tuple(moved)] = False
     return structure
 
 
@@ -103,33 +102,21 @@ def _numbered(
     return numbers, count
 
 
-def _meetings(ids: Volume, numbers: Ids, place: Region, structure: NDArray[np.bool_]) -> list[Ids]:
+def _meetings(ids: Volume, numbers: Ids, place: Region, axes: Sequence[int]) -> list[Ids]:
     """Return the pairs of numbers that touch across the faces towards earlier blocks.
 
-    What later blocks will write still reads as 0; the pair is found when they are here.
+    What later blocks will write still reads as 0; such a pair is found with the later block.
     """
     pairs = []
-    offsets = np.argwhere(structure) - 1
-    for axis in range(numbers.ndim):
-        back = offsets[offsets[:, axis] == -1]
-        if not len(back) or place.start[axis] == 0:
+    for axis in axes:
+        if place.start[axis] == 0:
             continue
-        reach = np.abs(back).max(axis=0)
-        reach[axis] = 0
         start, stop = list(place.start), list(place.stop)
         start[axis], stop[axis] = start[axis] - 1, start[axis]
-        wide = Region(tuple(start), tuple(stop)).grow(reach.tolist(), reach.tolist())
-        seen = wide.intersect(Region.whole(ids.shape))
-        slab = np.zeros(wide.shape, np.int64)
-        slab[seen.within(wide.start)] = ids.read(seen)[0].astype(np.int64)
+        before = ids.read(Region(tuple(start), tuple(stop)))[0].astype(np.int64)
         face = numbers[(slice(None),) * axis + (slice(0, 1),)]
-        for offset in back:
-            offset[axis] = 0
-            at = tuple(
-                slice(r + o, r + o + n) for r, o, n in zip(reach, offset, face.shape, strict=True)
-            )
-            both = (face != 0) & (slab[at] != 0)
-            pairs.append(np.unique(np.stack((slab[at][both], face[both]), axis=1), axis=0))
+        both = (face != 0) & (before != 0)
+        pairs.append(np.unique(np.stack((before[both], face[both]), axis=1), axis=0))
     return pairs
 
 

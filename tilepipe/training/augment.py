@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 ROTATIONS = ("none", "quarter", "any")
-SPLINE_MARGIN = 8
-"""Voxels that a cubic spline reaches past its place until what it reaches for weighs under 1e-4."""
+GRID = 3
+"""Points of the coarse grid of displacements along each axis (arXiv:1505.04597, section 3.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,6 @@ class Augmentation:
     """0.1 makes things larger or smaller by a factor of up to 1.1, the same along each axis."""
     elastic: float = 0.0
     """Standard deviation, in voxels, of the displacements at the points of a coarse grid."""
-    grid: int = 3
-    """Points of that grid along each axis, the first and last on the patch's own."""
     contrast: float = 0.0
     """0.2 spreads grey values about their mean by a factor of up to 1.2, or narrows them."""
     brightness: float = 0.0
@@ -54,16 +52,10 @@ class Augmentation:
     """0.2 adds noise of a deviation of up to 0.2, in deviations of the patch's grey values."""
     in_plane: bool = False
     """In 3D, move voxels along y and x only, and all planes alike: for anisotropic voxels."""
-    order: Literal[1, 3] = 1
-    """How grey values are interpolated: 1 linearly, 3 by cubic splines, sharper and slower."""
 
     def __post_init__(self) -> None:
         if self.rotate not in ROTATIONS:
             raise BadRequest(f"rotate (={self.rotate!r}) must be one of {', '.join(ROTATIONS)}")
-        if self.grid < 2:
-            raise BadRequest(f"grid (={self.grid}) must be at least 2 points; the paper's is 3")
-        if self.order not in (1, 3):
-            raise BadRequest(f"order (={self.order}) must be 1, linear, or 3, cubic splines")
         for name in ("scale", "elastic", "contrast", "brightness", "gamma", "noise"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -72,11 +64,6 @@ class Augmentation:
 
 NONE = Augmentation()
 """Patches as they are."""
-PAPER = Augmentation(
-    flip=True, rotate="any", elastic=10.0, contrast=0.2, brightness=0.2, gamma=0.2, noise=0.1
-)
-"""The paper's (arXiv:1505.04597, section 3.1): rotations, displacements of 10 voxels at 3 x 3
-points, grey value variations. It gives no numbers for these, and does not speak of mirroring."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,25 +83,19 @@ class Warp:
     coordinates: Floats | None
     """Else, for each voxel of ``region``, its place in ``box``: (moved axes, *their sizes); of a
     3D patch that is moved in plane for one plane."""
-    order: Literal[1, 3]
-    """Of the interpolation of images."""
 
     def image(self, source: NDArray[np.generic], region: Region) -> Floats:
-        """Return grey values (C, *region), interpolated, of a source (C, *box).
+        """Return grey values (C, *region), interpolated linearly, of a source (C, *box).
 
         Where voxels only change places they keep their bytes.
         """
         self._check(source.shape[1:], region)
         if self.coordinates is None:
             return np.array(self._turned(source, region), dtype=np.float32, order="C")
-        planes, where = self._asked(source, region, self.coordinates)
+        planes, where = self._sampled(source, region, self.coordinates)
         answer = np.empty((len(planes), *where.shape[1:]), np.float32)
         for plane, out in zip(planes.astype(np.float32, copy=False), answer, strict=True):
-            if self.order > 1:
-                plane = ndimage.spline_filter(plane, self.order, output=np.float32, mode="mirror")
-            ndimage.map_coordinates(
-                plane, where, output=out, order=self.order, mode="mirror", prefilter=False
-            )
+            ndimage.map_coordinates(plane, where, output=out, order=1, mode="mirror")
         return answer.reshape(len(source), *region.shape)
 
     def labels(self, source: NDArray[np.generic], region: Region) -> NDArray[np.generic]:
@@ -122,7 +103,7 @@ class Warp:
         self._check(source.shape, region)
         if self.coordinates is None:
             return np.ascontiguousarray(self._turned(source[None], region)[0])
-        planes, where = self._asked(source[None], region, self.coordinates)
+        planes, where = self._sampled(source[None], region, self.coordinates)
         nearest = tuple(np.rint(along).astype(np.intp) for along in where)
         return planes[(slice(None), *nearest)].reshape(region.shape)
 
@@ -146,7 +127,7 @@ class Warp:
         order = [along for along, _ in turn]
         return source.transpose(0, *(order.index(axis) + 1 for axis in range(len(order))))
 
-    def _asked(
+    def _sampled(
         self, source: NDArray[np.generic], region: Region, coordinates: Floats
     ) -> tuple[NDArray[np.generic], Floats]:
         """Return the source as (N, *moved axes), and the coordinates of the region."""
@@ -174,7 +155,7 @@ def draw_warp(augmentation: Augmentation, rng: np.random.Generator, region: Regi
     turn = _draw_turn(augmentation, rng, moved)
     if augmentation.rotate != "any" and not augmentation.scale and not augmentation.elastic:
         full = (*((axis, 1) for axis in range(still)), *((a + still, s) for a, s in turn))
-        return Warp(region, _turned_box(region, full), full, None, augmentation.order)
+        return Warp(region, _turned_box(region, full), full, None)
     matrix = np.zeros((moved, moved))
     for axis, (along, sign) in enumerate(turn):
         matrix[axis, along] = sign
@@ -184,17 +165,16 @@ def draw_warp(augmentation: Augmentation, rng: np.random.Generator, region: Regi
     sizes = region.shape[still:]
     coordinates = _linear(matrix, sizes)
     if augmentation.elastic:
-        points = (moved, *(augmentation.grid,) * moved)
+        points = (moved, *(GRID,) * moved)
         coordinates += _spread(rng.normal(0, augmentation.elastic, points), sizes)
-    margin = SPLINE_MARGIN if augmentation.order > 1 else 0
     start, stop = list(region.start), list(region.stop)
     for axis, along in enumerate(coordinates, start=still):
         centre = (region.start[axis] + region.stop[axis] - 1) / 2
-        start[axis] = math.floor(float(along.min()) + centre) - margin
-        stop[axis] = math.ceil(float(along.max()) + centre) + 1 + margin
+        start[axis] = math.floor(float(along.min()) + centre)
+        stop[axis] = math.ceil(float(along.max()) + centre) + 1
         along += np.float32(centre - start[axis])
     box = Region(tuple(start), tuple(stop))
-    return Warp(region, box, None, coordinates, augmentation.order)
+    return Warp(region, box, None, coordinates)
 
 
 def grey(augmentation: Augmentation, rng: np.random.Generator, image: Floats) -> Floats:
@@ -209,7 +189,8 @@ def grey(augmentation: Augmentation, rng: np.random.Generator, image: Floats) ->
     varied = image.astype(np.float32)
     for channel in varied:
         power, spread = (
-            (1 + much) ** rng.uniform(-1, 1) for much in (augmentation.gamma, augmentation.contrast)
+            (1 + amount) ** rng.uniform(-1, 1)
+            for amount in (augmentation.gamma, augmentation.contrast)
         )
         shift = augmentation.brightness * rng.uniform(-1, 1)
         noise = augmentation.noise * rng.uniform(0, 1)
@@ -270,8 +251,8 @@ def _draw_rotation(rng: np.random.Generator, ndim: int) -> NDArray[np.float64]:
         angle = rng.uniform(0, 2 * math.pi)
         cos, sin = math.cos(angle), math.sin(angle)
         return np.array([[cos, -sin], [sin, cos]])
-    four = rng.standard_normal(4)
-    w, x, y, z = (four / np.linalg.norm(four)).tolist()
+    quaternion = rng.standard_normal(4)
+    w, x, y, z = (quaternion / np.linalg.norm(quaternion)).tolist()
     return np.array(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

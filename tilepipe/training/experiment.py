@@ -19,11 +19,10 @@ from tilepipe.models.model import wrap
 from tilepipe.models.spec import find_profile
 from tilepipe.models.unet import UNet
 from tilepipe.options import Options
-from tilepipe.training.dataset import count, default_patch, hold_out, kind_of, make_patches
 from tilepipe.training.patches import frame as frame_of
+from tilepipe.training.preparation import class_reader, count_classes, default_patch, make_patches
 from tilepipe.training.targets import class_count, class_names
-from tilepipe.training.validate import validate
-from tilepipe.volumes.cache import ChunkCache
+from tilepipe.training.validate import hold_out, validate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,15 +30,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tilepipe.models.spec import Profile
-    from tilepipe.training.dataset import HeldOut, Material, Scan
+    from tilepipe.training.dataset import Dataset
     from tilepipe.training.patches import Frame, Patches
+    from tilepipe.training.preparation import Scan
     from tilepipe.training.recipe import Recipe
-    from tilepipe.training.sampler import Kind
-    from tilepipe.training.validate import Score
+    from tilepipe.training.sampler import ClassReader
+    from tilepipe.training.validate import HeldOut, Score
+    from tilepipe.volumes.cache import ChunkCache
 
 
 @dataclass(frozen=True, slots=True)
-class Study:
+class Experiment:
     """What is learned, from what, and how it is judged."""
 
     recipe: Recipe
@@ -55,7 +56,7 @@ class Study:
     """Voxels of each class in the training regions."""
     patches: Patches
     cache: ChunkCache
-    kind: Kind
+    reader: ClassReader
     held_out: tuple[HeldOut, ...]
     held_out_voxels: int
     sources: tuple[str, ...]
@@ -100,7 +101,7 @@ class Study:
         return validate(
             checkpoint,
             self.held_out,
-            self.kind,
+            self.reader,
             folder=self.folder,
             classes=max(len(self.labels), 2),
             options=options,
@@ -108,40 +109,39 @@ class Study:
 
 
 def prepare(
-    material: Material,
+    dataset: Dataset,
     recipe: Recipe,
     folder: Path,
     *,
     resume: bool,
     first: bool,
     scanned: Scan | None,
-) -> Study:
+) -> Experiment:
     """Count the labels, build the network, and decide the patches.
 
     What is made for the training goes to ``folder``; of several processes, ``first`` makes it.
     """
-    image = material.images[0]
+    image = dataset.volumes[0].image.volume
     axes = recipe.ndim or len(image.axes.removeprefix("t"))
     if not 2 <= axes <= len(image.axes):
         raise BadRequest(f"ndim (={axes}) must be 2, or 3 for a volume; axes are {image.axes}")
     patch = default_patch(recipe, axes)
-    if recipe.patience and not material.held_out_voxels:
+    if recipe.patience and not dataset.held_out_voxels:
         raise BadRequest(
             f"patience (={recipe.patience}) needs validations; hold something out with --val-region"
         )
-    cache = ChunkCache(recipe.cache)
     table = folder / "counts.npy"
     earlier = table if resume or not first else None
-    census = count(material, recipe, axes, cache, table=earlier, scanned=scanned)
+    census = count_classes(dataset, recipe, axes, table=earlier, scanned=scanned)
     if recipe.target != "values" and sum(n > 0 for n in census.counts) == 1:
         raise BadRequest(
             f"labels hold the class {int(np.argmax(census.counts))} alone, in all voxels to learn"
             " from; name other labels, another --target or --train-region"
         )
-    classes = _classes(recipe, material, census.counts)
+    classes = _classes(recipe, dataset, census.counts)
     labels = _names(recipe, classes)
     torch.manual_seed(recipe.seed)
-    network, architecture = _build(recipe, axes, material.channels, classes)
+    network, architecture = _build(recipe, axes, dataset.channels, classes)
     wrapped = wrap(network)
     if wrapped.outputs != 1:
         raise BadRequest(
@@ -149,10 +149,10 @@ def prepare(
             " trained: wrap it"
         )
     profile = find_profile(wrapped)
-    if (profile.axes, profile.channels, profile.classes) != (axes, material.channels, classes):
+    if (profile.axes, profile.channels, profile.classes) != (axes, dataset.channels, classes):
         raise BadRequest(
             f"network (={recipe.network}) reads {profile.channels} channels in {profile.axes}D and"
-            f" gives {profile.classes}; {material.channels} channels in {axes}D and {classes}"
+            f" gives {profile.classes}; {dataset.channels} channels in {axes}D and {classes}"
             f" for target {recipe.target} are needed"
         )
     if profile.meaning.activation and recipe.target != "values":
@@ -164,10 +164,11 @@ def prepare(
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(table, census.table)
-    patches = make_patches(
-        material, census, recipe, frame, folder=folder, cache=cache, scanned=scanned
-    )
-    return Study(
+    patches = make_patches(dataset, census, recipe, frame, folder=folder, scanned=scanned)
+    held_out: list[HeldOut] = []
+    if first:
+        held_out = hold_out(patches.volumes, dataset.apart, folder, resumed=resume)
+    return Experiment(
         recipe=recipe,
         folder=folder,
         network=network,
@@ -177,12 +178,12 @@ def prepare(
         labels=labels,
         counts=tuple(census.counts),
         patches=patches,
-        cache=cache,
-        kind=kind_of(recipe, axes),
-        held_out=tuple(hold_out(material, patches, folder, resumed=resume)) if first else (),
-        held_out_voxels=material.held_out_voxels,
-        sources=material.sources,
-        notices=material.notices,
+        cache=dataset.cache,
+        reader=class_reader(recipe, axes),
+        held_out=tuple(held_out),
+        held_out_voxels=dataset.held_out_voxels,
+        sources=dataset.sources,
+        notices=dataset.notices,
     )
 
 
@@ -198,10 +199,10 @@ def _names(recipe: Recipe, classes: int) -> tuple[str, ...]:
     return tuple(recipe.names)
 
 
-def _classes(recipe: Recipe, material: Material, counts: list[int]) -> int:
+def _classes(recipe: Recipe, dataset: Dataset, counts: list[int]) -> int:
     """Return the channels of the answer."""
     if recipe.target == "values":
-        return material.labels[0].channels
+        return dataset.volumes[0].labels.channels
     found = class_count(recipe.target) or len(counts)
     if recipe.classes is None:
         return found

@@ -1,4 +1,4 @@
-"""An interrupt that is asked for: the work ends after its next step, and is saved."""
+"""An interrupt that the user requests: the work ends after its next step, and is saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """Whether to end after the next step."""
 
-    asked: bool = False
+    requested: bool = False
 
 
 @contextmanager
@@ -31,9 +31,9 @@ def stopping() -> Iterator[Stop]:
     stop = Stop()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked:
+        if stop.requested:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.requested = True
 
     main = threading.current_thread() is threading.main_thread()
     before = [(number, signal.signal(number, ask)) for number in SIGNALS] if main else []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tilepipe.training.experiment import Study
+    from tilepipe.training.experiment import Experiment
     from tilepipe.training.loader import Batch
     from tilepipe.training.ranks import Team
     from tilepipe.training.recipe import Recipe
@@ -53,11 +53,12 @@ class State:
 class Learner:
     """Takes steps; every random number of a step is a function of the seed and the step."""
 
-    def __init__(self, study: Study, team: Team) -> None:
-        recipe, device = study.recipe, team.device
-        self._study, self._recipe, self._team, self._device = study, recipe, team, device
-        self.network = study.network.to(device).train()
-        if study.profile.axes == 2:
+    def __init__(self, experiment: Experiment, team: Team) -> None:
+        recipe, device = experiment.recipe, team.device
+        self.experiment, self.team = experiment, team
+        self._recipe, self._device = recipe, device
+        self.network = experiment.network.to(device).train()
+        if experiment.profile.axes == 2:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.state = State()
         self._averaged = (
@@ -78,12 +79,12 @@ class Learner:
         if recipe.compile:
             self._run = cast("nn.Module", torch.compile(self._run))
         self._loss = LOSSES[recipe.loss_name]
-        frame = study.frame
+        frame = experiment.frame
         inner = [slice(s, s + n) for s, n in zip(frame.skip, frame.answer, strict=True)]
         self._inner = (slice(None), slice(None), *inner)
 
     @property
-    def kept(self) -> nn.Module:
+    def trained(self) -> nn.Module:
         """The network whose weights are saved: the running mean where there is one."""
         return self.network if self._averaged is None else self._averaged.module
 
@@ -91,7 +92,7 @@ class Learner:
         """Learn from the next batches; return the loss, on the device."""
         recipe = self._recipe
         torch.manual_seed(
-            (recipe.seed * 1_000_003 + self.state.step) * self._team.ranks + self._team.rank
+            (recipe.seed * 1_000_003 + self.state.step) * self.team.ranks + self.team.rank
         )
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -115,7 +116,7 @@ class Learner:
 
     def _forward(self, batch: Batch) -> Tensor:
         image_BCS, truth_BS, weights_BS = (self._send(part) for part in batch)
-        if self._study.profile.axes == 2:
+        if self.experiment.profile.axes == 2:
             image_BCS = image_BCS.contiguous(memory_format=torch.channels_last)
         kind = PRECISIONS[self._recipe.precision]
         with torch.autocast(self._device.type, kind, enabled=kind != torch.float32):
@@ -124,9 +125,9 @@ class Learner:
 
     def predict(self, image_BCS: Tensor) -> Tensor:
         """Return what the saved weights answer for a batch of patches, on the CPU."""
-        kept = self.kept.eval()
+        trained = self.trained.eval()
         with torch.inference_mode():
-            answer = tensors_of(kept(self._send(image_BCS)))[0][self._inner].float().cpu()
+            answer = tensors_of(trained(self._send(image_BCS)))[0][self._inner].float().cpu()
         self.network.train()
         return answer
 
@@ -149,7 +150,7 @@ class Learner:
         """Write all that a training needs to go on; whole or not at all."""
         content = {
             "recipe": self._recipe.asdict(),
-            "sources": list(self._study.sources),
+            "sources": list(self.experiment.sources),
             "state": asdict(self.state),
             "network": self.network.state_dict(),
             "averaged": None if self._averaged is None else self._averaged.state_dict(),

@@ -1,23 +1,21 @@
-"""What a training leaves for people to look at: a table, TensorBoard's events, and pictures."""
+"""What a training tells of itself: a table, events for TensorBoard, and calls of the caller's."""
 
 from __future__ import annotations
 
 import csv
 import math
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from tilepipe.errors import BadRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch.utils.tensorboard import SummaryWriter
 
-    from tilepipe.training.validate import Score
-
-    pass
+    from tilepipe.training.meter import TrainReport
 
 COLUMNS = (
     "step", "seconds", "loss", "lr", "patches_per_second", "waited", "bytes_per_patch",
@@ -26,31 +24,44 @@ COLUMNS = (
 
 
 class TrainLog:
-    """``log.csv``, a row now and then; rows of steps that are done anew are taken out."""
+    """Tells every report: a row of ``log.csv``, TensorBoard's events, and a call of ``progress``.
 
-    def __init__(self, folder: Path, step: int, *, write: bool, tensorboard: bool) -> None:
+    Rows of an earlier run are kept, but for those of steps that are taken again. Of several
+    processes only the first writes (``write``) and tells.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        write: bool,
+        tensorboard: bool,
+        progress: Callable[[TrainReport], None] | None,
+    ) -> None:
         self._board: SummaryWriter | None = None
+        self._progress = progress
         self._path = folder / "log.csv" if write else None
         if self._path is None:
             return
-        kept = []
+        rows = []
         if step and self._path.exists():
             with self._path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if _is_before(row, step)]
+                rows = [row for row in csv.DictReader(file) if _is_before(row, step)]
         self._file = self._path.open("w", newline="")
         self._rows = csv.DictWriter(self._file, COLUMNS)
         self._rows.writeheader()
-        self._rows.writerows(kept)
+        self._rows.writerows(rows)
         self._file.flush()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(folder / "tensorboard", purge_step=step)
 
-    def write(self, report: Progress) -> None:
-        """Add a row."""
+    def write(self, report: TrainReport) -> TrainReport:
+        """Tell a report, and return it."""
         if self._path is None:
-            return
+            return report
         row: dict[str, float | None] = {
             name: getattr(report, name) for name in COLUMNS if hasattr(report, name)
         }
@@ -63,6 +74,9 @@ class TrainLog:
             for name, value in row.items():
                 if name != "step" and value is not None and value == value:
                     self._board.add_scalar(name, value, report.step)
+        if self._progress is not None:
+            self._progress(report)
+        return report
 
     def close(self) -> None:
         """Close the files."""
@@ -81,37 +95,9 @@ def check_tensorboard() -> None:
 
 
 def _is_before(row: dict[str, str], step: int) -> bool:
-    """Whether a row is whole and of a step that is not done anew."""
+    """Return whether a row is whole and of a step that is not taken again."""
     return None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step
 
 
 def _short(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.7g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How a training goes."""
-
-    step: int
-    done: float
-    """Share of the steps, or of the minutes, whichever is nearer its end."""
-    seconds: float
-    """Of this run and of those before it."""
-    loss: float
-    """Mean since the last report."""
-    lr: float
-    patches_per_second: float
-    waited: float
-    """Share of the time in which the loop waited for patches."""
-    bytes_per_patch: float
-    """Bytes decoded from storage in this run, for each of its patches."""
-    best: float | None
-    """The best of `Score.good` so far."""
-    score: Score | None = None
-    """Of a validation, where this reports one."""
-
-    @property
-    def left(self) -> float:
-        """Seconds until the end, as it goes."""
-        return self.seconds * (1 - self.done) / max(self.done, 1e-9)

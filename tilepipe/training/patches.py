@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.models.spec import Profile
+    from tilepipe.training.dataset import TrainingVolume
     from tilepipe.training.sampler import Census
     from tilepipe.volumes.borders import Readable
-    from tilepipe.volumes.normalize import Normalization
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +76,6 @@ def frame(profile: Profile, patch: Shape) -> Frame:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """An image with its labels, read through a cache of chunks."""
-
-    image: Readable
-    labels: Readable
-    mask: Readable | None
-    """Where it is 0 the labels say nothing; None where they do everywhere."""
-    objects: Readable | None
-    """Numbered objects for the weights between them; None where there are none."""
-    normalization: Normalization
-    regions: tuple[Region, ...]
-    """What is learned from."""
-
-
-@dataclass(frozen=True, slots=True)
 class Learning:
     """What a patch is made into."""
 
@@ -120,16 +105,22 @@ class Patches:
     """All samples of a training, by number."""
 
     def __init__(
-        self, pairs: Sequence[Pair], census: Census, *, frame: Frame, learning: Learning, seed: int
+        self,
+        volumes: Sequence[TrainingVolume],
+        census: Census,
+        *,
+        frame: Frame,
+        learning: Learning,
+        seed: int,
     ) -> None:
-        self.pairs, self.census, self.frame = pairs, census, frame
+        self.volumes, self.census, self.frame = volumes, census, frame
         self.learning, self.seed = learning, seed
 
     def __getitem__(self, number: int) -> Sample:
         """Return a sample: where it lies, how it is deformed and its grey values are drawn."""
         rng = np.random.default_rng((self.seed, number))
         index, region, voxel = self.census.draw(number, rng)
-        pair, frame, learning = self.pairs[index], self.frame, self.learning
+        volume, frame, learning = self.volumes[index], self.frame, self.learning
         axes = len(frame.answer)
         start = self._start(voxel[-axes:], region, axes)
         answer = Region.whole(frame.answer)
@@ -138,21 +129,21 @@ class Patches:
         warp = draw_warp(learning.augmentation, rng, _hull(frame.read, seen))
         box = _place(warp.box, start, voxel[:-axes])
 
-        def source(volume: Readable) -> NDArray[np.generic]:
-            voxels = read_mirrored(volume, box)
+        def read(source: Readable) -> NDArray[np.generic]:
+            voxels = read_mirrored(source, box)
             return voxels.reshape(voxels.shape[0], *warp.box.shape)
 
-        image = warp.image(_finite(pair.normalization.apply(source(pair.image))), frame.read)
+        image = warp.image(_finite(volume.normalized(read(volume.image))), frame.read)
         image = grey(learning.augmentation, rng, image)
-        inside = _inside(box, pair.labels.shape, pair.regions).reshape(warp.box.shape)
-        if pair.mask is not None:
-            inside &= source(pair.mask)[0] != 0
+        inside = _inside(box, volume.labels.shape, volume.regions).reshape(warp.box.shape)
+        if volume.mask is not None:
+            inside &= read(volume.mask)[0] != 0
         known = warp.labels(inside, answer).astype(bool)
         if learning.target == "values":
-            values = warp.image(source(pair.labels).astype(np.float32), answer)
+            values = warp.image(read(volume.labels).astype(np.float32), answer)
             values[:, ~known] = np.nan
             return Sample(image, values, known.astype(np.float32))
-        labels = _integers(warp.labels(source(pair.labels)[0], seen))
+        labels = _integers(warp.labels(read(volume.labels)[0], seen))
         classes = class_map(
             labels, learning.target, ignore=learning.ignore, in_plane=learning.in_plane
         )
@@ -160,14 +151,14 @@ class Patches:
         truth = np.where(known, classes[inner], IGNORE).astype(np.int64)
         weights = self._class_weights(truth)
         if learning.w0 is not None:
-            numbered = _integers(warp.labels(source(pair.objects or pair.labels)[0], seen))
+            numbered = _integers(warp.labels(read(volume.objects or volume.labels)[0], seen))
             between = border_weights(
                 numbered,
                 w0=learning.w0,
                 sigma=learning.sigma,
                 in_plane=learning.in_plane,
                 at=_between(classes, learning.target),
-                ignore=learning.ignore if pair.objects is None else None,
+                ignore=learning.ignore if volume.objects is None else None,
             )
             weights += between[inner] * (truth != IGNORE)
         return Sample(image, truth, weights)

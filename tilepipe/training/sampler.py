@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tilepipe.training.dataset import TrainingVolume
     from tilepipe.volumes.borders import Readable
 
 STAY = 16
@@ -31,18 +32,7 @@ SMALL = 2**15
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
-    """What is counted: labels, what is learned from them, and where."""
-
-    volume: Readable
-    mask: Readable | None
-    """Where it is 0 the labels say nothing."""
-    chunks: Shape
-    regions: tuple[Region, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
+class ClassReader:
     """How labels become classes."""
 
     target: str
@@ -76,18 +66,26 @@ class Kind:
 
 
 class Census:
-    """How many voxels of each class every block of the training regions holds."""
+    """How many voxels of each class every block of the training regions holds.
+
+    ``cached`` is the number of blocks whose chunks fit into the cache.
+    """
 
     def __init__(
-        self, labels: Sequence[Labels], kind: Kind, *, balance: bool, kept: int, seed: int
+        self,
+        volumes: Sequence[TrainingVolume],
+        reader: ClassReader,
+        *,
+        balance: bool,
+        cached: int,
+        seed: int,
     ) -> None:
-        """``kept`` is the number of blocks whose chunks fit into the cache."""
-        self.labels, self._kind, self._kept, self._seed = labels, kind, kept, seed
+        self._volumes, self._reader, self._cached, self._seed = volumes, reader, cached, seed
         self._balance = balance
         self._parts = [
-            (index, region, Blocks.of(item.volume.shape, item.chunks, region))
-            for index, item in enumerate(labels)
-            for region in item.regions
+            (index, region, Blocks.of(volume.labels.shape, volume.image.volume.chunks, region))
+            for index, volume in enumerate(volumes)
+            for region in volume.regions
         ]
         self._ends = np.cumsum([len(blocks) for _, _, blocks in self._parts])
         self.table = np.zeros((int(self._ends[-1]), 0), np.int64)
@@ -104,8 +102,8 @@ class Census:
         table = np.zeros((rows, classes or 2), np.int64)
         for row in range(rows):
             index, _, block = self._place(row)
-            found = np.bincount(self._read(index, block).ravel(), minlength=256)[:IGNORE]
-            highest = int(np.flatnonzero(found).max(initial=0))
+            voxels = np.bincount(self._read(index, block).ravel(), minlength=256)[:IGNORE]
+            highest = int(np.flatnonzero(voxels).max(initial=0))
             if highest >= table.shape[1]:
                 if classes is not None:
                     raise BadRequest(
@@ -114,7 +112,7 @@ class Census:
                         " target"
                     )
                 table = np.pad(table, ((0, 0), (0, highest + 1 - table.shape[1])))
-            table[row] = found[: table.shape[1]]
+            table[row] = voxels[: table.shape[1]]
             if progress is not None:
                 progress(row + 1, rows)
         self.take(table)
@@ -129,9 +127,9 @@ class Census:
         self.table = table
         self.counts: list[int] = totals.tolist()
         """Voxels of each class in the training regions."""
-        there = totals > 0
-        wanted = there / there.sum() if self._balance else totals / totals.sum()
-        self._worth = wanted / np.maximum(totals, 1)
+        present = totals > 0
+        shares = present / present.sum() if self._balance else totals / totals.sum()
+        self._worth = shares / np.maximum(totals, 1)
         """Of one voxel of a class: its share of all patches."""
         self._of_block = np.cumsum(table @ self._worth)
 
@@ -142,16 +140,16 @@ class Census:
         balance each class is as likely as any other. Where not all blocks fit the cache, some are
         open at a time, each for `STAY` samples.
         """
-        if len(self.table) <= self._kept:
+        if len(self.table) <= self._cached:
             row = self._block(rng)
         else:
-            slot = int(rng.integers(self._kept))
-            turn = (number + slot * STAY) // (self._kept * STAY)
+            slot = int(rng.integers(self._cached))
+            turn = (number + slot * STAY) // (self._cached * STAY)
             row = self._block(np.random.default_rng((self._seed, 1, slot, turn)))
         index, region, _ = self._place(row)
         chances = self.table[row] * self._worth
-        wanted = int(rng.choice(len(chances), p=chances / chances.sum()))
-        return index, region, self._voxel(row, wanted, rng)
+        drawn = int(rng.choice(len(chances), p=chances / chances.sum()))
+        return index, region, self._voxel(row, drawn, rng)
 
     def _place(self, row: int) -> tuple[int, Region, Region]:
         """Return the pair, the region and the block of a row."""
@@ -159,25 +157,26 @@ class Census:
         index, region, blocks = self._parts[part]
         return index, region, blocks[row - int(self._ends[part]) + len(blocks)]
 
-    def _voxel(self, row: int, wanted: int, rng: np.random.Generator) -> Shape:
+    def _voxel(self, row: int, drawn: int, rng: np.random.Generator) -> Shape:
         """Return a voxel of a class, each of the block's as likely as any other.
 
         Where the block is large and the class not rare in it, a few voxels are tried before the
         whole block is read.
         """
         index, _, block = self._place(row)
-        count = self.table[row, wanted]
+        count = self.table[row, drawn]
         tries = TRIES if block.size > SMALL and count * TRIES > block.size else 0
         for _ in range(tries):
             voxel = tuple(int(n) for n in rng.integers(block.start, block.stop))
-            if count == block.size or self._read(index, _only(voxel)).item() == wanted:
+            if count == block.size or self._read(index, _only(voxel)).item() == drawn:
                 return voxel
-        found = np.flatnonzero(self._read(index, block) == wanted)
-        place = np.unravel_index(found[rng.integers(len(found))], block.shape)
+        places = np.flatnonzero(self._read(index, block) == drawn)
+        place = np.unravel_index(places[rng.integers(len(places))], block.shape)
         return tuple(a + int(n) for a, n in zip(block.start, place, strict=True))
 
     def _read(self, index: int, block: Region) -> NDArray[np.uint8]:
-        return self._kind.read(self.labels[index].volume, self.labels[index].mask, block)
+        volume = self._volumes[index]
+        return self._reader.read(volume.labels, volume.mask, block)
 
     def _block(self, rng: np.random.Generator) -> int:
         at = np.searchsorted(self._of_block, rng.random() * self._of_block[-1], side="right")
@@ -191,9 +190,9 @@ def _only(voxel: Shape) -> Region:
 def _check_classes(labels: NDArray[np.generic], ignore: int | None, region: Region) -> None:
     if labels.dtype.kind == "f":
         raise BadRequest(f"labels of type {labels.dtype} must be integers; convert them to uint8")
-    said = labels if ignore is None else labels[labels != ignore]
-    if said.size and not 0 <= int(said.min()) <= int(said.max()) < IGNORE:
-        wrong = int(said.min()) if int(said.min()) < 0 else int(said.max())
+    classes = labels if ignore is None else labels[labels != ignore]
+    if classes.size and not 0 <= int(classes.min()) <= int(classes.max()) < IGNORE:
+        wrong = int(classes.min()) if int(classes.min()) < 0 else int(classes.max())
         raise BadRequest(
             f"labels hold {wrong} in {region}, which is no class in 0:{IGNORE}; give"
             f" --ignore {wrong}, or --target mask or foreground"

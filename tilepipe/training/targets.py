@@ -24,8 +24,6 @@ MARGIN = 1
 """Voxels on each side of a crop that ``class_map`` needs, or its border is not the whole's."""
 REACH = 4
 """Where d1 + d2 is more than so many sigma, the weight of a border is 0; it would be w0 e^-8."""
-TARGETS = ("classes", "mask", "foreground", "membrane", "border", "values")
-"""What may be learned; all but ``values``, which are grey values, are made by ``class_map``."""
 NAMES = {
     "mask": ["background", "object"],
     "foreground": ["background", "foreground"],
@@ -107,13 +105,13 @@ def balance_weights(counts: Sequence[int]) -> list[float]:
     return [sum(counts) / (present * count) if count else 0.0 for count in counts]
 
 
-def weights_margin(sigma: float, *, spacing: float = 1.0) -> int:
-    """Return the voxels on each side of a crop that ``border_weights`` needs, along one axis.
+def weights_margin(sigma: float) -> int:
+    """Return the voxels on each side of a crop that ``border_weights`` needs, along each axis.
 
-    >>> weights_margin(5.0), weights_margin(5.0, spacing=4.0)
+    >>> weights_margin(5.0), weights_margin(1.2)
     (20, 5)
     """
-    return math.ceil(REACH * sigma / spacing)
+    return math.ceil(REACH * sigma)
 
 
 def border_weights(
@@ -121,18 +119,16 @@ def border_weights(
     *,
     w0: float = 10.0,
     sigma: float = 5.0,
-    spacing: Sequence[float] | None = None,
     at: NDArray[np.bool_] | None = None,
     ignore: int | None = None,
     in_plane: bool = False,
 ) -> NDArray[np.float32]:
     """Return ``w0 exp(-(d1 + d2)^2 / (2 sigma^2))``, large where two objects are close.
 
-    d1 and d2 are the distances to the nearest and to the second nearest object, centre to centre
-    of voxels (arXiv:1505.04597, equation 2); in voxels, or where ``spacing`` gives the size of a
-    voxel along each axis, in its unit, as ``sigma``. ``objects`` are ids, 0 is background, and
-    voxels that are ``ignore`` are neither: no object, and of weight 0. An object in several parts
-    is one object. Where there are not two, and past REACH sigma, the weight is 0.
+    d1 and d2 are the distances to the nearest and to the second nearest object, centre to centre,
+    in voxels (arXiv:1505.04597, equation 2), as is ``sigma``. ``objects`` are ids, 0 is background,
+    and voxels that are ``ignore`` are neither: no object, and of weight 0. An object in several
+    parts is one object. Where there are not two, and past REACH sigma, the weight is 0.
 
     The weight is given where ``at`` holds, and is 0 elsewhere. By default that is the background:
     the map is there to learn what separates objects, and the authors and everyone since put 0
@@ -151,13 +147,12 @@ def border_weights(
     if ignore is not None:
         at = at & (objects != ignore)
         objects = np.where(objects == ignore, 0, objects)
-    sizes = tuple(spacing) if spacing is not None else (1.0,) * objects.ndim
     weights = np.full(objects.shape, np.inf)
     if in_plane and objects.ndim == 3:
         for plane, (ids, where) in enumerate(zip(objects, at, strict=True)):
-            weights[plane][where] = _two_distances(ids, where, sizes[1:], REACH * sigma)
+            weights[plane][where] = _two_distances(ids, where, REACH * sigma)
     else:
-        weights[at] = _two_distances(objects, at, sizes, REACH * sigma)
+        weights[at] = _two_distances(objects, at, REACH * sigma)
     near = np.isfinite(weights)
     weights[near] = w0 * np.exp(weights[near] ** 2 / (-2 * sigma**2))
     weights[~near] = 0
@@ -181,7 +176,7 @@ def _edges(labels: NDArray[np.integer], ignore: int | None, in_plane: bool) -> N
 
 
 def _two_distances(
-    objects: NDArray[np.integer], at: NDArray[np.bool_], sizes: tuple[float, ...], reach: float
+    objects: NDArray[np.integer], at: NDArray[np.bool_], reach: float
 ) -> NDArray[np.float64]:
     """Return d1 + d2 at each voxel of ``at``; infinite past ``reach``, or without two objects.
 
@@ -196,31 +191,29 @@ def _two_distances(
         return total
     number = np.searchsorted(ids, objects)
     places = np.nonzero(at)
-    first, where = _nearest(solid, places, sizes)
+    first, where = _nearest(solid, places)
     close = np.nonzero(2 * first <= reach)[0]  # d2 is not less than d1
     places, first, nearest = tuple(p[close] for p in places), first[close], number[where][close]
     second = np.full(first.shape, np.inf)
     for bit in range((len(ids) - 1).bit_length()):
         high = (number >> bit) & 1 == 1
-        for those, mine in ((solid & high, 0), (solid & ~high, 1)):
-            asked = np.nonzero((nearest >> bit) & 1 == mine)[0]
-            if asked.size and those.any():
-                distance, _ = _nearest(those, tuple(p[asked] for p in places), sizes)
-                second[asked] = np.minimum(second[asked], distance)
+        for others, own in ((solid & high, 0), (solid & ~high, 1)):
+            voxels = np.nonzero((nearest >> bit) & 1 == own)[0]
+            if voxels.size and others.any():
+                distance, _ = _nearest(others, tuple(p[voxels] for p in places))
+                second[voxels] = np.minimum(second[voxels], distance)
     both = first + second
     total[close] = np.where(both <= reach, both, np.inf)
     return total
 
 
 def _nearest(
-    solid: NDArray[np.bool_], places: tuple[NDArray[np.intp], ...], sizes: tuple[float, ...]
+    solid: NDArray[np.bool_], places: tuple[NDArray[np.intp], ...]
 ) -> tuple[NDArray[np.float64], tuple[NDArray[np.int32], ...]]:
     """Return the distance from ``places`` to the nearest solid voxel, and which one that is."""
-    indices = ndimage.distance_transform_edt(
-        ~solid, sampling=sizes, return_distances=False, return_indices=True
-    )
+    indices = ndimage.distance_transform_edt(~solid, return_distances=False, return_indices=True)
     where = tuple(along[places] for along in indices)
     square = np.zeros(places[0].shape)
-    for here, there, size in zip(places, where, sizes, strict=True):
-        square += ((here - there) * size) ** 2
+    for place, nearest in zip(places, where, strict=True):
+        square += (place - nearest) ** 2
     return np.sqrt(square), where
