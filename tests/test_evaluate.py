@@ -19,7 +19,7 @@ from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.evaluation.evaluate import evaluate
 from tilepipe.evaluation.scores import object_scores, partition_scores, pixel_scores, tabulate
-from tilepipe.instances import components as labelling
+from tilepipe.instances import blocks
 from tilepipe.instances.growth import grow
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def planewise(mask: NDArray[np.generic]) -> NDArray[np.int64]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labelling, "BLOCK", 3000)
-    monkeypatch.setattr(labelling, "CHUNK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 3000)
+    monkeypatch.setattr(blocks, "CHUNK", 16)
 
 
 def write(path: Path, image: NDArray[np.generic]) -> Path:

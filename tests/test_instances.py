@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tests.support import read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
-from tilepipe.instances import components
+from tilepipe.instances import blocks
 from tilepipe.instances.components import label_components
 from tilepipe.instances.growth import grow, grow_objects
+from tilepipe.testing.strategies import shapes
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def nonzero(image: NDArray[np.generic]) -> NDArray[np.bool_]:
     return image[0] != 0
 
 
-sizes = st.lists(st.integers(1, 7), min_size=2, max_size=3).map(tuple)
+sizes = shapes(largest=7)
 
 
 @settings(deadline=None, max_examples=30)
@@ -108,8 +109,8 @@ def test_a_snake_through_many_blocks_is_one_object(tmp_path: Path) -> None:
 
 
 def test_default_blocks_join_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "BLOCK", 256 * 256)
-    monkeypatch.setattr(components, "CHUNK", 64)
+    monkeypatch.setattr(blocks, "BLOCK", 256 * 256)
+    monkeypatch.setattr(blocks, "CHUNK", 64)
     image = mask((3, 300, 310), 0.6, 3)
     source = open_volume(write_volume(tmp_path / "m.zarr", image, "zyx", chunks=(1, 100, 310)))
     wanted, count = scipy.ndimage.label(image)
