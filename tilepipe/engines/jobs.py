@@ -28,7 +28,9 @@ class Jobs:
     """How many are kept up: as many as the second number while there are tiles for so many
     workers; towards the end those with nothing to do are let go, down to the first."""
     partition: str | None = None
+    """The partition of SLURM that jobs are submitted to."""
     account: str | None = None
+    """The account that jobs are charged to."""
     walltime: str | None = None
     """As SLURM spells it, ``HH:MM:SS``. [00:30:00]"""
     memory: int | None = None

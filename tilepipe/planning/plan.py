@@ -50,20 +50,31 @@ class Source:
     """The volume that is read."""
 
     path: str
+    """Where it lies; a path or an address."""
     identity: str
+    """SHA-256 of the path and how the voxels are stored."""
     kind: str
+    """The format, such as ``OME-Zarr 0.5``."""
     axes: str
     """Without channels; the order of all sizes in the plan."""
     dimensions: str
     """Axes as stored, channels among them; - for one of length 1 that is left out."""
     shape: Shape
+    """Voxels along each of ``axes``."""
     channels: int
+    """Channels that are read."""
     dtype: str
+    """Type of the voxels."""
     scale: tuple[float, ...]
+    """Size of a voxel along each of ``axes``, in ``units``."""
     units: tuple[str | None, ...]
+    """Unit of ``scale`` along each of ``axes``; None where nothing says it."""
     translation: tuple[float, ...]
+    """Where the first voxel lies along each of ``axes``, in ``units``."""
     chunks: Shape
+    """Voxels of a chunk along each of ``axes``."""
     nbytes: int
+    """Bytes of all voxels that are read, uncompressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +82,15 @@ class Network:
     """The model that is run."""
 
     path: str
+    """Where the model file lies."""
     kind: str
+    """The kind of file, such as ``checkpoint``."""
     digest: str
+    """SHA-256 of the model file, and of the code that builds the network."""
     parameters: int
+    """How many weights the network has."""
     labels: tuple[str, ...]
+    """Names of the answer's channels; may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +98,15 @@ class Sizes:
     """What the machine's memory and cores decide, if the user does not."""
 
     tile: Shape
+    """Voxels of a tile along each axis of the volume."""
     window: Shape
     """Voxels that one call answers for at most, per axis of the network; of a sweep, a slab."""
     chunks: Shape
+    """Voxels of a chunk of the output along each axis of the volume."""
     shards: Shape | None
+    """Voxels of a shard of the output; None where there are no shards."""
     threads: int
+    """Compute threads of each worker."""
     device: str
     """``cpu`` or ``cuda``."""
     sweep: int | None = None
@@ -103,9 +123,11 @@ class Costs:
     """What the work will take."""
 
     tiles: int
+    """Tiles of the whole volume."""
     calls: int
     """Windows given to the network."""
     multiply_adds: int
+    """Multiply-adds of all tiles, halos included."""
     floor: int
     """Multiply-adds of one pass over the whole mirrored volume."""
     memory: int
@@ -128,24 +150,35 @@ class Plan:
     """A segmentation as it will be done; plain values only."""
 
     options: Options
+    """What was asked for."""
     source: Source
+    """The volume that is read."""
     model: Network
+    """The model that is run."""
     target: str
+    """Where the output is written."""
     profile: Profile
+    """What tiling must know of the network: its context, step and sizes."""
     limit: Shape | None
     """With the network's own boundary: the size that the network is run on."""
     activation: Activation
+    """What is applied to the network's output, and who decides that."""
     answer: Answer
+    """What is written for each voxel."""
     normalize: str
+    """The rule by which grey values are normalized."""
     normalization: Normalization | None
     """None until the volume has been read once, where the rule needs that."""
     sizes: Sizes
+    """Tile, window, chunks, threads and device."""
     strategy: str
     """``sweep`` or ``regions`` of the whole-image graph, or ``windows`` given to the network."""
     why: str
     """How that compares with the alternative; empty where a run goes on."""
     costs: Costs
+    """What the work will take."""
     notices: tuple[str, ...]
+    """What the user should know before the run."""
 
     @property
     def grid(self) -> TileGrid:
@@ -211,13 +244,28 @@ def plan(
     earlier: Mapping[str, object] | None = None,
     elsewhere: bool = False,
 ) -> Plan:
-    """Decide how a volume is segmented; touches nothing.
+    """Decide how a volume is segmented, and what that costs; nothing is written.
 
     A little of the volume is read where the network does not say whether it gives probabilities.
-    ``earlier`` is the `Plan.identity` of a run that may go on: sizes that its machine chose and
-    that ``options`` leave open are kept; another source, model or option is refused.
-    ``elsewhere``: on other machines, whose devices are not looked for here. Raises
-    `BadRequest` for what cannot work.
+
+    Args:
+        source: The volume, as for `segment`.
+        model: The model file; see `load_model`.
+        output: Where the output would be written; by default ``SOURCE-segmented.zarr`` beside
+            the source.
+        options: What is asked for. Sizes are voxels along the volume's axes without channels, and
+            memory is bytes for each worker.
+        workers: How many processes would share this machine's memory and cores.
+        earlier: The `Plan.identity` of a run that may go on. Sizes that its machine chose and that
+            ``options`` leave open are kept; another source, model or option is refused.
+        elsewhere: Whether the tiles are computed on other machines, whose devices are not looked
+            for here.
+
+    Returns:
+        The plan: grid of tiles, context, sweep axis, and costs in multiply-adds and bytes.
+
+    Raises:
+        BadRequest: What is asked for cannot work.
     """
     options = options or Options()
     volume = open_source(source, options)

@@ -75,18 +75,35 @@ def train(
     scanned: Scan | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Progress:
-    """Train a network on pairs of image and labels; the best checkpoint becomes ``output``.
+    """Train a network on pairs of image and labels, and keep the best checkpoint.
 
-    ``apart`` are pairs that are held out whole; ``masks``, one for each pair, are 0 where its
-    labels say nothing. ``resume`` goes on where an earlier run of the same recipe ended: on a CPU
-    to the very weights of an unbroken run, if the steps decide its end and not the minutes.
-    ``folder``, ``OUTPUT.training`` by default, takes what belongs to the training. ``preview`` is a
-    picture of patches, truth, weights and answers, written anew at every validation. ``prepared``
-    is told what will be done, ``scanned`` what is being read before, ``progress`` how it goes.
+    An interrupt saves the state after the step that is being taken, and raises KeyboardInterrupt.
 
-    An interrupt saves the state after the step and raises KeyboardInterrupt. Raises BadRequest for
-    what cannot work, before a step is taken, for a loss that is no longer finite, and for storage
-    or memory that fails.
+    Args:
+        pairs: The paths of images, each with the path of its labels. Labels have the image's shape
+            without channels; their axes are ``z y x`` or ``y x``.
+        output: Where the checkpoint is written that is best on what is held out.
+        recipe: What is trained, and how. Sizes of patches are voxels along the network's axes.
+        apart: Pairs that are held out as a whole.
+        masks: The paths of masks, one for each pair, which are 0 where its labels say nothing.
+        resume: Whether an earlier run of the same recipe goes on. On a CPU it comes to the very
+            weights of an unbroken run, if the steps decide its end and not the minutes.
+        overwrite: Whether an earlier training at ``output`` is removed first.
+        folder: Where the state, the table and the last checkpoint are kept; by default
+            ``OUTPUT.training``.
+        preview: The path of a picture (``.png``) of patches, truth, weights and answers, which is
+            written anew at every validation.
+        tensorboard: Whether the table is written for TensorBoard, too.
+        prepared: Is called with what will be done, before the first step.
+        scanned: Is called with what is being read before the training, and how far that is.
+        progress: Is called with how the training goes.
+
+    Returns:
+        How the training went when it ended: steps, losses, and the score of the best checkpoint.
+
+    Raises:
+        BadRequest: What is asked for cannot work, which is found before the first step; or the loss
+            is no longer finite, or storage or memory fails.
     """
     output = local_path(output, "output")
     folder = Path(f"{output}{SUFFIX}" if folder is None else folder)
