@@ -78,16 +78,16 @@ class Lost:
 
 
 class Fleet(Protocol):
-    """Workers that come and go, kept up by somebody else than Dask."""
+    """Workers that come and go, and that somebody else than Dask replaces."""
 
     def check(self) -> None:
-        """Raise if it cannot be gone on with."""
+        """Raise the error for which the run must end, if there is one."""
 
     def waiting(self) -> str:
-        """Return what is waited for where there are no workers."""
+        """Return what the run waits for while it has no workers."""
 
     def lost(self, worker: str) -> Lost | None:
-        """Return why a worker is gone; None where that is not known."""
+        """Return why a worker is gone, or None where that is not known."""
 
 
 def one_line(error: BaseException) -> str:

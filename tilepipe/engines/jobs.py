@@ -117,27 +117,27 @@ _KEYS = {"job-memory": "memory", "directive": "directives"}
 """Keys of the file that are options of the command line under another name."""
 
 
-def read_jobs(path: str | Path | None, asked: Mapping[str, object]) -> Jobs:
-    """Return what a TOML file says of the jobs, and what is asked for besides, which comes first.
+def read_jobs(path: str | Path | None, options: Mapping[str, object]) -> Jobs:
+    """Return the jobs that a TOML file describes, changed by the options of the command line.
 
-    ``asked`` are fields of `Jobs`; None and what is empty is not asked for.
+    ``options`` are fields of `Jobs`; values that are None or empty change nothing.
     """
-    said: dict[str, object] = {}
+    settings: dict[str, object] = {}
     if path is not None:
         try:
-            said = tomllib.loads(Path(path).read_text())
+            settings = tomllib.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise BadRequest(f"cluster (={path}) cannot be read: {error}") from error
     known = {field.name for field in fields(Jobs)}
     values: dict[str, object] = {}
-    for key, value in said.items():
+    for key, value in settings.items():
         name = _KEYS.get(key, key.replace("-", "_"))
         if name not in known:
             raise BadRequest(
                 f"cluster (={path}) holds {key}, which is none of {', '.join(sorted(known))}"
             )
         values[name] = _typed(name, value, f"cluster (={path})")
-    values |= {name: value for name, value in asked.items() if value not in (None, (), False)}
+    values |= {name: value for name, value in options.items() if value not in (None, (), False)}
     return replace(Jobs(), **values)  # type: ignore[arg-type]
 
 

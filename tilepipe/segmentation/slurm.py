@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import ModuleType
 
-    from tilepipe.engines.slurm import Fleet
+    from tilepipe.engines.fleet import JobFleet
     from tilepipe.options import Options
     from tilepipe.planning.plan import Plan
 
@@ -91,7 +91,7 @@ def check(target: str, jobs: Jobs) -> None:
 
 
 @contextmanager
-def started(target: str, jobs: Jobs, *, slots: int, left: int) -> Iterator[Fleet]:
+def started(target: str, jobs: Jobs, *, slots: int, left: int) -> Iterator[JobFleet]:
     """Submit the jobs of a target whose ledger there is, and end them at the end."""
     folder = log_folder(target)
     folder.mkdir(exist_ok=True)
