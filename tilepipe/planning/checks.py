@@ -229,10 +229,10 @@ def notices(
 
 
 def default_memory(workers: int, device: str = "cpu") -> int:
-    """Return the bytes a worker may use where nothing is said: 4 GB, or its share of half.
+    """Return how many bytes a worker may use by default: 4 GB, or its share of half the memory.
 
-    Half of what this process may use: of the machine, its container or its job. On a CUDA device
-    that is here, nine tenths of what is free on it.
+    The memory is what this process may use of the machine, of its container or of its job. On a
+    CUDA device of this machine, the default is nine tenths of what is free there.
     """
     if device == "cuda" and torch.cuda.is_available():
         return int(0.9 * torch.cuda.mem_get_info()[0])

@@ -19,7 +19,7 @@ SHARD_BYTES = 64 << 20
 
 
 def choose_chunks(tiling: Tiling, tile: Shape | None) -> Shape:
-    """Return chunk edges: multiples of the step; where a tile is given, its divisors."""
+    """Return the edges of chunks: multiples of the step, or divisors of a tile that was chosen."""
     rank = len(tiling.shape)
     edges = CHUNK_EDGES[2 if rank == 2 else 3 if not tiling.leading else 1]
     edges = (1,) * (rank - len(edges)) + edges
@@ -39,7 +39,7 @@ def choose_chunks(tiling: Tiling, tile: Shape | None) -> Shape:
 def choose_shards(tiling: Tiling, chunks: Shape, tile: Shape | None) -> Shape | None:
     """Return shard edges where chunks alone would make too many files, else None.
 
-    Where a tile is given they divide it.
+    The edges divide a tile that the user asks for.
     """
     counts = TileGrid(tiling.shape, chunks).counts
     if math.prod(counts) <= SHARD_CHUNKS:

@@ -105,7 +105,7 @@ class Plan:
         return cast("dict[str, object]", plain({"tilepipe": __version__, **asdict(self)}))
 
     def provenance(self) -> dict[str, object]:
-        """Return with what an output was made, as plain values for its attributes."""
+        """Return the versions and the plan by which an output is written, as plain values."""
         versions = {
             "tilepipe": __version__,
             "python": platform.python_version(),
@@ -301,7 +301,7 @@ def _work(tiling: Tiling, volume: Volume, sizes: Sizes) -> Work:
 
 
 def _device(options: Options, earlier: Mapping[str, object] | None, *, elsewhere: bool) -> str:
-    """Return the kind of device; a run that goes on keeps its own unless it is told another."""
+    """Return the kind of device; a run that goes on keeps its own unless an option names one."""
     device = find_device(options.device, elsewhere=elsewhere).split(":")[0]
     before = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
     return str(before.get("device", device)) if options.device == "auto" else device
