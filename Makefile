@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-oldest lint clean
+.PHONY: demo test test-long test-oldest coverage lint hooks clean
 
 demo: .venv/installed
 	$(BIN)/tilepipe demo --output demo
@@ -17,19 +17,38 @@ test-long: .venv/installed-test
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest
 
+# Which lines the tests run, also those of workers; takes twice as long as the tests.
+coverage: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--group coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
 
+# The checks before each commit.
+hooks: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dev
+	$(BIN)/pre-commit install
+
+# pip 25.1 is the first that knows groups; what comes with Python may be older.
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+	$@ -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints-oldest.txt -e '.[test]'
+		--upgrade 'pip>=25.1'
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-oldest.txt -e . --group test
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
@@ -37,8 +56,9 @@ lint: .venv/installed-test
 	touch $@
 
 .venv/installed-test: pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group test --group lint
 	touch $@ .venv/installed
 
 clean:
-	rm -rf .venv .venv-oldest demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest demo .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+		.coverage .coverage.*

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.support import write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Blocks, Region
+from tilepipe.testing.strategies import regions
 from tilepipe.training.dataset import TrainingVolume
 from tilepipe.training.sampler import Census, ClassReader
 from tilepipe.training.targets import class_map
@@ -65,8 +66,7 @@ def test_counts_are_those_of_the_whole(tmp_path: Path) -> None:
 def test_blocks_cover_a_region_once(
     shape: tuple[int, int], chunks: tuple[int, int], data: st.DataObject
 ) -> None:
-    ends = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
-    region = Region(tuple(a for a, _ in ends), tuple(b for _, b in ends))
+    region = data.draw(regions(shape))
     count = np.zeros(shape, np.uint8)
     if region.size:
         for block in Blocks.of(shape, chunks, region):

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import zoo
 from tilepipe.geometry import Region
 from tilepipe.graph.evaluator import RegionEvaluator
 from tilepipe.graph.graph import export
 from tilepipe.graph.readings import NoRule
 from tilepipe.models.model import wrap
+from tilepipe.testing import refusals, zoo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ def test_a_region_is_a_piece_of_the_whole_pass(name: str, data: st.DataObject) -
 
 
 def test_what_has_no_finite_context_is_refused() -> None:
-    model = wrap(zoo.GroupNormed())
+    model = wrap(refusals.GroupNormed())
     graph = export(model.on_meta(), (1, 1, 32, 32))
     with pytest.raises(NoRule, match="group normalisation"):
         RegionEvaluator(graph, model.module)

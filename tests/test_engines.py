@@ -7,14 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -30,111 +28,19 @@ from tilepipe.engines.batches import SPAN as SPAN_OF_BATCH
 from tilepipe.engines.plugin import plugin_name
 from tilepipe.engines.walltime import SPAN, SPARE
 from tilepipe.errors import BadRequest, TileError
+from tilepipe.testing.engines import FileJob, check_engine, notes, outcomes_by_index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from distributed import Client, Worker
 
-    from tilepipe.engines import Job
     from tilepipe.engines.batches import Ended
+    from tilepipe.testing.engines import Engine
 
 WORKERS, THREADS = 2, 3
 WINDOW = 2 * WORKERS * THREADS
 """Tiles that an engine may have taken and not yet answered for."""
-
-
-@dataclass(frozen=True)
-class FileJob:
-    """Writes a file for each tile, and fails where it is told to.
-
-    Workers import it from here: they are spawned, and so are given this process's import path.
-    """
-
-    folder: str
-    slots: int = 2
-    always: tuple[int, ...] = ()
-    """Tiles that fail at every attempt."""
-    once: tuple[int, ...] = ()
-    """Tiles that fail at the first attempt."""
-    killing: tuple[int, ...] = ()
-    """Tiles that kill their process at the first attempt."""
-    deadly: tuple[int, ...] = ()
-    """Tiles that kill their process at every attempt."""
-    seconds: float = 0.0
-    """How long each tile takes."""
-    since: int = 0
-    """The first tile that takes so long; those before take no time."""
-    broken: bool = False
-    """Whether it cannot be opened."""
-
-    @property
-    def key(self) -> str:
-        return f"key of {self.folder}"
-
-    def open(self) -> _Opened:
-        if self.broken:
-            raise OSError("no such\nmodel")
-        return _Opened(self)
-
-
-class _Opened:
-    def __init__(self, job: FileJob) -> None:
-        self.job, self.folder = job, Path(job.folder)
-        self.lock, self.running, self.place = threading.Lock(), 0, f"{os.getpid()}"
-        self.note("opened", self.place)
-
-    def close(self) -> None:
-        self.note("closed", self.place)
-
-    def note(self, kind: str, text: object) -> None:
-        with (self.folder / kind).open("a") as file:
-            file.write(f"{text}\n")
-
-    def first(self, index: int) -> bool:
-        """Whether this tile is tried for the first time, in any process."""
-        try:
-            (self.folder / f"tried-{index}").touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
-
-    def __call__(self, index: int) -> TileResult:
-        with self.lock:
-            self.running += 1
-            self.note("running", self.running)
-        try:
-            return self.process(index)
-        finally:
-            with self.lock:
-                self.running -= 1
-
-    def process(self, index: int) -> TileResult:
-        class Homeless(Exception):
-            """Of a class that cannot travel to another process."""
-
-        job = self.job
-        time.sleep(job.seconds * (index >= job.since))
-        if index in job.always:
-            raise Homeless(f"tile {index}\nis bad")
-        if index in job.once and self.first(index):
-            raise OSError("once")
-        if index in job.deadly or (index in job.killing and self.first(index)):
-            self.note("deaths", index)
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.note("done", index)
-        return TileResult(index, 8, 0, 0.1, 0.2, 0.3, self.place)
-
-
-def notes(folder: Path, kind: str) -> list[str]:
-    path = folder / kind
-    return path.read_text().split() if path.exists() else []
-
-
-class Run(Protocol):
-    def __call__(
-        self, job: Job, tiles: Iterable[int], *, retries: int = ...
-    ) -> Iterator[TileResult | TileFailure]: ...
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +54,7 @@ def address_of(client: Client) -> str:
 
 
 @pytest.fixture(params=["serial", "dask", "existing"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Each engine in turn."""
     if request.param == "serial":
         yield serial.run
@@ -162,18 +68,9 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         yield partial(dask.run, client=client)
 
 
-def by_index(outcomes: Iterable[TileResult | TileFailure]) -> dict[int, TileResult | TileFailure]:
-    """Return the outcomes by tile; each must come once."""
-    found: dict[int, TileResult | TileFailure] = {}
-    for outcome in outcomes:
-        assert outcome.index not in found
-        found[outcome.index] = outcome
-    return found
-
-
-def test_every_tile_has_one_outcome(run: Run, tmp_path: Path) -> None:
+def test_every_tile_has_one_outcome(run: Engine, tmp_path: Path) -> None:
     tiles = [*range(50, 5, -1)]
-    found = by_index(run(FileJob(str(tmp_path)), tiles))
+    found = outcomes_by_index(run(FileJob(str(tmp_path)), tiles))
     assert sorted(found) == sorted(tiles)
     assert Counter(map(int, notes(tmp_path, "done"))) == Counter(tiles)
     for outcome in found.values():
@@ -182,28 +79,20 @@ def test_every_tile_has_one_outcome(run: Run, tmp_path: Path) -> None:
         assert (outcome.voxels, outcome.write_seconds) == (8, 0.3)
 
 
-def test_no_tiles_have_no_outcome(run: Run, tmp_path: Path) -> None:
+def test_no_tiles_have_no_outcome(run: Engine, tmp_path: Path) -> None:
     assert [*run(FileJob(str(tmp_path)), [])] == []
 
 
 @pytest.mark.parametrize("retries", [0, 1, RETRIES])
 def test_what_fails_is_tried_again_and_then_set_aside(
-    run: Run, tmp_path: Path, retries: int
+    run: Engine, tmp_path: Path, retries: int
 ) -> None:
-    job = FileJob(str(tmp_path), always=(0, 7, 29), once=(3, 4))
-    found = by_index(run(job, range(30), retries=retries))
-    assert sorted(found) == [*range(30)]
-    failed = {index for index, outcome in found.items() if isinstance(outcome, TileFailure)}
-    assert failed == {0, 7, 29} | ({3, 4} if retries == 0 else set())
-    for index in job.always:
-        cause = f"Homeless: tile {index} is bad"
-        assert found[index] == TileFailure(index, cause, retries + 1)
-    assert {*map(int, notes(tmp_path, "done"))} == {*range(30)} - failed
+    check_engine(run, tmp_path, retries=retries)
 
 
 @pytest.mark.parametrize(("seconds", "batch"), [(0.0, MOST), (0.11, 1)])
 def test_tiles_are_taken_as_they_are_needed(
-    run: Run, tmp_path: Path, seconds: float, batch: int
+    run: Engine, tmp_path: Path, seconds: float, batch: int
 ) -> None:
     taken: list[int] = []
 
@@ -224,28 +113,28 @@ def test_tiles_are_taken_as_they_are_needed(
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_process_opens_the_job_once_and_holds_no_more_tiles_than_slots(
-    run: Run, tmp_path: Path, slots: int
+    run: Engine, tmp_path: Path, slots: int
 ) -> None:
-    by_index(run(FileJob(str(tmp_path), slots=slots, seconds=0.01), range(30)))
+    outcomes_by_index(run(FileJob(str(tmp_path), slots=slots, seconds=0.01), range(30)))
     opened = notes(tmp_path, "opened")
     assert 1 <= len(opened) <= WORKERS
     assert len(opened) == len(set(opened))
     assert max(map(int, notes(tmp_path, "running"))) == slots
 
 
-def test_a_job_that_cannot_be_opened_is_no_failure_of_tiles(run: Run, tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_opened_is_no_failure_of_tiles(run: Engine, tmp_path: Path) -> None:
     with pytest.raises(TileError, match=r"cannot begin: OSError: no such model$"):
-        by_index(run(FileJob(str(tmp_path), broken=True), range(30)))
+        outcomes_by_index(run(FileJob(str(tmp_path), broken=True), range(30)))
 
 
-def test_the_same_job_is_run_again(run: Run, tmp_path: Path) -> None:
+def test_the_same_job_is_run_again(run: Engine, tmp_path: Path) -> None:
     for _ in range(2):
-        assert sorted(by_index(run(FileJob(str(tmp_path)), range(10)))) == [*range(10)]
+        assert sorted(outcomes_by_index(run(FileJob(str(tmp_path)), range(10)))) == [*range(10)]
     assert len(notes(tmp_path, "done")) == 20
 
 
 def test_closed_early_it_begins_no_others_and_lets_the_job_go(
-    run: Run, tmp_path: Path, request: pytest.FixtureRequest
+    run: Engine, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     job = FileJob(str(tmp_path), seconds=0.05)
     outcomes = run(job, range(1000))
@@ -259,7 +148,7 @@ def test_closed_early_it_begins_no_others_and_lets_the_job_go(
     if run is not serial.run:
         cluster: Client = request.getfixturevalue("cluster")
         assert not any(cluster.run(held, job.key).values())
-    assert sorted(by_index(run(job, range(9)))) == [*range(9)]
+    assert sorted(outcomes_by_index(run(job, range(9)))) == [*range(9)]
 
 
 def held(key: str, dask_worker: Worker) -> bool:
@@ -269,7 +158,7 @@ def held(key: str, dask_worker: Worker) -> bool:
 
 def test_a_worker_that_dies_costs_an_attempt(cluster: Client, tmp_path: Path) -> None:
     job = FileJob(str(tmp_path), killing=(6,), seconds=0.01)
-    found = by_index(dask.run(job, range(40), client=cluster))
+    found = outcomes_by_index(dask.run(job, range(40), client=cluster))
     assert sorted(found) == [*range(40)]
     assert all(isinstance(outcome, TileResult) for outcome in found.values())
     assert {*map(int, notes(tmp_path, "done"))} == {*range(40)}
@@ -280,7 +169,7 @@ def test_a_tile_that_always_kills_its_worker_is_set_aside_alone(
     cluster: Client, tmp_path: Path
 ) -> None:
     job = FileJob(str(tmp_path), deadly=(6,), seconds=0.01)
-    found = by_index(dask.run(job, range(40), client=cluster))
+    found = outcomes_by_index(dask.run(job, range(40), client=cluster))
     assert sorted(found) == [*range(40)]
     failures = [outcome for outcome in found.values() if isinstance(outcome, TileFailure)]
     assert [(failure.index, failure.attempts) for failure in failures] == [(6, RETRIES + 1)]
@@ -293,7 +182,7 @@ def test_a_tile_that_kills_its_worker_in_mid_batch_is_set_aside_alone(
 ) -> None:
     job, tiles = FileJob(str(tmp_path), deadly=(200,), seconds=0.002), 300
     with new_ledger(tmp_path / "target", {}, tiles=tiles) as ledger:
-        found = by_index(dask.run(job, ledger.remaining(), client=cluster))
+        found = outcomes_by_index(dask.run(job, ledger.remaining(), client=cluster))
         for outcome in found.values():
             if isinstance(outcome, TileResult):
                 ledger.mark(outcome.index, outcome)
@@ -326,7 +215,7 @@ def test_a_batch_gives_back_what_takes_longer_than_thought(
         return iter(outcomes)
 
     monkeypatch.setattr(dask, "of_each", watched)
-    found = by_index(dask.run(job, range(tiles), client=cluster))
+    found = outcomes_by_index(dask.run(job, range(tiles), client=cluster))
     assert all(index < slow for batch in done for index in batch[:-1])  # a slow tile is its last
     assert any(index > slow for index in given_back)
     assert sorted(found) == [*range(tiles)]
@@ -346,7 +235,7 @@ def test_a_batch_is_cut_short_where_the_walltime_is(
     ):
         monkeypatch.delenv(SPAN)  # the worker that comes next has time
         job = FileJob(str(tmp_path), seconds=0.02)
-        found = by_index(dask.run(job, range(tiles), client=client))
+        found = outcomes_by_index(dask.run(job, range(tiles), client=client))
     assert sorted(found) == [*range(tiles)]
     assert {outcome.attempts for outcome in found.values()} == {1}
     assert {*Counter(notes(tmp_path, "done")).values()} == {1}
@@ -364,15 +253,16 @@ def test_a_worker_that_its_nanny_gave_up_is_started_again(tmp_path: Path) -> Non
         assert isinstance(client.cluster, SpecCluster)
         client.cluster.sync(client.cluster.workers[0].close)
         job = FileJob(str(tmp_path))
-        assert sorted(by_index(dask.run(job, range(5), client=client))) == [*range(5)]
+        assert sorted(outcomes_by_index(dask.run(job, range(5), client=client))) == [*range(5)]
     assert [os.environ.get(name) for name in names] == before
 
 
 SCRIPT = """
-from tests.test_engines import FileJob, by_index, dask
+from tilepipe.engines import dask
+from tilepipe.testing.engines import FileJob, outcomes_by_index
 print("run")
 with dask.local_client(1, threads=2) as client:
-    print(len(by_index(dask.run(FileJob({folder!r}), range(7), client=client))))
+    print(len(outcomes_by_index(dask.run(FileJob({folder!r}), range(7), client=client))))
 """
 
 
@@ -400,10 +290,10 @@ def test_workers_without_the_package_are_named(cluster: Client, tmp_path: Path) 
         try:
             cluster.wait_for_workers(WORKERS + 1, timeout=30)
             with pytest.raises(BadRequest, match=r"same tilepipe .*not here"):
-                by_index(dask.run(FileJob(str(tmp_path)), range(3), client=cluster))
+                outcomes_by_index(dask.run(FileJob(str(tmp_path)), range(3), client=cluster))
         finally:
             worker.terminate()
-    found = by_index(dask.run(FileJob(str(tmp_path)), range(3), client=cluster))
+    found = outcomes_by_index(dask.run(FileJob(str(tmp_path)), range(3), client=cluster))
     assert sorted(found) == [0, 1, 2]
 
 
@@ -469,7 +359,7 @@ def test_a_scheduler_elsewhere_is_left_as_it_is_and_missed_when_it_is_gone(
     job = FileJob(str(tmp_path), seconds=0.02)
     for _ in range(2):
         with dask.existing_client(address) as client:
-            assert sorted(by_index(dask.run(job, range(9), client=client))) == [*range(9)]
+            assert sorted(outcomes_by_index(dask.run(job, range(9), client=client))) == [*range(9)]
     with dask.existing_client(address) as client:
         assert not any(client.run(held, job.key).values())
         outcomes = dask.run(job, range(1000), client=client)

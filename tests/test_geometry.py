@@ -8,20 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tilepipe.geometry import Region, TileGrid, ceil_to, mirror
+from tilepipe.testing.strategies import grids
 
-SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 17)), min_size=1, max_size=3)
 
-
-@given(SHAPES)
-def test_tiles_cover_every_voxel_exactly_once(sizes: list[tuple[int, int]]) -> None:
-    shape, tile = (tuple(column) for column in zip(*sizes, strict=True))
-    grid = TileGrid(shape, tile)
-    count = np.zeros(shape, dtype=int)
-    for index, one in enumerate(grid):
-        assert one.index == index
-        assert grid[index] == one
-        assert all(a % t == 0 for a, t in zip(one.write.start, tile, strict=True))
-        count[one.write.slices] += 1
+@given(grid=grids())
+def test_tiles_cover_every_voxel_exactly_once(grid: TileGrid) -> None:
+    count = np.zeros(grid.shape, dtype=int)
+    for index, tile in enumerate(grid):
+        assert tile.index == index
+        assert grid[index] == tile
+        assert all(a % t == 0 for a, t in zip(tile.write.start, grid.tile, strict=True))
+        count[tile.write.slices] += 1
     assert (count == 1).all()
     assert len(grid) == np.prod(grid.counts)
 

@@ -20,7 +20,8 @@ from tests.support import noise, read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.options import Options
 from tilepipe.planning.identity import ALGORITHM, APART, check_same
-from tilepipe.planning.plan import Source, plan
+from tilepipe.planning.parts import Source
+from tilepipe.planning.plan import plan
 from tilepipe.segmentation.segment import plan_segment, segment
 from tilepipe.storage.names import LEDGER
 

@@ -18,6 +18,7 @@ from tilepipe.geometry import Region
 from tilepipe.instances import blocks
 from tilepipe.instances.components import label_components
 from tilepipe.instances.growth import grow, grow_objects
+from tilepipe.testing.strategies import shapes
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def nonzero(image: NDArray[np.generic]) -> NDArray[np.bool_]:
     return image[0] != 0
 
 
-sizes = st.lists(st.integers(1, 7), min_size=2, max_size=3).map(tuple)
+sizes = shapes(largest=7)
 
 
 @settings(deadline=None, max_examples=30)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 ROOT = Path(tilepipe.__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, GROUPS = SETTINGS["project"], SETTINGS["dependency-groups"]
 
 
 def has(owner: object, *names: str) -> bool:
@@ -283,7 +284,7 @@ def bounds(requirements: Iterable[str]) -> dict[str, str]:
 def test_the_oldest_releases_that_are_tried_are_those_that_are_allowed() -> None:
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     tried = dict(line.split("==") for line in lines if "==" in line)
-    allowed = bounds([*PROJECT["dependencies"], *EXTRAS["test"]])
+    allowed = bounds([*PROJECT["dependencies"], *GROUPS["test"]])
     assert tried.keys() == allowed.keys()
     for name, oldest in allowed.items():
         if name != "torch":
@@ -293,6 +294,6 @@ def test_the_oldest_releases_that_are_tried_are_those_that_are_allowed() -> None
         assert version(name)
 
 
-@pytest.mark.parametrize("extra", ["cloud", "slurm", "tensorboard"])
+@pytest.mark.parametrize("extra", ["cloud", "slurm", "tensorboard", "testing"])
 def test_the_tests_have_what_the_parts_that_are_optional_need(extra: str) -> None:
-    assert {*EXTRAS[extra]} <= {*EXTRAS["test"]}
+    assert {*EXTRAS[extra]} <= {*GROUPS["test"]}

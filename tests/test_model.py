@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests import zoo
 from tilepipe.errors import BadRequest
 from tilepipe.graph import operations
 from tilepipe.models.checkpoint import save_checkpoint
@@ -21,9 +20,12 @@ from tilepipe.models.model import load_model, wrap
 from tilepipe.models.spec import context, find_profile
 from tilepipe.models.unet import UNet
 from tilepipe.models.vocabulary import ATEN
+from tilepipe.testing import networks
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+RESTORING = "tilepipe.testing.networks:Restoring"
 
 SMALL = {"ndim": 2, "base": 2, "depth": 3}
 FACTORY = "tilepipe.models.unet:UNet"
@@ -91,17 +93,15 @@ def test_an_exported_program_of_one_size(tmp_path: Path) -> None:
 
 
 def test_one_of_several_outputs(tmp_path: Path) -> None:
-    torch.save(zoo.Restoring().state_dict(), tmp_path / "weights.pt")
-    one, two = (
-        load_model(tmp_path / "weights.pt", network="tests.zoo:Restoring", head=n) for n in (0, 1)
-    )
+    torch.save(networks.Restoring().state_dict(), tmp_path / "weights.pt")
+    one, two = (load_model(tmp_path / "weights.pt", network=RESTORING, head=n) for n in (0, 1))
     image = torch.rand(1, 1, 9, 9, 9)
     assert torch.equal(one.module(image) * 2, two.module(image))
     assert one.digest != two.digest
     assert (one.outputs, two.outputs, two.head) == (2, 2, 1)
     with pytest.raises(BadRequest, match=r"head \(=2\) must be below the 2 outputs"):
-        load_model(tmp_path / "weights.pt", network="tests.zoo:Restoring", head=2)
-    network = zoo.Restoring()
+        load_model(tmp_path / "weights.pt", network=RESTORING, head=2)
+    network = networks.Restoring()
     assert context(two, head=1) == context(two) == context(network, head=1) == context(network)
     with pytest.raises(BadRequest, match=r"head \(=0\) must be that of the loaded model \(=1\)"):
         context(two, head=0)

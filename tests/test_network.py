@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import tilepipe as tp
-from tests import zoo
 from tests.support import assert_close, noise, read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Context
@@ -17,6 +16,7 @@ from tilepipe.graph.graph import export, lattice, walk
 from tilepipe.models.model import load_model, wrap
 from tilepipe.models.spec import find_profile
 from tilepipe.options import Options
+from tilepipe.testing import networks, refusals, zoo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,8 +59,8 @@ def test_graph_and_probe_agree(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("network", "layer"),
     [
-        (zoo.GroupNormed, "group normalisation over the whole image (layer norm, GroupNorm)"),
-        (zoo.Squeezing, "mean over the whole image"),
+        (refusals.GroupNormed, "group normalisation over the whole image (layer norm, GroupNorm)"),
+        (refusals.Squeezing, "mean over the whole image"),
         (zoo.align_corners, "align_corners=True samples by the size of the whole image"),
     ],
 )
@@ -81,7 +81,7 @@ def test_what_no_tiling_makes_exact_is_named(network: Callable[[], nn.Module], l
 )
 def test_what_reads_the_whole_image_is_said(how: str, reason: str) -> None:
     """And no context of 0 for it, and no step as long as the image."""
-    profile = find_profile(wrap(zoo.Reading(how)))
+    profile = find_profile(wrap(refusals.Reading(how)))
     assert profile.troubles[0].startswith(reason)
     assert "constant" not in " ".join(profile.troubles)
     assert profile.context.step == (16, 16)
@@ -107,13 +107,13 @@ def test_pooling_that_covers_the_image_by_chance_has_a_context() -> None:
 
 
 def test_networks_of_one_size_are_run_at_that_size(tmp_path: Path) -> None:
-    torch.save(zoo.Placed().state_dict(), tmp_path / "weights.pt")
-    model = load_model(tmp_path / "weights.pt", network="tests.zoo:Placed")
+    torch.save(refusals.Placed().state_dict(), tmp_path / "weights.pt")
+    model = load_model(tmp_path / "weights.pt", network="tilepipe.testing.refusals:Placed")
     profile = find_profile(model)
     assert (profile.fixed, profile.smallest) == (True, (96, 96))
     assert profile.troubles[0].startswith("attention over the whole image")
     source = write_volume(tmp_path / "v.zarr", noise(100, 130), "yx")
-    options = Options(network="tests.zoo:Placed", inexact=True)
+    options = Options(network="tilepipe.testing.refusals:Placed", inexact=True)
     report = tp.segment(
         source, model=tmp_path / "weights.pt", output=tmp_path / "o.zarr", options=options
     )
@@ -123,28 +123,30 @@ def test_networks_of_one_size_are_run_at_that_size(tmp_path: Path) -> None:
             source,
             model=tmp_path / "weights.pt",
             output=tmp_path / "p",
-            options=Options(network="tests.zoo:Placed"),
+            options=Options(network="tilepipe.testing.refusals:Placed"),
         )
 
 
 def test_the_volumes_channels_are_tried_where_weights_do_not_tell(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    torch.save(zoo.Folding().state_dict(), tmp_path / "weights.pt")
-    options = Options(network="tests.zoo:Folding", write="values", tile=(32, 32), chunks=(16, 16))
+    torch.save(networks.Folding().state_dict(), tmp_path / "weights.pt")
+    options = Options(
+        network="tilepipe.testing.networks:Folding", write="values", tile=(32, 32), chunks=(16, 16)
+    )
     image = noise(3, 70, 60, dtype="float32")
     source = write_volume(tmp_path / "v.zarr", image, "cyx")
     report = tp.segment(
         source, model=tmp_path / "weights.pt", output=tmp_path / "o.zarr", options=options
     )
     assert report.plan.profile.channels == 3
-    network = zoo.Folding()
+    network = networks.Folding()
     network.load_state_dict(torch.load(tmp_path / "weights.pt"))
     truth = network(torch.from_numpy(image)[None])[0].detach().numpy()
     found = read(tmp_path / "o.zarr")
     assert_close(found[:, 4:-4, 4:-4], truth[:, 4:-4, 4:-4])
 
 
-@pytest.mark.parametrize("network", [zoo.GroupNormed, zoo.Squeezing])
+@pytest.mark.parametrize("network", [refusals.GroupNormed, refusals.Squeezing])
 def test_probing_finds_that_there_is_no_context(
     network: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +160,7 @@ def test_probing_finds_that_there_is_no_context(
 
 
 def test_an_operation_without_a_rule_is_probed(caplog: pytest.LogCaptureFixture) -> None:
-    profile = find_profile(wrap(zoo.Rolling()))
+    profile = find_profile(wrap(refusals.Rolling()))
     assert "operation roll has no rule" in caplog.text
     assert (profile.method, profile.troubles) == ("probe", ())
     assert profile.context == Context((2, 1), (0, 1), (1, 1))
@@ -166,11 +168,11 @@ def test_an_operation_without_a_rule_is_probed(caplog: pytest.LogCaptureFixture)
 
 def test_another_resolution_is_refused() -> None:
     with pytest.raises(BadRequest, match="another resolution"):
-        find_profile(wrap(zoo.Shrinking()))
+        find_profile(wrap(refusals.Shrinking()))
 
 
 def test_sizes_that_do_not_divide_are_off_the_lattice() -> None:
-    model = wrap(zoo.Upsampling("bilinear", align=False))
+    model = wrap(networks.Upsampling("bilinear", align=False))
     graph = export(model.on_meta(), (1, 1, 64, 64))
     assert lattice(graph) == ((8, 8), ())
 

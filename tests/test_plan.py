@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import tilepipe as tp
-from tests import zoo
 from tests.support import noise, right_to, write_unet, write_volume
 from tilepipe.engines import serial
 from tilepipe.errors import BadRequest
@@ -34,6 +33,7 @@ from tilepipe.planning.regions import regions_of
 from tilepipe.runs.fence import Right
 from tilepipe.segmentation.resume import create_output
 from tilepipe.segmentation.worker import SegmentJob
+from tilepipe.testing import zoo
 from tilepipe.volumes.output import Output
 from tilepipe.volumes.volume import Volume
 
@@ -114,12 +114,14 @@ def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path
     channels = 2 if name == "Residual" else 1
     source = write_volume(tmp_path / "v.zarr", noise(channels, 90, 110), "cyx")
     options = Options(
-        network=f"tests.zoo:{name}", tile=(32, 48), chunks=(16, 16), inexact=True,
+        network=f"tilepipe.testing.zoo:{name}", tile=(32, 48), chunks=(16, 16), inexact=True,
         strategy="sweep" if strategy == "sweep" else "direct",
     )  # fmt: skip
     plan = tp.plan(source, model=tmp_path / "weights.pt", output=tmp_path / "o", options=options)
     if strategy == "windows":
-        network = tp.load_model(tmp_path / "weights.pt", network=f"tests.zoo:{name}").module
+        network = tp.load_model(
+            tmp_path / "weights.pt", network=f"tilepipe.testing.zoo:{name}"
+        ).module
         example = torch.rand(1, channels, 160, 160)
         torch.jit.save(torch.jit.trace(network, example), tmp_path / "script.pt")
         plan = tp.plan(
@@ -138,7 +140,7 @@ def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path
         for tile in plan.grid:
             worker(tile.index)
     assert counter.get_total_flops() // 2 == plan.costs.multiply_adds
-    network = tp.load_model(tmp_path / "weights.pt", network=f"tests.zoo:{name}").module
+    network = tp.load_model(tmp_path / "weights.pt", network=f"tilepipe.testing.zoo:{name}").module
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, channels, *plan.box.shape))
     if strategy != "windows":

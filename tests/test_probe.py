@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tilepipe as tp
-from tests import zoo
 from tests.support import assert_close, noise, read, write_volume
 from tilepipe.errors import BadRequest
 from tilepipe.models.model import load_model, tensors_of
 from tilepipe.models.spec import find_profile
 from tilepipe.models.trial import Trial, try_windows
 from tilepipe.options import Options
+from tilepipe.testing import networks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_traced_nested_unet_is_exact_unless_its_corners_are_aligned(
     """The context of the larger one left nothing to compare in the image that is probed."""
     if size["levels"] == 5:
         monkeypatch.setattr("tilepipe.models.probe.LARGEST", {2: 256})
-    model = traced(zoo.Nested(align=align, **size), tmp_path / "script.pt")
+    model = traced(networks.Nested(align=align, **size), tmp_path / "script.pt")
     source = write_volume(tmp_path / "v.zarr", noise(90, 110), "yx")
     if align:
         with pytest.raises(BadRequest, match=r"windows differ from one pass .*; give its state"):

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import zoo
 from tilepipe.geometry import Region
 from tilepipe.graph.evaluator import RegionEvaluator
 from tilepipe.graph.sweep import Sweep
@@ -20,6 +19,7 @@ from tilepipe.models.windows import whole
 from tilepipe.options import Options
 from tilepipe.planning.checks import find_limit
 from tilepipe.planning.regions import regions_of
+from tilepipe.testing import zoo
 
 if TYPE_CHECKING:
     from torch import Tensor

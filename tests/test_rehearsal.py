@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tilepipe as tp
-from tests import zoo
 from tests.support import noise, read, write_volume
 from tests.test_regions import cut, known
 from tilepipe.errors import BadRequest, TileError
@@ -21,6 +20,7 @@ from tilepipe.graph.readings import NoRule
 from tilepipe.models.model import wrap
 from tilepipe.models.rehearsal import rehearse
 from tilepipe.options import Options
+from tilepipe.testing import networks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,12 +156,13 @@ def test_networks_that_resize_are_segmented_with_their_own_boundary(
     strategy: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    network = zoo.Resizing().eval()
+    network = networks.Resizing().eval()
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     image = noise(40, 2497)
     source = write_volume(tmp_path / "v.zarr", image, "yx", (40, 128))
     options = Options(
-        network="tests.zoo:Resizing", boundary="network", normalize=SCALE, write="logits",
+        network="tilepipe.testing.networks:Resizing", boundary="network",
+        normalize=SCALE, write="logits",
         tile=(40, 256), chunks=(40, 128), strategy=strategy,
     )  # fmt: skip
     output = tmp_path / "o.zarr"

@@ -26,6 +26,7 @@ from tilepipe.options import Options
 from tilepipe.runs.ledger import Ledger
 from tilepipe.segmentation.segment import segment
 from tilepipe.storage.names import LEDGER
+from tilepipe.testing.storage import unavailable
 from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:
@@ -400,9 +401,11 @@ def test_a_running_output_is_not_overwritten(quick: Case, begun: Path, tmp_path:
 def test_a_normalization_needs_every_voxel(quick: Case, tmp_path: Path, normalize: str) -> None:
     source = tmp_path / "source.zarr"
     shutil.copytree(quick.source, source)
-    (source / "c" / "0" / "3").write_bytes(b"spoiled")
     case = replace(quick, source=source)
-    with pytest.raises(BadRequest, match=r"needs every voxel .* mend the source"):
+    with (
+        unavailable(source / "c" / "0" / "3"),
+        pytest.raises(BadRequest, match=r"needs every voxel .* mend the source"),
+    ):
         case.segment(tmp_path / "o", options=replace(OPTIONS, normalize=normalize))
     assert not (tmp_path / "o").exists()
 
@@ -412,11 +415,9 @@ def test_what_cannot_be_read_is_set_aside_and_done_when_it_is_mended(
 ) -> None:
     source, target = tmp_path / "source.zarr", tmp_path / "o"
     shutil.copytree(quick.source, source)
-    chunk = source / "c" / "0" / "3"  # columns 288:384
-    good = chunk.read_bytes()
-    chunk.write_bytes(b"spoiled" + good[7:])
     case = replace(quick, source=source)
-    code, said = commands.run(case.command(target, "--engine", "serial"))
+    with unavailable(source / "c" / "0" / "3"):  # columns 288:384
+        code, said = commands.run(case.command(target, "--engine", "serial"))
     assert code == 1, said
     ledger = Ledger.open(Output.at(target), write=False)
     assert ledger is not None
@@ -431,7 +432,6 @@ def test_what_cannot_be_read_is_set_aside_and_done_when_it_is_mended(
         assert str(source) in failure.cause
         assert f"tile {failure.index}, {failure.cause}" in said
         assert failure.attempts == 3
-    chunk.write_bytes(good)
     report = case.segment(target)
     assert (report.before, report.done) == (TILES - len(failed), len(failed))
     check_whole(target, case)

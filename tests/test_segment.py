@@ -12,7 +12,6 @@ import torch
 import zarr
 
 import tilepipe as tp
-from tests import zoo
 from tests.support import assert_close, noise, one_pass, read, write_unet, write_volume
 from tilepipe.engines import dask
 from tilepipe.errors import BadRequest
@@ -20,6 +19,7 @@ from tilepipe.geometry import Region, mirror
 from tilepipe.models.model import load_model
 from tilepipe.models.unet import UNet
 from tilepipe.options import Options
+from tilepipe.testing import refusals, zoo
 from tilepipe.volumes.volume import open_volume
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def test_windows_smaller_than_tiles(tmp_path: Path, boundary: str) -> None:
     tp.segment(
         source, model=tmp_path / "fixed.pt2", output=tmp_path / "fixed.zarr", options=options
     )
-    free = Options(write="logits", boundary=boundary, network="tests.zoo:same_unet")
+    free = Options(write="logits", boundary=boundary, network="tilepipe.testing.zoo:same_unet")
     tp.segment(source, model=tmp_path / "free.pt", output=tmp_path / "free.zarr", options=free)
     if boundary == "mirror":
         assert_close(read(tmp_path / "fixed.zarr"), read(tmp_path / "free.zarr"))
@@ -236,15 +236,15 @@ def test_the_output_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_network_without_context_is_refused_or_run_inexactly(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pt"
-    torch.save(zoo.GroupNormed().state_dict(), weights)
+    torch.save(refusals.GroupNormed().state_dict(), weights)
     source = write_volume(tmp_path / "image.zarr", noise(40, 40), "yx")
-    options = Options(network="tests.zoo:GroupNormed", tile=(16, 16))
+    options = Options(network="tilepipe.testing.refusals:GroupNormed", tile=(16, 16))
     with pytest.raises(BadRequest, match=r"group normalisation .*layer norm.* --inexact"):
         tp.segment(
             source, model=tmp_path / "weights.pt", output=tmp_path / "out.zarr", options=options
         )
     assert not (tmp_path / "out.zarr").exists()
-    inexact = Options(network="tests.zoo:GroupNormed", tile=(16, 16), inexact=True)
+    inexact = Options(network="tilepipe.testing.refusals:GroupNormed", tile=(16, 16), inexact=True)
     report = tp.segment(source, model=weights, output=tmp_path / "out.zarr", options=inexact)
     assert any(notice.startswith("INEXACT") for notice in report.plan.notices)
 
@@ -285,7 +285,7 @@ def test_padded_networks_at_odd_sizes(
     source = write_volume(tmp_path / "image.zarr", image, "cyx")
     options = Options(
         write="probabilities" if network == "Attention" else "logits", tile=(19, 37),
-        boundary=boundary, network=f"tests.zoo:{network}",
+        boundary=boundary, network=f"tilepipe.testing.zoo:{network}",
         strategy="sweep" if strategy == "sweep" else "direct",
     )  # fmt: skip
     report = tp.segment(

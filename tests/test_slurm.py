@@ -25,7 +25,6 @@ from tests.commands import HEEDING, ROOT
 from tests.s3_server import SECRET
 from tests.slurm_cluster import NODES, Slurm, ids, listeners, run, submit, until, workers
 from tests.support import read, write_volume
-from tests.test_engines import FileJob, notes
 from tests.test_remote import objects, voxels
 from tests.test_resume import (
     ARGUMENTS,
@@ -44,6 +43,7 @@ from tilepipe.engines.squeue import fate
 from tilepipe.errors import TileError
 from tilepipe.segmentation.segment import segment
 from tilepipe.segmentation.slurm import log_folder
+from tilepipe.testing.engines import FileJob, notes
 from tilepipe.volumes.output import Output
 
 if TYPE_CHECKING:

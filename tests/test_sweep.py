@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import zoo
 from tests.test_compute import SIZES, graph_of, model_of
 from tilepipe.geometry import Region
 from tilepipe.graph.bounds import clip, extents, reads_along, rows_along
@@ -22,6 +21,7 @@ from tilepipe.models.model import wrap
 from tilepipe.models.spec import find_profile
 from tilepipe.models.windows import whole
 from tilepipe.planning.regions import regions_of
+from tilepipe.testing import zoo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from tilepipe.errors import BadRequest
 from tilepipe.models.model import load_model
 from tilepipe.options import Options
 from tilepipe.segmentation.segment import segment
+from tilepipe.testing.storage import unavailable
 from tilepipe.training.dataset import open_dataset
 from tilepipe.training.learner import rate
 from tilepipe.training.recipe import CHOICES, Recipe
@@ -274,12 +276,14 @@ def test_what_goes_on_is_the_same_training(tmp_path: Path, pair: tuple[str, str]
 def test_storage_that_fails_is_told_in_a_line(tmp_path: Path, pair: tuple[str, str]) -> None:
     recipe = Recipe(**{**SMALL, "steps": 2, "normalize": "none"})  # type: ignore[arg-type]
 
-    def damage(experiment: Experiment) -> None:
-        for plane in range(4):
-            (Path(pair[0]) / f"c/{plane}/0/0").write_bytes(b"damaged")
+    with ExitStack() as stack:
 
-    with pytest.raises(BadRequest, match=r"cannot go on: .* \(chunk c/./0/0\)") as refusal:
-        train([pair], output=tmp_path / "u.pt", recipe=recipe, prepared=damage)
+        def fail(experiment: Experiment) -> None:
+            for plane in range(4):
+                stack.enter_context(unavailable(Path(pair[0]) / f"c/{plane}/0/0"))
+
+        with pytest.raises(BadRequest, match=r"cannot go on: .* \(chunk c/./0/0\)") as refusal:
+            train([pair], output=tmp_path / "u.pt", recipe=recipe, prepared=fail)
     assert "\n" not in str(refusal.value)
 
 

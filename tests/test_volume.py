@@ -12,11 +12,11 @@ import pytest
 import tifffile
 import zarr
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from packaging.version import Version
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region
+from tilepipe.testing.strategies import regions
 from tilepipe.volumes.borders import read_mirrored, read_zero_padded
 from tilepipe.volumes.ome import parse_multiscale
 from tilepipe.volumes.tiff import plain_axes
@@ -115,16 +115,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Volume:
     return open_volume(path)
 
 
-ends = st.tuples(st.integers(-40, 40), st.integers(0, 40)).map(lambda p: (p[0], p[0] + p[1]))
-
-
 @settings(max_examples=150)
-@given(box=st.tuples(ends, ends, ends))
-def test_mirrored_is_numpy_reflect_and_padded_is_zeros(
-    small: Volume, box: tuple[tuple[int, int], ...]
-) -> None:
+@given(region=regions((3, 1, 7), longest=40, beyond=40))
+def test_mirrored_is_numpy_reflect_and_padded_is_zeros(small: Volume, region: Region) -> None:
     pad = 90
-    region = Region(tuple(a for a, _ in box), tuple(b for _, b in box))
     place = (slice(None), *region.grow((0,) * 3, (0,) * 3).within((-pad,) * 3))
     voxels = VOXELS[None, :3, :1, :7]
     widths = ((0, 0), (pad, pad), (pad, pad), (pad, pad))

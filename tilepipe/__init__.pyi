@@ -2,7 +2,8 @@
 
 from .engines.jobs import Jobs
 from .errors import BadRequest, TileError
-from .evaluation.evaluate import Scores, evaluate
+from .evaluation.evaluate import evaluate
+from .evaluation.scores import Scores
 from .host.allocator import keep_memory
 from .instances.components import label_components
 from .instances.growth import grow_objects

@@ -51,6 +51,7 @@ class Options:
     network: str | None = None
     """``package.module:factory`` or ``file.py:factory`` that builds a state dict's network."""
     network_args: Mapping[str, object] | None = None
+    """Arguments of the factory that ``network`` names, by name; what JSON holds."""
     head: int = 0
     """Which of several output tensors."""
     write: str = "labels"
@@ -65,6 +66,7 @@ class Options:
     boundary: str = "mirror"
     """``mirror``, or ``network``: the network's own padding at the volume's border."""
     tile: Shape | None = None
+    """Voxels of a tile along each axis: a multiple of the step and of the write unit."""
     memory: int | None = None
     """Bytes per worker."""
     strategy: str = "auto"
@@ -74,10 +76,13 @@ class Options:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     precision: str = "float32"
-    """``float32``, ``bfloat16`` or ``float16``."""
+    """``float32``, ``tf32``, ``bfloat16`` or ``float16``."""
     chunks: Shape | None = None
+    """Voxels of a chunk of the output along each axis."""
     shards: Shape | None = None
+    """Voxels of a shard of the output along each axis; only in OME-Zarr 0.5."""
     ome_version: str = "0.5"
+    """Version of OME-Zarr that is written: ``0.5`` (Zarr v3) or ``0.4`` (Zarr v2)."""
     durable: bool = True
     """A tile counts as finished only when it is on the disk: it outlives a power failure."""
     inexact: bool = False

@@ -14,8 +14,7 @@ from tilepipe.options import COMPONENTS, KINDS
 from tilepipe.text import counted, table
 
 if TYPE_CHECKING:
-    from tilepipe.evaluation.evaluate import Scores
-    from tilepipe.evaluation.scores import Agreement, PartitionScores
+    from tilepipe.evaluation.scores import Agreement, PartitionScores, Scores
 
 _MASK = {0: "no object", 1: "object"}
 

@@ -15,57 +15,65 @@ RETRIES = 2
 
 @dataclass(frozen=True, slots=True)
 class TileResult:
-    """A tile whose voxels are in the target."""
+    """What is known of a tile whose voxels are in the output."""
 
     index: int
+    """Place of the tile in the grid."""
     voxels: int
+    """Voxels that the tile answers for."""
     nonfinite: int
-    """Values of the source that were not finite."""
+    """Values of the source that were NaN or infinite."""
     read_seconds: float
+    """How long the tile's voxels were read."""
     compute_seconds: float
+    """How long the network computed."""
     write_seconds: float
+    """How long the answer was written."""
     worker: str
+    """Name of the process that computed the tile."""
     narrowed: int = 0
-    """How often the network's share was halved since memory was short; 0 as planned."""
+    """How often the tile was halved since memory was short; 0 where it was computed as planned."""
     starved_seconds: float = 0.0
-    """How long the device waited for this tile's data."""
+    """How long the device waited for the tile's voxels."""
     attempts: int = 1
-    """How often it was begun; engines count."""
+    """How often the tile was begun; the engine counts that."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileFailure:
-    """A tile that is set aside."""
+    """What is known of a tile that is set aside."""
 
     index: int
+    """Place of the tile in the grid."""
     cause: str
-    """One line."""
+    """Why the last attempt failed, in one line."""
     attempts: int
+    """How often the tile was begun."""
 
 
 class Opened(Protocol):
-    """A job in one process."""
+    """A job that one process has opened."""
 
     def __call__(self, index: int) -> TileResult:
-        """Process a tile; may be called from several threads at once."""
+        """Process a tile; several threads may call this at once."""
 
     def close(self) -> None:
-        """Let nothing be written any more; what is being written has ended when this returns."""
+        """End all writing; what is being written has ended when this returns."""
 
 
 class Job(Protocol):
-    """Work on tiles, small enough to be sent to every worker."""
+    """Work on tiles, in a form that is small enough to be sent to every worker."""
 
     @property
     def key(self) -> str:
-        """The name of this work; no other work has the same at the same time."""
+        """The name of this work, which no other work has at the same time."""
 
     @property
     def slots(self) -> int:
-        """Tiles in flight in a process: one is read, one computed, one written."""
+        """How many tiles a process works on at once: one is read, one computed, one written."""
 
     def open(self) -> Opened:
-        """Return what processes tiles in this process."""
+        """Open the model, the volume and the output in this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +81,22 @@ class Lost:
     """Why a worker is gone with the tiles that it held."""
 
     cause: str
+    """Why the worker is gone, in words that name the remedy."""
     blame: bool
-    """Whether a tile may be the reason, so that this counts as an attempt."""
+    """Whether a tile may be the reason, so that the loss counts as one of its attempts."""
 
 
 class Fleet(Protocol):
-    """Workers that come and go, kept up by somebody else than Dask."""
+    """Workers that come and go, and that somebody else than Dask replaces."""
 
     def check(self) -> None:
-        """Raise if it cannot be gone on with."""
+        """Raise the error for which the run must end, if there is one."""
 
     def waiting(self) -> str:
-        """Return what is waited for where there are no workers."""
+        """Return what the run waits for while it has no workers."""
 
     def lost(self, worker: str) -> Lost | None:
-        """Return why a worker is gone; None where that is not known."""
+        """Return why a worker is gone, or None where that is not known."""
 
 
 def one_line(error: BaseException) -> str:

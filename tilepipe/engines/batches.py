@@ -38,10 +38,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What a worker made of a batch."""
+    """What became of a batch in its worker."""
 
     outcomes: tuple[TileResult | Failed | Back, ...]
-    """Of its first tiles, in their order; the others were not begun."""
+    """What became of its first tiles, in their order; the others were not begun."""
     seconds: float
     """How long it took."""
 

@@ -167,10 +167,10 @@ def _outcomes(
     client: Client, ended: list[Future[Ended]], fleet: Fleet | None
 ) -> list[tuple[Future[Ended], Ended | Failed | Back]]:
     """Return what became of batches; results are fetched together, which saves most of the time."""
-    found = [future for future in ended if future.status == "finished"]
+    finished = [future for future in ended if future.status == "finished"]
     fetched: dict[Future[Ended], Ended] = {}
     try:
-        fetched = dict(zip(found, client.gather(found), strict=True))
+        fetched = dict(zip(finished, client.gather(finished), strict=True))
     except Exception:  # of one of them; each is asked
         log.info("results cannot be fetched together", exc_info=True)
     return [
@@ -211,12 +211,12 @@ def _stop(client: Client, futures: list[Future[Ended]], plugin: str) -> None:
 
 
 class _Window:
-    """How many batches the scheduler may hold; asked again every second."""
+    """How many batches the scheduler may hold; counted anew every second."""
 
     def __init__(self, client: Client, fleet: Fleet | None) -> None:
         self._client, self._fleet = client, fleet
         self.workers, self.threads = 0, 0
-        self._asked, self._seen, self._told = -1.0, time.monotonic(), ""
+        self._looked, self._seen, self._announced = -1.0, time.monotonic(), ""
 
     def size(self) -> int:
         """Return two batches for each thread of the workers there are, four at least.
@@ -224,31 +224,31 @@ class _Window:
         Says so where there have been no workers for a while; tiles wait for them.
         """
         now = time.monotonic()
-        if now - self._asked > 1:
+        if now - self._looked > 1:
             try:
                 threads = self._client.nthreads()
             except OSError as error:
                 raise TileError(GONE) from error
             self.workers, self.threads = len(threads), sum(threads.values())
-            self._asked = now
+            self._looked = now
             if self._fleet is not None:
                 self._fleet.check()
             if threads:
-                self._seen, self._told = now, ""
+                self._seen, self._announced = now, ""
             elif self._fleet is not None:
-                self._tell(self._fleet.waiting())
+                self._announce(self._fleet.waiting())
             elif now - self._seen > TIMEOUT:
-                self._tell("the scheduler has none")
+                self._announce("the scheduler has none")
             if self._fleet is None:
                 _restart_lost(self._client)
             key_split.cache_clear()  # Dask's, of up to 100,000 keys of tiles that are done
         return max(4, 2 * self.threads)
 
-    def _tell(self, why: str) -> None:
-        """Say what workers are waited for, each time that it is something else."""
-        if why != self._told:
+    def _announce(self, why: str) -> None:
+        """Log what the run waits for, whenever that changes."""
+        if why != self._announced:
             log.warning("waiting for workers (%s)", why)
-            self._told = why
+            self._announced = why
 
 
 def _restart_lost(client: Client) -> None:

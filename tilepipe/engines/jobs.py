@@ -1,4 +1,4 @@
-"""What may be asked of SLURM: the jobs in which workers run."""
+"""The jobs of SLURM in which workers run, as the user asks for them."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ WALLTIME = re.compile(r"(?:\d+-\d{1,2}(?::\d\d){0,2}|\d+(?::\d\d){0,2})")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jobs:
-    """The jobs of a run, of one worker process each.
+    """The jobs of a run; each job is one worker process.
 
     None leaves a choice to Dask's own ``jobqueue.yaml``, and where that says nothing to SLURM.
     """
 
     jobs: tuple[int, int] = (1, 1)
-    """How many are kept up: as many as the second number while there are tiles for so many
-    workers; towards the end those with nothing to do are let go, down to the first."""
+    """The fewest and the most jobs. There are as many as the second number while there are tiles
+    for so many workers; towards the end jobs without work are ended, down to the first number."""
     partition: str | None = None
+    """The partition of SLURM that jobs are submitted to."""
     account: str | None = None
+    """The account that jobs are charged to."""
     walltime: str | None = None
-    """As SLURM spells it, ``HH:MM:SS``. [00:30:00]"""
+    """How long a job may run, as SLURM spells it: ``HH:MM:SS``. [00:30:00]"""
     memory: int | None = None
-    """Bytes of a job. [8 GB]"""
+    """Bytes of memory of a job. [8 GB]"""
     cores: int | None = None
-    """Of a job; as many compute threads, where nothing else is said. [4]"""
+    """Cores of a job, which are also its compute threads unless ``threads`` says others. [4]"""
     gpus: int = 0
-    """Of a job: 0, or 1 since a job is one process and a process computes on one GPU."""
+    """GPUs of a job: 0 or 1, since a job is one process and a process computes on one GPU."""
     interface: str | None = None
     """The network interface that scheduler, dashboard and workers are reached by, and no other.
     [the one towards the compute nodes]"""
@@ -47,11 +49,11 @@ class Jobs:
     python: str | None = None
     """The interpreter on the nodes. [the one that submits]"""
     tls: bool = False
-    """Speak TLS with credentials made for this run."""
+    """Whether scheduler and workers speak TLS, with credentials that are made for this run."""
     poll: float = 5.0
     """Seconds between two looks at the queue."""
     rate: float | None = None
-    """Multiply-adds a second of one worker, as an earlier run told, for the plan's estimate."""
+    """Multiply-adds that one worker does in a second, as an earlier run measured; for estimates."""
 
     def __post_init__(self) -> None:
         low, high = self.jobs
@@ -115,27 +117,27 @@ _KEYS = {"job-memory": "memory", "directive": "directives"}
 """Keys of the file that are options of the command line under another name."""
 
 
-def read_jobs(path: str | Path | None, asked: Mapping[str, object]) -> Jobs:
-    """Return what a TOML file says of the jobs, and what is asked for besides, which comes first.
+def read_jobs(path: str | Path | None, options: Mapping[str, object]) -> Jobs:
+    """Return the jobs that a TOML file describes, changed by the options of the command line.
 
-    ``asked`` are fields of `Jobs`; None and what is empty is not asked for.
+    ``options`` are fields of `Jobs`; values that are None or empty change nothing.
     """
-    said: dict[str, object] = {}
+    settings: dict[str, object] = {}
     if path is not None:
         try:
-            said = tomllib.loads(Path(path).read_text())
+            settings = tomllib.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise BadRequest(f"cluster (={path}) cannot be read: {error}") from error
     known = {field.name for field in fields(Jobs)}
     values: dict[str, object] = {}
-    for key, value in said.items():
+    for key, value in settings.items():
         name = _KEYS.get(key, key.replace("-", "_"))
         if name not in known:
             raise BadRequest(
                 f"cluster (={path}) holds {key}, which is none of {', '.join(sorted(known))}"
             )
         values[name] = _typed(name, value, f"cluster (={path})")
-    values |= {name: value for name, value in asked.items() if value not in (None, (), False)}
+    values |= {name: value for name, value in options.items() if value not in (None, (), False)}
     return replace(Jobs(), **values)  # type: ignore[arg-type]
 
 

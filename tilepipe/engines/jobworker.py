@@ -59,8 +59,8 @@ def job_end() -> float | None:
         return None
     command = ["squeue", "--noheader", "--jobs", job, "--format", "%e"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-        return datetime.fromisoformat(found.stdout.strip()).timestamp()
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return datetime.fromisoformat(ended.stdout.strip()).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):  # no squeue there; no limit
         return None
 
@@ -71,13 +71,13 @@ def dask_setup(worker: Worker) -> None:
         keep_memory()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    told = logging.getLogger("tilepipe")
-    told.addHandler(handler)
-    told.setLevel(logging.INFO)
+    logger = logging.getLogger("tilepipe")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     span = os.environ.get(SPAN)
     left = f", {float(span.split(':')[1]) - time.time():.0f} s left" if span else ""
     pinned = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
-    told.info(
+    logger.info(
         "worker %s of job %s on %s, GPU %s%s",
         worker.name, os.environ.get("SLURM_JOB_ID"), socket.gethostname(), pinned, left,
     )  # fmt: skip

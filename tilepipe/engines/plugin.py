@@ -1,4 +1,4 @@
-"""A job in a worker of a Dask cluster: given once, opened by its first tile, let go at the end."""
+"""A job in a worker of a Dask cluster: sent once, opened by its first tile, closed at the end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class JobPlugin(WorkerPlugin):
         self.here = JobHere(self.job, worker)
 
     async def teardown(self, worker: Worker) -> None:
-        """Let nothing be written any more, and the model and the open files go."""
+        """End all writing, and let go of the model and the open files."""
         here, self.here = self.here, None
         if here is not None:
             await asyncio.to_thread(here.close)
@@ -93,7 +93,7 @@ class JobHere:
             return Failed(one_line(error), opening=False)
 
     def close(self) -> None:
-        """Let nothing be written any more; what is being written has ended when this returns."""
+        """End all writing; what is being written has ended when this returns."""
         self._closed = True
         if (opened := self._opened) is not None:
             opened.close()

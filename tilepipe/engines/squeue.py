@@ -47,25 +47,25 @@ def call(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 124, "", f"no answer in {ANSWER} s")
 
 
-def words(said: str) -> str:
-    r"""Return what SLURM's command said, in one line.
+def words(output: str) -> str:
+    r"""Return the error that one of SLURM's commands printed, in one line.
 
     >>> words("Exit code: 1\nCommand:\nsbatch x.sh\nstdout:\n\nstderr:\nsbatch: error: no\n")
     'sbatch: error: no'
     """
-    return " ".join(said.split("stderr:")[-1].split())
+    return " ".join(output.split("stderr:")[-1].split())
 
 
 def in_queue(ids: Sequence[str]) -> dict[str, Queued] | None:
     """Return those of some jobs that wait or run; None where SLURM does not answer."""
     if not ids:
         return {}
-    found = call("squeue", "--noheader", "--jobs", ",".join(ids), "--format", "%i|%T|%r")
-    if found.returncode and "Invalid job id" not in found.stderr:
-        log.info("squeue: %s", words(found.stderr))
+    ended = call("squeue", "--noheader", "--jobs", ",".join(ids), "--format", "%i|%T|%r")
+    if ended.returncode and "Invalid job id" not in ended.stderr:
+        log.info("squeue: %s", words(ended.stderr))
         return None
     jobs = {}
-    for line in found.stdout.splitlines():
+    for line in ended.stdout.splitlines():
         number, state, reason = line.split("|", 2)
         if state not in OVER:
             jobs[number] = Queued(state, reason)
@@ -77,15 +77,15 @@ def fate(job: str) -> str:
 
     Of one that is being cleaned away, ``TIMEOUT`` if its time was over and ``CANCELLED`` else.
     """
-    found = call("scontrol", "--oneliner", "show", "job", job)
-    if found.returncode:
-        return "GONE" if "Invalid job id" in found.stderr else "UNKNOWN"
-    said: dict[str, str] = dict(re.findall(r"(\w+)=(\S*)", found.stdout))
-    state = said["JobState"]
+    ended = call("scontrol", "--oneliner", "show", "job", job)
+    if ended.returncode:
+        return "GONE" if "Invalid job id" in ended.stderr else "UNKNOWN"
+    job_fields: dict[str, str] = dict(re.findall(r"(\w+)=(\S*)", ended.stdout))
+    state = job_fields["JobState"]
     if state != "COMPLETING":
         return state
     try:
-        over = seconds(said["RunTime"]) >= seconds(said["TimeLimit"])
+        over = seconds(job_fields["RunTime"]) >= seconds(job_fields["TimeLimit"])
     except (KeyError, ValueError):  # UNLIMITED
         over = False
     return "TIMEOUT" if over else "CANCELLED"
@@ -96,15 +96,15 @@ def check_accepted(script: str) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        found = call("sbatch", "--test-only", file.name)
-    if found.returncode:
-        raise BadRequest(f"SLURM refuses the job: {words(found.stderr)}")
+        ended = call("sbatch", "--test-only", file.name)
+    if ended.returncode:
+        raise BadRequest(f"SLURM refuses the job: {words(ended.stderr)}")
 
 
 def cancel_named(name: str) -> list[str]:
     """Cancel the user's jobs of this name, which a driver that died has left; return them."""
-    found = call("squeue", "--noheader", "--me", "--name", name, "--format", "%i")
-    ids = found.stdout.split()
+    ended = call("squeue", "--noheader", "--me", "--name", name, "--format", "%i")
+    ids = ended.stdout.split()
     if ids:
         call("scancel", *ids)
     return ids

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from tilepipe.errors import BadRequest
 from tilepipe.evaluation.comparison import Comparison, Labelling, open_comparison
-from tilepipe.evaluation.scores import Table, object_scores, partition_scores, pixel_scores
+from tilepipe.evaluation.scores import Scores, Table, object_scores, partition_scores, pixel_scores
 from tilepipe.evaluation.warping import LARGEST_PLANE, warping_mismatches
 from tilepipe.geometry import Region, TileGrid
 from tilepipe.host.process import borrowed
@@ -31,43 +30,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tilepipe.evaluation.comparison import Read, Stage
-    from tilepipe.evaluation.scores import ObjectScores, PartitionScores, PixelScores
+    from tilepipe.evaluation.scores import ObjectScores, PartitionScores
 
     Kind = Literal["auto", "classes", "mask", "instances", "membrane"]
     Components = Literal["plane", "volume"]
 
 MOST_CLASSES = 256
 """More values than that are taken for numbers of objects."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """How well a prediction agrees with the labels."""
-
-    prediction: str
-    labels: str
-    kind: str
-    """``classes``, ``mask``, ``instances`` or ``membrane``."""
-    region: str
-    """The labels' voxels that were compared, such as ``20:24,0:512,0:512``."""
-    voxels: int
-    """Voxels compared, less those to be ignored."""
-    components: str | None
-    """Whether objects and pairs lie within a ``plane`` or the ``volume``; None without objects."""
-    pixels: PixelScores | None
-    """Classes as they are; of ``mask`` and ``membrane``, 1 is object and 0 is not."""
-    partition: PartitionScores | None
-    """Of ``instances`` and ``membrane``: the objects as they are predicted."""
-    thinned: PartitionScores | None
-    """Of ``membrane``: the same after the borders between predicted objects were thinned."""
-    objects: ObjectScores | None
-    """Of ``instances`` and ``membrane``: which objects were found."""
-    warping_error: float | None
-    """Share of the pixels that differ in topology, where it was asked for."""
-
-    def asdict(self) -> dict[str, object]:
-        """Return plain values, as JSON has them."""
-        return asdict(self)
 
 
 @borrowed()
@@ -88,43 +57,40 @@ def evaluate(
     warping: bool = False,
     progress: Stage | None = None,
 ) -> Scores:
-    """Compare a prediction with labels of the same shape, or with a ``region`` of labels.
+    """Compare a prediction with labels of the same shape, or with a region of labels.
 
     Where the metadata of both say that the prediction lies elsewhere, by whole voxels, the labels
-    there are compared. What the scores are is said in the modules `scores` and `warping` beside
-    this one and in docs/scores.md.
+    there are compared. What the scores mean is said in docs/scores.md.
 
-    Arguments:
-        prediction: The volume that is judged: labels, a mask, or probabilities.
-        labels: The volume that is true: integers of one channel.
-        kind: What is compared: ``classes``, each value being a class; ``mask``, objects against
-            the rest; ``instances``, both numbering objects; ``membrane``, a mask of cell interiors
-            whose connected components (faces connect) are the predicted objects. ``auto`` is
-            ``mask`` where labels hold at most one value besides 0, or the prediction does and
-            labels are wider than 8 bits; ``instances`` where both are wider; else ``classes``.
+    Args:
+        prediction: The path of the prediction: labels ``axes``, or values ``(channels, *axes)``.
+        labels: The path of the labels, ``axes``.
+        kind: What is compared. ``classes``: each value is a class. ``mask``: objects against the
+            rest. ``instances``: both number objects. ``membrane``: a mask of cell interiors, whose
+            components (faces connect) are the predicted objects. ``auto`` is ``mask`` where labels
+            hold at most one value besides 0, or the prediction does and labels are wider than 8
+            bits; ``instances`` where both are wider; else ``classes``.
         axes: The axes of a file that does not say them, such as ``zyx``.
         series: The image of each file that holds several.
-        region: The part of the labels that is compared, such as ``20:24,:,:``.
-        threshold: Turns the probabilities of one channel into 1 above it and 0. Several channels
-            without a threshold: the number of the largest is the value.
-        channel: The channel of the prediction, counted from 0.
-        objects: The values of the prediction that are objects in masks; by default all but 0.
-        label_objects: The same of the labels.
-        ignore: Voxels with this label do not count.
-        components: Whether objects lie within each ``plane`` or the ``volume``. By default planes
-            for ``membrane``, as the ISBI 2012 challenge does for sections, and the volume for
-            ``instances``. Labels of ``membrane`` with one value besides 0 are a mask, whose
-            components are the true objects; else they number the objects.
-        warping: Add the warping error of ``mask`` and ``membrane``: planes one by one, in memory.
-        progress: Called with what is done, the blocks of it that are done, and their number.
+        region: The part of the labels that is compared, in voxels along their axes, such as
+            ``20:24,:,:``; by default where the prediction lies.
+        threshold: Turns the values of ``channel`` into 1 above it, and else 0.
+        channel: The channel that is compared; without it the number of the largest is the value.
+        objects: The values of the prediction that are objects; by default all but 0.
+        label_objects: The values of the labels that are objects; by default all but 0.
+        ignore: The label whose voxels do not count.
+        components: Whether objects lie within each ``plane`` or the ``volume``; by default planes
+            for ``membrane``, as in the ISBI 2012 challenge, and the volume for ``instances``.
+            Labels of ``membrane`` with one value besides 0 are a mask, whose components are the
+            true objects; else they number the objects.
+        warping: Whether the warping error of ``mask`` and ``membrane`` is added, plane by plane.
+        progress: Is called with what is being done, blocks done and their number.
 
     Returns:
-        The scores; those that do not fit the kind are None.
+        The scores; those that do not belong to ``kind`` are None.
 
     Raises:
-        BadRequest: For files that cannot be read, shapes that differ, and what is not there to be
-            compared.
-
+        BadRequest: A file cannot be read, shapes differ, or what is to be compared is not there.
     """
     comparison = open_comparison(
         open_named(prediction, axes, series),

@@ -12,7 +12,7 @@ replacement, so a voxel is a pair with itself.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -152,6 +152,38 @@ class ObjectScores:
     average_precision: float
     """Mean of the precisions over thresholds 0.50, 0.55 to 0.95."""
     matches: tuple[Match, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """How well a prediction agrees with the labels."""
+
+    prediction: str
+    """Where the prediction lies."""
+    labels: str
+    """Where the labels lie."""
+    kind: str
+    """``classes``, ``mask``, ``instances`` or ``membrane``."""
+    region: str
+    """The labels' voxels that were compared, such as ``20:24,0:512,0:512``."""
+    voxels: int
+    """Voxels compared, less those to be ignored."""
+    components: str | None
+    """Whether objects and pairs lie within a ``plane`` or the ``volume``; None without objects."""
+    pixels: PixelScores | None
+    """Classes as they are; of ``mask`` and ``membrane``, 1 is object and 0 is not."""
+    partition: PartitionScores | None
+    """Of ``instances`` and ``membrane``: the objects as they are predicted."""
+    thinned: PartitionScores | None
+    """Of ``membrane``: the same after the borders between predicted objects were thinned."""
+    objects: ObjectScores | None
+    """Of ``instances`` and ``membrane``: which objects were found."""
+    warping_error: float | None
+    """Share of the pixels that differ in topology, where it was asked for."""
+
+    def asdict(self) -> dict[str, object]:
+        """Return plain values, as JSON has them."""
+        return asdict(self)
 
 
 def tabulate(

@@ -27,12 +27,12 @@ TRIES = 64
 
 
 def keep_memory() -> None:
-    """Let glibc keep the memory that a layer frees for the next one.
+    """Let glibc keep the memory that a layer frees for the next one, which is faster on a CPU.
 
-    For the whole process and until its end: what glibc was told before cannot be asked, and its
-    number of arenas cannot be put back. So no function of the library calls this, but the command
-    line and the workers that it starts do; call it once at the beginning of a program of your own
-    that computes on a CPU. Elsewhere than on glibc nothing is changed.
+    It holds for the whole process and until its end: what glibc was told before cannot be asked,
+    and its number of arenas cannot be put back. So no function of the library calls this, but the
+    command line and the workers that it starts do. Call it once at the beginning of a program of
+    your own that computes on a CPU. Where there is no glibc, nothing is changed.
     """
     _kept.set()
     if (libc := _glibc()) is not None:

@@ -38,16 +38,31 @@ def label_components(
     block: Shape | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write the connected components of a mask, numbered 1 to n, to an OME-Zarr; return n.
-
-    ``foreground`` is given voxels ``(channels, *block)`` and returns the mask of that block; it
-    must judge each voxel by its own values. Of a ``region`` only, the target has the region's
-    shape. Voxels connect through faces; with ``per_plane`` not along z, and never along t.
-    ``block`` is how many voxels are read at once.
+    """Write the connected components of a mask, numbered from 1, to an OME-Zarr.
 
     Law: equals ``scipy.ndimage.label`` of the whole up to renumbering, for any block. Memory is a
-    few blocks and the pairs of components that meet where blocks do. Raises BadRequest for a place
-    that is not free; what a failed run has written is removed.
+    few blocks and the pairs of components that meet where blocks do. What a run that failed has
+    written is removed.
+
+    Args:
+        volume: The volume that holds the mask.
+        path: Where the OME-Zarr of the components is written, with the axes of ``volume``.
+        foreground: Is called with voxels ``(channels, *block)`` and returns the mask of that block,
+            ``block``; it must judge each voxel by its own values.
+        region: The part of the volume that is labelled, in voxels along its axes; the output then
+            has the region's shape. By default all.
+        per_plane: Whether components lie within one plane, so that voxels do not connect along z.
+            They never connect along t.
+        block: The voxels along each axis that are read at once; by default about four million in
+            all.
+        progress: Is called with blocks done and their number.
+
+    Returns:
+        The number of components.
+
+    Raises:
+        BadRequest: The place is not free, or the region is empty or outside the volume.
+        OSError: The volume cannot be read, or the output cannot be written.
     """
     region = Region.whole(volume.shape) if region is None else region
     if region.size == 0 or region.intersect(Region.whole(volume.shape)) != region:

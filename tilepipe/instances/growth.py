@@ -31,14 +31,27 @@ def grow_objects(
     block: Shape | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Grow numbered objects into the background, 0, until they meet; an OME-Zarr at ``path``.
+    """Grow numbered objects into the background, 0, until they meet, and write an OME-Zarr.
 
-    Objects grow through faces, a voxel a step, all at once; with ``per_plane`` not along z, and
-    never along t. A voxel that two objects reach in the same step stays background, so borders
-    end up one voxel thick, or none where both sides have grown half of an even width.
+    Objects grow through faces, a voxel a step, all at once. A voxel that two objects reach in the
+    same step stays background, so borders end up one voxel thick, or none where both sides have
+    grown half of an even width. The output has the shape and the axes of ``objects``.
 
     Law: equals `grow` of the whole, for any block, and does not depend on the numbers. Blocks are
     read with a margin; where growing goes on past it, the volume is gone through again.
+
+    Args:
+        objects: The volume of numbers, one channel, 0 where there is no object.
+        path: Where the OME-Zarr of the grown objects is written; a folder of the file system.
+        per_plane: Whether objects do not grow along z. They never grow along t.
+        block: The voxels along each axis that are read at once; by default about four million in
+            all.
+        progress: Is called with blocks done and their number, for each time that the volume is gone
+            through.
+
+    Raises:
+        BadRequest: The place is not free.
+        OSError: The volume cannot be read, or the output cannot be written.
     """
     place = Path(path).resolve()
     check_free(place, objects)

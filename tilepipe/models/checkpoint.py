@@ -59,15 +59,24 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that ``torch.load(path, weights_only=True)`` reads; whole or not at all.
 
-    A file that is there is replaced. ``architecture`` is what ``UNet(**architecture)`` was built
-    with, or of one's own network ``{"name": "network", "network": "package.module:factory",
-    "arguments": {...}}``. ``normalize`` is what the network expects done to the voxels first:
-    ``none``, ``scale:A,B`` (value * A + B), ``percentile:LO,HI`` or ``zscore``. ``labels`` names
-    the channels of the answer in their order: the classes, the one that a network of one channel
-    finds, or what its values are. ``provenance`` says where the weights come from: versions, seed,
-    steps, measures; ``context`` what the network was trained with, lists of voxels ``before``,
-    ``after`` and ``step``. ``answer`` is ``classes``, or ``values`` where the network was trained
-    to give those. Raises BadRequest for what `read_checkpoint` would refuse.
+    Args:
+        path: The file; one that is there is replaced.
+        network: The trained network, whose weights are written.
+        architecture: What ``UNet(**architecture)`` was built with; or, of a network of one's own,
+            ``{"name": "network", "network": "package.module:factory", "arguments": {...}}``.
+        normalize: What the network expects done to the grey values first: ``none``, ``scale:A,B``
+            (value * A + B), ``percentile:LO,HI`` or ``zscore``.
+        labels: The names of the answer's channels in their order: the classes, what a network of
+            one channel looks for, or what its values are.
+        provenance: Where the weights come from: versions, seed, steps, measures.
+        context: What the network was trained with: lists of voxels ``before``, ``after`` and
+            ``step``, along the network's axes. It is kept for people and not relied upon.
+        answer: ``classes``, or ``values`` where the network was trained to give those.
+
+    Raises:
+        BadRequest: What `read_checkpoint` would refuse: values that are not plain, or labels that
+            do not fit the network.
+        OSError: The file cannot be written.
     """
     path = Path(path)
     content = {

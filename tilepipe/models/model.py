@@ -206,14 +206,29 @@ def load_model(
     folder: str | Path | None = None,
     channels: int | None = None,
 ) -> Model:
-    """Load a model file, as any of the four kinds that the README lists.
+    """Load a model file of any of the four kinds that the README lists.
 
-    ``network`` (``package.module:factory`` or ``file.py:factory``) builds the architecture of a
-    plain state dict, with ``network_args``, or that of a checkpoint of one's own network, whose
-    saved arguments are the default. ``folder``, by default the working directory, is where its
-    file, or a package that is not installed, is looked for. No code is imported that ``network``
-    does not name. What it reads is found from its weights; ``channels``, those of the volume, are
-    tried first. Raises `BadRequest` with one line otherwise.
+    No code is imported that ``network`` does not name.
+
+    Args:
+        path: The file: a checkpoint of tilepipe, a program of ``torch.export`` (``.pt2``),
+            TorchScript, or a state dict.
+        network: ``package.module:factory`` or ``file.py:factory`` that builds the architecture of a
+            state dict, or of a checkpoint of one's own network.
+        network_args: The arguments of that factory; by default those that a checkpoint has saved.
+        head: Which of several outputs is the answer, counted from 0.
+        folder: Where the file of ``network``, or a package that is not installed, is looked for; by
+            default the working directory.
+        channels: The channels of the volume, which are tried first where the weights leave open how
+            many the network reads.
+
+    Returns:
+        The network on the CPU in evaluation mode. It takes ``(n, channels, *axes)`` and answers
+        ``(n, classes, *axes)``, with axes ``(z) y x``.
+
+    Raises:
+        BadRequest: The file is none of these, is damaged, or does not fit the network; said in one
+            line.
     """
     if not isinstance(path, str | Path):
         raise BadRequest(

@@ -75,10 +75,10 @@ def _measure(network: str, arguments: Mapping[str, object]) -> int:
 
 
 def main() -> None:
-    """Print what building the network that is read from the standard input takes, in bytes."""
+    """Write what building the network that is read from the standard input takes, in bytes."""
     network, arguments = json.loads(sys.stdin.read())
     this = psutil.Process()
     before = this.memory_info().rss
     module = build_network(network, arguments)
     weights = sum(tensor.nbytes for tensor in module.state_dict().values())
-    print(max(0, this.memory_info().rss - before - weights))
+    sys.stdout.write(f"{max(0, this.memory_info().rss - before - weights)}\n")

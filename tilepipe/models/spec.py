@@ -130,11 +130,20 @@ def find_profile(model: Model) -> Profile:
 def context(
     model: str | Path | Model | nn.Module, *, network: str | None = None, head: int | None = None
 ) -> Context:
-    """Return the context of a network: voxels before and after, and step, for each axis.
+    """Return the context of a network: what it reads round a region that it answers for.
 
-    ``model`` is a file, what `load_model` gave, or a network in memory; ``network`` builds a state
-    dict's. Of several outputs it is that of number ``head``, by default of what `load_model` was
-    asked for, else of the first. Raises `BadRequest` where the network has no finite context.
+    Args:
+        model: A model file, what `load_model` returned, or a network in memory.
+        network: ``package.module:factory`` or ``file.py:factory`` that builds a state dict's
+            network.
+        head: Which of several outputs, counted from 0; by default the one that `load_model` was
+            asked for, else the first.
+
+    Returns:
+        The voxels before and after, and the step, each along the network's axes ``(z) y x``.
+
+    Raises:
+        BadRequest: The network has no finite context, or the file is no model.
     """
     if isinstance(model, Model) and head not in (None, model.head):
         raise BadRequest(

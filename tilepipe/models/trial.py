@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tilepipe.geometry import Shape, ceil_to
-from tilepipe.models.windows import Windows
+from tilepipe.models.windows import Span, Windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tilepipe.models.model import Model
     from tilepipe.models.spec import Profile
-    from tilepipe.models.windows import Span
 
 LEAST = 16
 """Voxels along an axis that a window of a trial answers for, at least."""
@@ -130,18 +129,19 @@ def _pairs(
         return out.to(torch.float64)
 
     if profile.fixed:  # one pass is a window, too: two of them that lie a step apart are compared
-        (a, b, first, last), (c, d, _, _) = spans
-        one, two = run(a, b), run(c, d)
+        first, second = spans
+        place, kept = first.keep_from - offset, first.keep_to - first.keep_from
         yield (
-            one.narrow(dim, first - a - offset, last - first),
-            two.narrow(dim, first - c - offset, last - first),
+            run(first.read_from, first.read_to).narrow(dim, place - first.read_from, kept),
+            run(second.read_from, second.read_to).narrow(dim, place - second.read_from, kept),
         )
         return
     whole = run(start, start + length)
-    for a, b, first, last in spans:
+    for span in spans:
+        place, kept = span.keep_from - offset, span.keep_to - span.keep_from
         yield (
-            run(a, b).narrow(dim, first - a - offset, last - first),
-            whole.narrow(dim, first - start - offset, last - first),
+            run(span.read_from, span.read_to).narrow(dim, place - span.read_from, kept),
+            whole.narrow(dim, place - start, kept),
         )
 
 
@@ -153,7 +153,7 @@ def _spans(profile: Profile, axis: int, limit: Shape | None) -> tuple[int, int, 
     if profile.fixed:
         size = profile.smallest[axis]
         last = (size - after) // step * step
-        spans = [(0, size, lead + step, last), (step, step + size, lead + step, last)]
+        spans = [Span(n, n + size, lead + step, last) for n in (0, step)]
         return 0, size + step, spans
     part = ceil_to(LEAST, step)
     if limit is None:

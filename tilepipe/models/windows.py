@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, Shape, ceil_to
@@ -29,8 +29,18 @@ class Window:
     """What the window answers for."""
 
 
-Span = tuple[int, int, int, int]
-"""Along one axis: read from, read to, keep from, keep to."""
+class Span(NamedTuple):
+    """A window along one axis, in voxels of the volume; all ends are half-open."""
+
+    read_from: int
+    read_to: int
+    keep_from: int
+    keep_to: int
+
+    @property
+    def size(self) -> int:
+        """Voxels that are read."""
+        return self.read_to - self.read_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,7 @@ class Windows:
             begin = start - lead
             if limit is None:
                 size = profile.accepted(axis, lead + ceil_to(end - start, step) + after)
-                spans.append((begin, begin + size, start, end))
+                spans.append(Span(begin, begin + size, start, end))
             else:
                 begin = max(0, begin)
                 want = ceil_to(end, step) + after - begin
@@ -84,7 +94,7 @@ class Windows:
                     begin = min(begin, max(0, limit - profile.smallest[axis]) // step * step)
                     if profile.fixed:
                         end = stop
-                spans.append((begin, finish, start, end))
+                spans.append(Span(begin, finish, start, end))
             start = end
         return spans
 
@@ -104,11 +114,11 @@ def cut(cuts: Cuts, axes: int, region: Region) -> list[Window]:
     """
     edges = list(zip(region.start, region.stop, strict=True))
     leading = len(edges) - axes
-    spans = [[(n, n + 1, n, n + 1) for n in range(a, b)] for a, b in edges[:leading]]
+    spans = [[Span(n, n + 1, n, n + 1) for n in range(a, b)] for a, b in edges[:leading]]
     spans += [cuts.along(axis, a, b) for axis, (a, b) in enumerate(edges[leading:])]
     windows = []
-    for chosen in itertools.product(*spans):
-        read_from, read_to, keep_from, keep_to = zip(*chosen, strict=True)
+    for along in itertools.product(*spans):
+        read_from, read_to, keep_from, keep_to = zip(*along, strict=True)
         windows.append(Window(Region(read_from, read_to), Region(keep_from, keep_to)))
     return windows
 

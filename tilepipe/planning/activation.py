@@ -86,12 +86,10 @@ def find_activation(
     *,
     earlier: Mapping[str, object] | None,
 ) -> Activation:
-    """Return what is applied, by whom.
+    """Return which activation is applied, and whether the network or tilepipe applies it.
 
-    A run that goes on is not tried again: ``earlier`` is what `Plan.identity` has of its
-    activation.
-
-    Raises `BadRequest` where what is asked for cannot be made of what the network gives.
+    A run that goes on is not tried again: ``earlier`` is what its `Plan.identity` says of the
+    activation. Raises `BadRequest` where the network does not give what ``options`` ask for.
     """
     meaning, choice, several = profile.meaning, options.activation, profile.classes > 1
     if options.write == "logits" and meaning.activation:
@@ -164,15 +162,15 @@ def _check_values(model: Model, profile: Profile, volume: Volume, options: Optio
     largest = several and options.write == "labels"
     if largest and meaning.weighted:
         return  # a convolution, say, that has no bounds
-    real = list(_of_volume(model, profile, volume, options))
-    if not all(map(_within, real)):
+    on_volume = list(_of_volume(model, profile, volume, options))
+    if not all(map(_within, on_volume)):
         return
-    spread = float(max(map(np.max, real)) - min(map(np.min, real))) if real else 0.0
+    spread = float(max(map(np.max, on_volume)) - min(map(np.min, on_volume))) if on_volume else 0.0
     if largest or spread < WIDE:
         noise = list(_of_noise(model, profile))
         if not noise or not all(map(_within, noise)) or np.ptp(noise[-1]) < ROUNDING:
             return  # or it is constant, as what lies behind layers that let nothing through
-        if largest and all(map(_adds_up, (*real, *noise))):
+        if largest and all(map(_adds_up, (*on_volume, *noise))):
             return
     choice = "sigmoid or softmax" if several else "sigmoid"
     raise BadRequest(

@@ -38,13 +38,13 @@ def check_match(volume: Volume, model: Model) -> None:
             f"model (={model.path}) reads zyx; the volume's axes are {volume.axes} (={shape})"
         )
     if model.channels != volume.channels:
-        known = volume.has_channels and not volume.axes_assumed
-        found = counted(volume.channels, "channel") if volume.has_channels else "no channel axis"
+        has_known_axes = volume.has_channels and not volume.axes_assumed
+        channels = counted(volume.channels, "channel") if volume.has_channels else "no channel axis"
         assumed = ", assumed" if volume.axes_assumed else ""
         raise BadRequest(
             f"model (={model.path}) reads {counted(model.channels, 'channel')}; the volume (axes"
-            f" {volume.axes}{assumed}, shape {shape}) has {found}: "
-            + ("" if known else "say which axis is c with --axes, or ")
+            f" {volume.axes}{assumed}, shape {shape}) has {channels}: "
+            + ("" if has_known_axes else "say which axis is c with --axes, or ")
             + ("choose some with --channels, or " if volume.channels > model.channels else "")
             + "use a network for it"
         )
@@ -142,10 +142,10 @@ def _next_accepted(model: Model, profile: Profile, axis: int, length: int) -> in
         step, smallest = profile.context.step[axis], profile.smallest[axis]
         return max(smallest, smallest + ceil_to(length - smallest, step))
     last = profile.accepted(axis, length)
-    others = [profile.accepted(a, 256) for a in range(profile.axes)]
+    shape = [profile.accepted(a, 256) for a in range(profile.axes)]
     for size in range(length, last):
-        others[axis] = size
-        if model.output_shape(tuple(others)) == tuple(others):
+        shape[axis] = size
+        if model.output_shape(tuple(shape)) == tuple(shape):
             return size
     return last
 
@@ -229,10 +229,10 @@ def notices(
 
 
 def default_memory(workers: int, device: str = "cpu") -> int:
-    """Return the bytes a worker may use where nothing is said: 4 GB, or its share of half.
+    """Return how many bytes a worker may use by default: 4 GB, or its share of half the memory.
 
-    Half of what this process may use: of the machine, its container or its job. On a CUDA device
-    that is here, nine tenths of what is free on it.
+    The memory is what this process may use of the machine, of its container or of its job. On a
+    CUDA device of this machine, the default is nine tenths of what is free there.
     """
     if device == "cuda" and torch.cuda.is_available():
         return int(0.9 * torch.cuda.mem_get_info()[0])

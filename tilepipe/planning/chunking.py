@@ -19,27 +19,27 @@ SHARD_BYTES = 64 << 20
 
 
 def choose_chunks(tiling: Tiling, tile: Shape | None) -> Shape:
-    """Return chunk edges: multiples of the step; where a tile is given, its divisors."""
+    """Return the edges of chunks: multiples of the step, or divisors of a tile that was chosen."""
     rank = len(tiling.shape)
     edges = CHUNK_EDGES[2 if rank == 2 else 3 if not tiling.leading else 1]
     edges = (1,) * (rank - len(edges)) + edges
     if tiling.answer_bytes > 2:
         edges = tuple(edge // 2 if edge > 16 else edge for edge in edges)
-    chosen = []
+    chunks = []
     for axis, (edge, step, length) in enumerate(zip(edges, tiling.step, tiling.shape, strict=True)):
         chunk = ceil_to(edge, step)
         if tile is not None:
             multiple = step if tile[axis] % step == 0 else 1
             divisors = [d for d in range(multiple, chunk + 1, multiple) if tile[axis] % d == 0]
             chunk = max((d for d in divisors if d >= chunk // 8), default=tile[axis])
-        chosen.append(min(chunk, ceil_to(length, step)))
-    return tuple(chosen)
+        chunks.append(min(chunk, ceil_to(length, step)))
+    return tuple(chunks)
 
 
 def choose_shards(tiling: Tiling, chunks: Shape, tile: Shape | None) -> Shape | None:
     """Return shard edges where chunks alone would make too many files, else None.
 
-    Where a tile is given they divide it.
+    The edges divide a tile that the user asks for.
     """
     counts = TileGrid(tiling.shape, chunks).counts
     if math.prod(counts) <= SHARD_CHUNKS:

@@ -156,23 +156,25 @@ class Work:
     """What decides between choices: all of it, in multiply-adds."""
 
 
-def work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
+def tile_work(tiling: Tiling, tile: Shape, window: Shape, chunks: Shape) -> Work:
     """Count the work of a choice exactly, from the windows along each axis."""
     cuts, leading = tiling.cuts(window), tiling.leading
     spans: list[list[Span]] = []
     decoded = widest = touched = 1
     for axis, (length, edge, chunk) in enumerate(zip(tiling.shape, tile, chunks, strict=True)):
-        every, along, most, parts = list[Span](), 0, 0, 1
+        spans_of_axis, along, most, parts = list[Span](), 0, 0, 1
         for start in range(0, length, edge):
-            mine = [(start, min(start + edge, length), 0, 0)]
+            stop = min(start + edge, length)
+            spans_of_tile = [Span(start, stop, start, stop)]
             if axis >= leading:
-                mine = cuts.along(axis - leading, *mine[0][:2])
-            every += mine
-            low, high = min(s[0] for s in mine), max(s[1] for s in mine)
+                spans_of_tile = cuts.along(axis - leading, start, stop)
+            spans_of_axis += spans_of_tile
+            low = min(span.read_from for span in spans_of_tile)
+            high = max(span.read_to for span in spans_of_tile)
             voxels = _decoded(low, high, length, chunk)
             along, most, parts = along + voxels, max(most, high - low), max(parts, voxels // chunk)
         decoded, widest, touched = decoded * along, widest * most, touched * parts
-        spans.append(every)
+        spans.append(spans_of_axis)
     planes = math.prod(tiling.shape[:leading])
     inner = spans[leading:]
     number = planes * math.prod(map(len, inner))
@@ -197,17 +199,21 @@ def sweep_work(
     spans, decoded, widest, touched, thick = [], 1, 1, 1, 1
     for a, (length, edge, chunk) in enumerate(zip(tiling.shape, tile, chunks, strict=True)):
         starts = range(0, length, edge)
-        every = [s for n in starts for s in cuts.along(a, n, min(n + edge, length))]
-        spans.append(every)
+        spans_of_axis = [span for n in starts for span in cuts.along(a, n, min(n + edge, length))]
+        spans.append(spans_of_axis)
         if a == axis:
             block = block_rows(slab, chunk)
-            parts = [part for s in every for part in blocks(s[0], s[1], length, block)]
+            parts = [
+                part
+                for span in spans_of_axis
+                for part in blocks(span.read_from, span.read_to, length, block)
+            ]
             thick = max(high - low for low, high in parts)
             decoded *= sum(_decoded(low, high, length, chunk) for low, high in parts)
             continue
-        along = [_decoded(low, high, length, chunk) for low, high, _, _ in every]
+        along = [_decoded(span.read_from, span.read_to, length, chunk) for span in spans_of_axis]
         decoded, touched = decoded * sum(along), touched * max(1, max(along) // chunk)
-        widest *= max(high - low for low, high, _, _ in every)
+        widest *= max(span.size for span in spans_of_axis)
     cost = cuts.swept(spans, axis, slab)
     slabs = -(-min(tile[axis], tiling.shape[axis]) // slab)
     number = math.prod(map(len, spans)) * slabs
@@ -237,10 +243,10 @@ def block_rows(slab: int, chunk: int) -> int:
 def _windows_cost(tiling: Tiling, spans: Sequence[Sequence[Span]]) -> Cost:
     """Return the cost of all windows, from the cost of those of each size."""
     total = peak = 0
-    counters = [Counter(b - a for a, b, _, _ in along) for along in spans]
-    for chosen in itertools.product(*(counter.items() for counter in counters)):
-        cost = tiling.cost(tuple(size for size, _ in chosen))
-        total += math.prod(count for _, count in chosen) * cost.multiply_adds
+    counters = [Counter(span.size for span in along) for along in spans]
+    for sizes in itertools.product(*(counter.items() for counter in counters)):
+        cost = tiling.cost(tuple(size for size, _ in sizes))
+        total += math.prod(count for _, count in sizes) * cost.multiply_adds
         peak = max(peak, cost.peak)
     return Cost(total, peak)
 
@@ -261,6 +267,6 @@ def floor_work(tiling: Tiling) -> int:
     planes = math.prod(tiling.shape[: tiling.leading])
     if not tiling.profile.fixed:
         return planes * tiling.cost(size).multiply_adds
-    one = tiling.profile.smallest
-    share = tiling.cost(one).multiply_adds / math.prod(one)
+    window = tiling.profile.smallest
+    share = tiling.cost(window).multiply_adds / math.prod(window)
     return int(planes * share * math.prod(size))

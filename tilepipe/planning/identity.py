@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tilepipe.options import Options
-    from tilepipe.planning.plan import Network, Plan, Source
+    from tilepipe.planning.parts import Network, Source
+    from tilepipe.planning.plan import Plan
 
 ALGORITHM = 1
 """Which bytes the code gives for the same plan. It must be raised with every change after which any
@@ -80,18 +81,18 @@ CALLED = {
 
 
 def ground(options: Options, source: Source, model: Network, normalize: str) -> dict[str, object]:
-    """Return what is known of the identity before sizes are chosen."""
-    asked = asdict(options)
-    asked["threshold"] = 0.5 if options.threshold is None else options.threshold
-    asked["network_args"] = dict(options.network_args or {})
-    parts = {"options": asked, "source": asdict(source), "model": asdict(model)}
-    return _kept({**parts, "normalize": normalize})
+    """Return the part of the identity that is known before sizes are chosen."""
+    choices = asdict(options)
+    choices["threshold"] = 0.5 if options.threshold is None else options.threshold
+    choices["network_args"] = dict(options.network_args or {})
+    parts = {"options": choices, "source": asdict(source), "model": asdict(model)}
+    return _relevant({**parts, "normalize": normalize})
 
 
 def identity(plan: Plan) -> dict[str, object]:
     """Return all that the result's bytes depend on, as plain values."""
     known = ground(plan.options, plan.source, plan.model, plan.normalize)
-    return {"algorithm": ALGORITHM, **_kept(asdict(plan)), **known}
+    return {"algorithm": ALGORITHM, **_relevant(asdict(plan)), **known}
 
 
 def plain(value: object) -> object:
@@ -103,8 +104,8 @@ def plain(value: object) -> object:
 
 def check_version(target: str, ledger: Mapping[str, object]) -> None:
     """Refuse to go on with an output that another algorithm began; of the ledger's plan."""
-    kept = ledger.get("identity")
-    if isinstance(kept, dict) and kept.get("algorithm") == ALGORITHM:
+    earlier = ledger.get("identity")
+    if isinstance(earlier, dict) and earlier.get("algorithm") == ALGORITHM:
         return
     plan = ledger.get("plan")
     version = plan.get("tilepipe", "?") if isinstance(plan, dict) else "?"
@@ -115,14 +116,15 @@ def check_version(target: str, ledger: Mapping[str, object]) -> None:
     )
 
 
-def check_same(target: str, kept: Mapping[str, object], asked: Mapping[str, object]) -> None:
-    """Refuse what is asked where it would give other bytes than what was begun.
+def check_same(target: str, earlier: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Refuse a request that would give other bytes than the run that has begun the output.
 
-    ``asked`` may be a part of an identity; that part is compared. What was not begun is empty.
+    Both are identities. ``earlier`` is empty where there was no run; ``current`` may be a part of
+    an identity, and then that part is compared.
     """
-    if not kept:
+    if not earlier:
         return
-    old, new = _flat({name: kept.get(name) for name in asked}), _flat(asked)
+    old, new = _flat({name: earlier.get(name) for name in current}), _flat(current)
     if unlike := sorted(old.keys() ^ new.keys()):
         raise BadRequest(
             f"output (={target}) was begun by another version of tilepipe, for which"
@@ -130,23 +132,23 @@ def check_same(target: str, kept: Mapping[str, object], asked: Mapping[str, obje
             " with that version, name another output, or replace it with --overwrite"
         )
     changed = [name for name in new if json.dumps(old[name]) != json.dumps(new[name])]
-    if shown := _causes(changed):
-        told = ", ".join(
+    if causes := _causes(changed):
+        differences = ", ".join(
             f"{CALLED.get(name, name.rpartition('.')[2])} {_shown(old[name])}, not"
             f" {_shown(new[name])}"
-            for name in shown
+            for name in causes
         )
         raise BadRequest(
-            f"output (={target}) was begun with another plan ({told}); go on with the same"
+            f"output (={target}) was begun with another plan ({differences}); go on with the same"
             " options, name another output, or replace it with --overwrite"
         )
 
 
 def _causes(changed: list[str]) -> list[str]:
     """Return what differs of itself; all of it where nothing does."""
-    where = {"source.identity", "source.dimensions", "options.level"}
-    facts = [name for name in changed if name.startswith("source.") and name not in where]
-    hidden = [] if where.isdisjoint(changed) else facts
+    places = {"source.identity", "source.dimensions", "options.level"}
+    facts = [name for name in changed if name.startswith("source.") and name not in places]
+    hidden = [] if places.isdisjoint(changed) else facts
     causes = [name for name in changed if name not in hidden and not _follows(name, changed)]
     return causes or changed
 
@@ -163,24 +165,26 @@ def _shown(value: object) -> str:
     return text[:12] if len(text) == 64 else text[:200]
 
 
-def _kept(content: Mapping[str, object], above: str = "") -> dict[str, object]:
-    """Return the content less what is apart."""
-    found = {}
+def _relevant(content: Mapping[str, object], above: str = "") -> dict[str, object]:
+    """Return the content without the entries that `APART` names."""
+    relevant = {}
     for name, value in content.items():
         if f"{above}{name}" not in APART:
             is_inner = isinstance(value, dict) and not above
-            found[name] = (
-                _kept(cast("dict[str, object]", value), f"{name}.") if is_inner else plain(value)
+            relevant[name] = (
+                _relevant(cast("dict[str, object]", value), f"{name}.")
+                if is_inner
+                else plain(value)
             )
-    return found
+    return relevant
 
 
 def _flat(content: Mapping[str, object]) -> dict[str, object]:
     """Return the content with names such as ``sizes.tile``, two levels deep."""
-    found: dict[str, object] = {}
+    flat: dict[str, object] = {}
     for name, value in content.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{inner}": item for inner, item in value.items()}
+            flat |= {f"{name}.{inner}": item for inner, item in value.items()}
         else:
-            found[name] = value
-    return found
+            flat[name] = value
+    return flat

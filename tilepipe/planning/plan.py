@@ -29,8 +29,9 @@ from tilepipe.options import Options
 from tilepipe.planning import checks
 from tilepipe.planning.activation import Activation, Answer, find_activation, find_answer
 from tilepipe.planning.chunking import choose_chunks, choose_shards
-from tilepipe.planning.costs import Tiling, Work, floor_work, sweep_work, work
+from tilepipe.planning.costs import Tiling, Work, floor_work, sweep_work, tile_work
 from tilepipe.planning.identity import check_same, ground, identity, plain
+from tilepipe.planning.parts import Costs, Network, Sizes, Source
 from tilepipe.planning.tiling import choose
 from tilepipe.storage.objects import ObjectKey
 from tilepipe.text import describe_bytes
@@ -41,86 +42,7 @@ from tilepipe.volumes.source import open_source
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tilepipe.models.model import Model
     from tilepipe.volumes.volume import Volume
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The volume that is read."""
-
-    path: str
-    identity: str
-    kind: str
-    axes: str
-    """Without channels; the order of all sizes in the plan."""
-    dimensions: str
-    """Axes as stored, channels among them; - for one of length 1 that is left out."""
-    shape: Shape
-    channels: int
-    dtype: str
-    scale: tuple[float, ...]
-    units: tuple[str | None, ...]
-    translation: tuple[float, ...]
-    chunks: Shape
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """The model that is run."""
-
-    path: str
-    kind: str
-    digest: str
-    parameters: int
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What the machine's memory and cores decide, if the user does not."""
-
-    tile: Shape
-    window: Shape
-    """Voxels that one call answers for at most, per axis of the network; of a sweep, a slab."""
-    chunks: Shape
-    shards: Shape | None
-    threads: int
-    device: str
-    """``cpu`` or ``cuda``."""
-    sweep: int | None = None
-    """The axis of the volume along which tiles are swept; None where they are not."""
-
-    @property
-    def unit(self) -> Shape:
-        """The write unit: what has exactly one writer."""
-        return self.shards or self.chunks
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What the work will take."""
-
-    tiles: int
-    calls: int
-    """Windows given to the network."""
-    multiply_adds: int
-    floor: int
-    """Multiply-adds of one pass over the whole mirrored volume."""
-    memory: int
-    """Expected peak bytes of one worker."""
-    read_bytes: int
-    """Decoded from the source: halos and whole chunks included, uncompressed."""
-    write_bytes: int
-    """Uncompressed."""
-    files: int
-    """Chunk or shard files where none is empty."""
-
-    @property
-    def recompute(self) -> float:
-        """Halo recompute: multiply-adds above the floor, over the floor."""
-        return self.multiply_adds / max(self.floor, 1) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,24 +50,35 @@ class Plan:
     """A segmentation as it will be done; plain values only."""
 
     options: Options
+    """What was asked for."""
     source: Source
+    """The volume that is read."""
     model: Network
+    """The model that is run."""
     target: str
+    """Where the output is written."""
     profile: Profile
+    """What tiling must know of the network: its context, step and sizes."""
     limit: Shape | None
     """With the network's own boundary: the size that the network is run on."""
     activation: Activation
+    """What is applied to the network's output, and who decides that."""
     answer: Answer
+    """What is written for each voxel."""
     normalize: str
+    """The rule by which grey values are normalized."""
     normalization: Normalization | None
     """None until the volume has been read once, where the rule needs that."""
     sizes: Sizes
+    """Tile, window, chunks, threads and device."""
     strategy: str
     """``sweep`` or ``regions`` of the whole-image graph, or ``windows`` given to the network."""
     why: str
     """How that compares with the alternative; empty where a run goes on."""
     costs: Costs
+    """What the work will take."""
     notices: tuple[str, ...]
+    """What the user should know before the run."""
 
     @property
     def grid(self) -> TileGrid:
@@ -172,7 +105,7 @@ class Plan:
         return cast("dict[str, object]", plain({"tilepipe": __version__, **asdict(self)}))
 
     def provenance(self) -> dict[str, object]:
-        """Return with what an output was made, as plain values for its attributes."""
+        """Return the versions and the plan by which an output is written, as plain values."""
         versions = {
             "tilepipe": __version__,
             "python": platform.python_version(),
@@ -211,13 +144,28 @@ def plan(
     earlier: Mapping[str, object] | None = None,
     elsewhere: bool = False,
 ) -> Plan:
-    """Decide how a volume is segmented; touches nothing.
+    """Decide how a volume is segmented, and what that costs; nothing is written.
 
     A little of the volume is read where the network does not say whether it gives probabilities.
-    ``earlier`` is the `Plan.identity` of a run that may go on: sizes that its machine chose and
-    that ``options`` leave open are kept; another source, model or option is refused.
-    ``elsewhere``: on other machines, whose devices are not looked for here. Raises
-    `BadRequest` for what cannot work.
+
+    Args:
+        source: The volume, as for `segment`.
+        model: The model file; see `load_model`.
+        output: Where the output would be written; by default ``SOURCE-segmented.zarr`` beside
+            the source.
+        options: What is asked for. Sizes are voxels along the volume's axes without channels, and
+            memory is bytes for each worker.
+        workers: How many processes would share this machine's memory and cores.
+        earlier: The `Plan.identity` of a run that may go on. Sizes that its machine chose and that
+            ``options`` leave open are kept; another source, model or option is refused.
+        elsewhere: Whether the tiles are computed on other machines, whose devices are not looked
+            for here.
+
+    Returns:
+        The plan: grid of tiles, context, sweep axis, and costs in multiply-adds and bytes.
+
+    Raises:
+        BadRequest: What is asked for cannot work.
     """
     options = options or Options()
     volume = open_source(source, options)
@@ -230,8 +178,9 @@ def plan(
     )
     target = str(output) if output is not None else default_target(source)
     normalize = options.normalize or network.normalize or "none"
-    asked = ground(options, _source(volume), _network(network), normalize)
-    check_same(target, earlier or {}, asked)
+    check_same(
+        target, earlier or {}, ground(options, Source.of(volume), Network.of(network), normalize)
+    )
     checks.check_rank(volume, options)
     checks.check_match(volume, network)
     profile = find_profile(network)
@@ -245,8 +194,8 @@ def plan(
     if graph is None:
         checks.check_limit(network, profile, limit, options)
         checks.check_precision(network, profile, PRECISIONS[options.precision], options)
-    begun = cast("Mapping[str, object] | None", (earlier or {}).get("activation"))
-    activation = find_activation(network, profile, volume, options, earlier=begun)
+    earlier_activation = cast("Mapping[str, object] | None", (earlier or {}).get("activation"))
+    activation = find_activation(network, profile, volume, options, earlier=earlier_activation)
     answer = find_answer(profile, options, activation)
     tiling = Tiling(
         model=network,
@@ -266,8 +215,8 @@ def plan(
     rule = parse(normalize)
     return Plan(
         options=options,
-        source=_source(volume),
-        model=_network(network),
+        source=Source.of(volume),
+        model=Network.of(network),
         target=target,
         profile=profile,
         limit=limit,
@@ -299,28 +248,6 @@ def default_target(source: str | Path) -> str:
     return str(path.with_name(f"{name}-segmented.zarr"))
 
 
-def _source(volume: Volume) -> Source:
-    return Source(
-        path=volume.path,
-        identity=volume.identity,
-        kind=volume.kind,
-        axes=volume.axes,
-        dimensions=volume.dimensions,
-        shape=volume.shape,
-        channels=volume.channels,
-        dtype=str(volume.dtype),
-        scale=volume.scale,
-        units=volume.units,
-        translation=volume.translation,
-        chunks=volume.chunks,
-        nbytes=volume.nbytes,
-    )
-
-
-def _network(model: Model) -> Network:
-    return Network(model.path, model.kind, model.digest, model.parameters, model.labels)
-
-
 def _sizes(
     tiling: Tiling,
     volume: Volume,
@@ -329,35 +256,34 @@ def _sizes(
     earlier: Mapping[str, object] | None,
 ) -> tuple[Sizes, str]:
     """Choose tile, window and write unit; a run that goes on keeps those it began with."""
-    kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
+    before = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
     device = tiling.device
-    threads = options.threads or cast("int", kept.get("threads") or 0)
+    threads = options.threads or cast("int", before.get("threads") or 0)
     threads = threads or max(1, limits.cores() // workers)
-    tile = options.tile and tuple(
+    option_tile = options.tile and tuple(
         min(edge, ceil_to(n, multiple))
         for edge, n, multiple in zip(options.tile, volume.shape, tiling.multiple, strict=True)
     )
-    chosen = tile
-    tile = tile or _kept(kept, "tile")
-    chunks = options.chunks or _kept(kept, "chunks") or choose_chunks(tiling, chosen)
-    shards = options.shards or _kept(kept, "shards")
-    if shards is None and options.chunks is None and options.ome_version != "0.4" and not kept:
-        shards = choose_shards(tiling, chunks, chosen)
+    tile = option_tile or _size(before, "tile")
+    chunks = options.chunks or _size(before, "chunks") or choose_chunks(tiling, option_tile)
+    shards = options.shards or _size(before, "shards")
+    if shards is None and options.chunks is None and options.ome_version != "0.4" and not before:
+        shards = choose_shards(tiling, chunks, option_tile)
     checks.check_sizes(tiling.multiple, volume, tile=tile, chunks=chunks, shards=shards)
     memory = options.memory or checks.default_memory(workers, device)
-    window = _kept(kept, "window") if options.tile is None or tile == _kept(kept, "tile") else None
-    swept = kept.get("sweep") is not None
+    is_same_tile = options.tile is None or tile == _size(before, "tile")
+    window = _size(before, "window") if is_same_tile else None
+    was_swept = before.get("sweep") is not None
     if (
         window is None
         or tile is None
-        or swept == {"sweep": False, "direct": True}.get(options.strategy)
+        or was_swept == {"sweep": False, "direct": True}.get(options.strategy)
     ):
-        found = choose(tiling, shards or chunks, volume.chunks, memory, tile, options.strategy)
-        sweep = found.sweep
-        return Sizes(found.tile, found.window, chunks, shards, threads, device, sweep), found.why
-    sizes = Sizes(
-        tile, window, chunks, shards, threads, device, cast("int | None", kept.get("sweep"))
-    )
+        choice = choose(tiling, shards or chunks, volume.chunks, memory, tile, options.strategy)
+        sizes = Sizes(choice.tile, choice.window, chunks, shards, threads, device, choice.sweep)
+        return sizes, choice.why
+    sweep = cast("int | None", before.get("sweep"))
+    sizes = Sizes(tile, window, chunks, shards, threads, device, sweep)
     need = _work(tiling, volume, sizes).memory
     if options.memory is not None and need > options.memory + VARIES:
         raise BadRequest(
@@ -369,32 +295,34 @@ def _sizes(
 
 def _work(tiling: Tiling, volume: Volume, sizes: Sizes) -> Work:
     if sizes.sweep is None:
-        return work(tiling, sizes.tile, sizes.window, volume.chunks)
+        return tile_work(tiling, sizes.tile, sizes.window, volume.chunks)
     slab = sizes.window[sizes.sweep]
     return sweep_work(tiling, sizes.tile, sizes.sweep, slab, volume.chunks, sizes.unit)
 
 
 def _device(options: Options, earlier: Mapping[str, object] | None, *, elsewhere: bool) -> str:
-    """Return the kind of device; a run that goes on keeps its own unless it is told another."""
+    """Return the kind of device; a run that goes on keeps its own unless an option names one."""
     device = find_device(options.device, elsewhere=elsewhere).split(":")[0]
-    kept = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
-    return str(kept.get("device", device)) if options.device == "auto" else device
+    before = cast("Mapping[str, object]", (earlier or {}).get("sizes") or {})
+    return str(before.get("device", device)) if options.device == "auto" else device
 
 
-def _kept(kept: Mapping[str, object], name: str) -> Shape | None:
-    sizes = cast("list[int] | None", kept.get(name))
-    return tuple(sizes) if sizes else None
+def _size(sizes: Mapping[str, object], name: str) -> Shape | None:
+    """Return a size of an earlier run's identity, which JSON gives back as a list."""
+    size = cast("list[int] | None", sizes.get(name))
+    return tuple(size) if size else None
 
 
 def _costs(tiling: Tiling, volume: Volume, sizes: Sizes) -> Costs:
-    found = _work(tiling, volume, sizes)
+    """Return what a plan says of the work."""
+    work = _work(tiling, volume, sizes)
     return Costs(
         tiles=len(TileGrid(volume.shape, sizes.tile)),
-        calls=found.windows,
-        multiply_adds=found.multiply_adds,
+        calls=work.windows,
+        multiply_adds=work.multiply_adds,
         floor=floor_work(tiling),
-        memory=found.memory,
-        read_bytes=found.read_voxels * tiling.voxel_bytes,
+        memory=work.memory,
+        read_bytes=work.read_voxels * tiling.voxel_bytes,
         write_bytes=math.prod(volume.shape) * tiling.answer_bytes,
         files=len(TileGrid(volume.shape, sizes.unit)),
     )

@@ -14,6 +14,7 @@ from tilepipe.graph.graph import lattice, own_context
 from tilepipe.graph.readings import shape_of
 from tilepipe.graph.sweep import Step, steps
 from tilepipe.models.cost import Cost
+from tilepipe.models.windows import Span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from tilepipe.graph.bounds import Rows
     from tilepipe.graph.graph import Graph, Node
     from tilepipe.models.spec import Profile
-    from tilepipe.models.windows import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Regions:
     context: Context | None
     """That of the graph; None where it has no lattice on which regions repeat."""
     known: dict[tuple[int, int, int], dict[fx.Node, Rows]] = field(default_factory=dict)
-    """Rows that were found before, by axis, start and stop; may be shared."""
+    """Rows that were computed before, by axis, start and stop; may be shared."""
     schedules: dict[tuple[int, int, int, int], list[Step]] = field(default_factory=dict)
-    """Steps that were found before, by axis, start, stop and slab; may be shared."""
+    """Steps that were computed before, by axis, start, stop and slab; may be shared."""
 
     def rows(self, axis: int, start: int, stop: int) -> dict[fx.Node, Rows]:
         """Return the rows of every node that volume voxels ``start:stop`` need."""
@@ -76,7 +76,7 @@ class Regions:
             moved = self.moved(axis, a, b)
             low, high = self.rows(axis, a - moved, b - moved)[self.graph.source]
             begin = self.origin[axis] + moved
-            spans.append((low + begin, high + begin, a, b))
+            spans.append(Span(low + begin, high + begin, a, b))
         return spans
 
     def output_box(self, keep: Region) -> Region:
@@ -90,7 +90,7 @@ class Regions:
         Multiply-adds are exact: those of an operation are a product over the axes of the rows it
         computes. The peak is that of one region, from the liveness of the tensors.
         """
-        chosen = [
+        rows_along_axes = [
             [(self.rows(axis, a, b), n) for (a, b), n in self._alike(axis, along).items()]
             for axis, along in enumerate(spans)
         ]
@@ -99,12 +99,12 @@ class Regions:
             if weights := _weights(item):
                 counts = [
                     sum(n * _computed(self.graph, item, axis, rows) for rows, n in along)
-                    for axis, along in enumerate(chosen)
+                    for axis, along in enumerate(rows_along_axes)
                 ]
                 total += weights * math.prod(counts)
         largest = [
             {node: max(rows[node][1] - rows[node][0] for rows, _ in along) for node in along[0][0]}
-            for along in chosen
+            for along in rows_along_axes
         ]
         return Cost(total, self._peak(largest))
 
@@ -180,9 +180,9 @@ class Regions:
     def _alike(self, axis: int, spans: Sequence[Span]) -> Counter[Rows]:
         """Return one of all regions that need as many rows, as volume voxels, and their number."""
         alike: Counter[Rows] = Counter()
-        for _, _, a, b in spans:
-            moved = self.moved(axis, a, b)
-            alike[a - moved, b - moved] += 1
+        for span in spans:
+            moved = self.moved(axis, span.keep_from, span.keep_to)
+            alike[span.keep_from - moved, span.keep_to - moved] += 1
         return alike
 
     def _schedule(self, axis: int, start: int, stop: int, slab: int) -> list[Step]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Shape, ceil_to
-from tilepipe.planning.costs import Tiling, Work, sweep_work, work
+from tilepipe.planning.costs import Tiling, Work, sweep_work, tile_work
 from tilepipe.text import describe_bytes
 
 if TYPE_CHECKING:
@@ -50,39 +50,40 @@ def choose(
     ``unit`` is the write unit, ``chunks`` the source's, ``memory`` in bytes per worker. Raises
     `BadRequest` where not even the smallest window fits.
     """
-    boxes, smallest = (
-        ([], None) if strategy == "sweep" else _boxes(tiling, unit, chunks, memory, tile)
-    )
-    swept, least = (
-        ([], None) if strategy == "direct" else _sweeps(tiling, unit, chunks, memory, tile)
-    )
-    if not (boxes or swept):
-        needed = min(w.memory for w in (smallest, least) if w is not None)
+    boxes, least_of_boxes, sweeps, least_of_sweeps = list[Choice](), None, list[Choice](), None
+    if strategy != "sweep":
+        boxes, least_of_boxes = _boxes(tiling, unit, chunks, memory, tile)
+    if strategy != "direct":
+        sweeps, least_of_sweeps = _sweeps(tiling, unit, chunks, memory, tile)
+    if not (boxes or sweeps):
+        needed = min(w.memory for w in (least_of_boxes, least_of_sweeps) if w is not None)
         raise BadRequest(
             f"memory (={describe_bytes(memory)}) must hold the {'' if tile else 'smallest '}tile"
             f" (={describe_bytes(needed)}); give more with --memory"
             + (" or a smaller --tile" if tile else "")
         )
-    chosen = _cheapest(boxes + swept)
-    assert chosen is not None
-    other = _cheapest(boxes if chosen.sweep is not None else swept)
-    if chosen.sweep is not None and tile is None:
-        chosen = _shortened(tiling, unit, chunks, chosen)
-    return replace(chosen, why=_compared(chosen, other))
+    best = _cheapest(boxes + sweeps)
+    assert best is not None
+    other = _cheapest(boxes if best.sweep is not None else sweeps)
+    if best.sweep is not None and tile is None:
+        best = _shortened(tiling, unit, chunks, best)
+    return replace(best, why=_compared(best, other))
 
 
 def _cheapest(choices: Sequence[Choice]) -> Choice | None:
+    """Return the choice of least memory among those of next to least time."""
     least = min((choice.work.time for choice in choices), default=0.0)
     paying = [choice for choice in choices if choice.work.time <= GAIN * least]
     return min(paying, key=lambda choice: choice.work.memory, default=None)
 
 
-def _compared(chosen: Choice, other: Choice | None) -> str:
-    name = "boxes" if chosen.sweep is not None else "a sweep"
+def _compared(best: Choice, other: Choice | None) -> str:
+    """Return how the other strategy compares with the best choice, in words."""
+    name = "boxes" if best.sweep is not None else "a sweep"
     if other is None:
         return f"{name} were not asked for, or do not fit"
     return (
-        f"{name} would take {other.work.time / chosen.work.time:.2f} times as long and"
+        f"{name} would take {other.work.time / best.work.time:.2f} times as long and"
         f" {describe_bytes(other.work.memory)}"
     )
 
@@ -95,13 +96,13 @@ def _boxes(
     smallest: Work | None = None
     for window in _windows(tiling, tile or tiling.shape):
         size, before = window[tiling.leading :], len(fitting)
-        for chosen in [tile] if tile else _tiles(tiling, unit, window):
-            found = work(tiling, chosen, size, chunks)
-            if smallest is None or found.memory < smallest.memory:
-                smallest = found
-            if found.memory > memory:
+        for candidate in [tile] if tile else _tiles(tiling, unit, window):
+            work = tile_work(tiling, candidate, size, chunks)
+            if smallest is None or work.memory < smallest.memory:
+                smallest = work
+            if work.memory > memory:
                 break
-            fitting.append(Choice(chosen, size, None, found))
+            fitting.append(Choice(candidate, size, None, work))
         if len(fitting) == before:
             break
     return fitting, smallest
@@ -118,13 +119,13 @@ def _sweeps(
     for axis, slab in itertools.product(range(len(tiling.shape)), SLABS[tiling.profile.axes]):
         slab = min(ceil_to(slab, tiling.step[axis]), (tile or tiling.shape)[axis])
         for cross in [tile] if tile else _crosses(tiling, unit, axis):
-            found = sweep_work(tiling, cross, axis, slab, chunks, unit)
-            if smallest is None or found.memory < smallest.memory:
-                smallest = found
-            if found.memory > memory:
+            work = sweep_work(tiling, cross, axis, slab, chunks, unit)
+            if smallest is None or work.memory < smallest.memory:
+                smallest = work
+            if work.memory > memory:
                 break
             window = (*cross[:axis], slab, *cross[axis + 1 :])
-            fitting.append(Choice(cross, window, axis, found))
+            fitting.append(Choice(cross, window, axis, work))
     return fitting, smallest
 
 
@@ -152,10 +153,10 @@ def _shortened(tiling: Tiling, unit: Shape, chunks: Shape, choice: Choice) -> Ch
     while length < choice.tile[axis]:
         tile = (*choice.tile[:axis], length, *choice.tile[axis + 1 :])
         slab = min(choice.window[axis], length)
-        found = sweep_work(tiling, tile, axis, slab, chunks, unit)
-        if found.time <= LOSS * choice.work.time and found.memory <= GAIN * choice.work.memory:
+        work = sweep_work(tiling, tile, axis, slab, chunks, unit)
+        if work.time <= LOSS * choice.work.time and work.memory <= GAIN * choice.work.memory:
             window = (*choice.window[:axis], slab, *choice.window[axis + 1 :])
-            return replace(choice, tile=tile, window=window, work=found)
+            return replace(choice, tile=tile, window=window, work=work)
         length *= 2
     return choice
 

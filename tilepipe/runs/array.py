@@ -20,6 +20,7 @@ class ArrayTask:
     number: int
     """Counted from 1, as ``SLURM_ARRAY_TASK_ID`` of ``--array=1-N`` is."""
     count: int
+    """How many tasks the array has."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:

@@ -19,6 +19,7 @@ class Report:
     """How far a segmentation is, and how fast it goes."""
 
     plan: Plan
+    """What is done."""
     tiles: int
     """Tiles that were asked for: of the whole volume, or of a task's share."""
     before: int
@@ -30,9 +31,13 @@ class Report:
     nonfinite: int = 0
     """Values that were NaN or infinite in the source, and taken as 0 after normalization."""
     seconds: float = 0.0
+    """How long this run has taken."""
     read_seconds: float = 0.0
+    """How long tiles were read, all together."""
     compute_seconds: float = 0.0
+    """How long tiles were computed, all together."""
     write_seconds: float = 0.0
+    """How long tiles were written, all together."""
     narrowed: int = 0
     """Tiles that were computed in smaller parts than planned, since memory was short."""
     starved_seconds: float = 0.0
@@ -42,11 +47,13 @@ class Report:
     workers: dict[str, WorkerTotals] = field(default_factory=dict)
     """What each worker has done."""
     task: ArrayTask | None = None
+    """The task of an array that this process is; None where it does all tiles."""
     adopted: list[int] = field(default_factory=list)
     """Numbers of the array's tasks that died, whose tiles were done here."""
     unfinished: int = 0
     """Tiles of the whole volume that nobody had finished at the end."""
     failures: list[TileFailure] = field(default_factory=list)
+    """Tiles that were set aside, each with its cause."""
     job_seconds: float = 0.0
     """For how long jobs of SLURM have run, all together."""
     dashboard: str | None = None

@@ -59,15 +59,38 @@ def segment(
 ) -> Report:
     """Segment a volume into an OME-Zarr: the answer of one pass over the whole mirrored image.
 
-    Where an earlier run of the same plan was stopped, this one goes on. ``planned`` is called with
-    the plan before anything is written, ``scanned`` with the blocks read and their number where
-    the whole volume is read once for its normalization, ``progress`` with the report after every
-    tile. A tile that fails is tried again, then set aside in ``Report.failures`` while the rest
-    goes on. With ``task`` only that share of the tiles is done, at the same time as other processes
-    do theirs, and then what tasks that died have left; the task that does the last tile ends the
-    whole. ``jobs`` are those of engine ``slurm``.
+    A run that was stopped goes on where an earlier run of the same plan ended. Tiles that fail are
+    tried again, then set aside in ``Report.failures`` while the rest goes on.
 
-    Raises `BadRequest`, before anything is written, for what cannot work.
+    Args:
+        source: The volume: a Zarr array, an OME-Zarr image, a TIFF or an SVS, by path or by address
+            (``s3://...``). Its axes are ``(t) (c) z y x`` or ``(t) (c) y x``, in any order that the
+            file or ``options.axes`` says.
+        model: The model file; see `load_model`.
+        output: Where the OME-Zarr is written; by default ``SOURCE-segmented.zarr`` beside the
+            source.
+        options: What is asked for. Sizes are voxels along the volume's axes without channels, and
+            memory is bytes for each worker.
+        engine: What runs the tiles: ``auto``, ``serial``, ``dask``, ``local-cuda`` or ``slurm``.
+        scheduler: The address of a Dask scheduler that runs already, such as ``tcp://host:8786``.
+        workers: How many processes compute; by default as many as the engine finds room for.
+        task: This process's task of an array, which does its share of the tiles, and then what
+            tasks that died have left. The task that does the last tile ends the whole run.
+        jobs: The jobs of SLURM, for the engine ``slurm`` only.
+        overwrite: Whether an earlier output of tilepipe at ``output`` is removed first.
+        planned: Is called with the plan before anything is written.
+        scanned: Is called with the number of blocks read and of all blocks, where the normalization
+            needs every voxel to be read once first.
+        progress: Is called with the report after every tile.
+
+    Returns:
+        What was done: tiles, voxels, seconds, and the tiles that were set aside. The output's
+        array ``0`` holds labels ``axes`` (unsigned integers), or with ``options.write`` of
+        ``probabilities``, ``logits`` or ``values`` floats ``(classes, *axes)``.
+
+    Raises:
+        BadRequest: What is asked for cannot work. Nothing has been written then.
+        TileError: The run cannot go on: no worker can begin, or another run owns the output now.
     """
     request = Request(
         source, model, find_output(source, output), options or Options(),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import ModuleType
 
-    from tilepipe.engines.slurm import Fleet
+    from tilepipe.engines.fleet import JobFleet
     from tilepipe.options import Options
     from tilepipe.planning.plan import Plan
 
@@ -88,7 +88,7 @@ def check(output: Output, jobs: Jobs) -> None:
 
 
 @contextmanager
-def started(output: Output, jobs: Jobs, *, slots: int, left: int) -> Iterator[Fleet]:
+def started(output: Output, jobs: Jobs, *, slots: int, left: int) -> Iterator[JobFleet]:
     """Submit the jobs of an output that has a ledger, and end them at the end."""
     folder = log_folder(output)
     folder.mkdir(exist_ok=True)

@@ -57,21 +57,32 @@ class Recipe:
     """Regions of each volume that are held out; by default the last eighth of the first axis, or
     of a large volume a corner of that."""
     normalize: str = "zscore"
+    """What is done to grey values: ``none``, ``scale:A,B``, ``percentile:LO,HI`` or ``zscore``."""
 
     ndim: int | None = None
     """Spatial axes of the network, 2 or 3; by default those of the volume."""
     base: int = 32
+    """Channels of the network's first level; each further level has twice as many."""
     depth: int = 4
+    """Levels of the network."""
     padding: str = "valid"
+    """``valid``: convolutions lose the border; ``same``: they pad it with zeros."""
     batch_norm: bool = False
+    """Normalize every batch after each convolution."""
     attention: bool = False
+    """Put an attention gate on every skip."""
     residual: bool = False
+    """Make every pair of convolutions a residual block."""
     dropout: float = 0.0
+    """Share of the channels that are dropped at the end of the contracting path."""
     kernels: Sequence[int | Shape] | None = None
+    """Kernel of each level's convolutions, a number or one for each axis. [3]"""
     pools: Sequence[int | Shape] | None = None
+    """Pooling between each level and the next, a number or one for each axis. [2]"""
     network: str | None = None
     """``package.module:factory`` or ``file.py:factory`` that builds a network of one's own."""
     network_args: Mapping[str, object] | None = None
+    """Arguments of the factory that ``network`` names, by name; what JSON holds."""
 
     patch: Shape | None = None
     """Voxels that the loss sees; grown to what the network gives. [256 in 2D, 48 in 3D]"""
@@ -85,8 +96,11 @@ class Recipe:
     """Standard deviation of the random displacements, in voxels; 0 for none. By default as much of
     the patch as in the paper, where it is 10 of 388."""
     rotate: str = "any"
+    """How patches are turned: by ``any`` angle, ``quarter`` turns, or ``none``."""
     flip: bool = True
+    """Flip patches along each axis at random."""
     scale: float = 0.1
+    """Patches are scaled at random by a factor of at most 1 plus this, up or down."""
     grey: float = 0.1
     """Strength of changes of contrast, brightness and gamma; 0 for none."""
     noise: float = 0.0
@@ -106,15 +120,21 @@ class Recipe:
     """How fast it falls with their distance, in voxels."""
 
     steps: int | None = None
+    """Steps after which the training ends; None leaves that to ``minutes``."""
     minutes: float | None = None
+    """Minutes after which the training ends; None leaves that to ``steps``."""
     batch: int = 2
+    """Patches of a batch, on each device."""
     accumulate: int = 1
     """Batches whose gradients are added up for one step."""
     optimizer: str = "adamw"
+    """``adamw`` or ``sgd``."""
     lr: float | None = None
     """Highest learning rate. [1e-3 for adamw, 1e-2 for sgd]"""
     weight_decay: float = 1e-4
+    """Share of each weight that a step takes off, times the learning rate."""
     schedule: str = "cosine"
+    """How the learning rate goes on: ``cosine`` down to 0, or ``constant``."""
     warmup: float = 0.03
     """Share of the training in which the learning rate rises to its highest."""
     clip: float = 1.0
@@ -122,14 +142,19 @@ class Recipe:
     average: float = 0.0
     """Share of the old in the running mean of the weights, as 0.999; 0 keeps the last weights."""
     precision: str = "float32"
+    """``float32``, ``bfloat16`` or ``float16``."""
     compile: bool = False
+    """Compile the network with ``torch.compile``."""
     seed: int = 0
+    """Seed of all random numbers: weights, patches and how they are changed."""
     validate_every: int | None = None
     """Steps between validations. [a twentieth of the training]"""
     patience: int | None = None
     """End after so many validations without a better one."""
     device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: int | None = None
+    """Compute threads of the process. [as torch chooses]"""
     loaders: int = 2
     """Threads that make patches."""
 

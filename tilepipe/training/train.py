@@ -64,34 +64,35 @@ def train(
     scanned: Scan | None = None,
     progress: Callable[[TrainReport], None] | None = None,
 ) -> TrainReport:
-    """Train a network on pairs of image and labels; the best checkpoint becomes ``output``.
+    """Train a network on pairs of image and labels, and keep the best checkpoint.
 
     An interrupt saves the state after the step that is being taken, and raises KeyboardInterrupt.
 
-    Arguments:
-        pairs: Paths of images, each with that of its labels, of the same voxels.
-        output: The checkpoint to write, a ``.pt``.
-        recipe: What is learned, by which network, and how.
-        apart: Pairs that are held out whole.
-        masks: One volume for each pair; where it is 0 the labels say nothing.
-        resume: Go on where an earlier run of the same recipe ended: on a CPU to the very weights
-            of an unbroken run, if the steps decide its end and not the minutes.
-        overwrite: Begin anew where there is an earlier training.
-        folder: Takes what belongs to the training; ``OUTPUT.training`` by default.
-        preview: A picture (``.png``) of patches, truth, weights and answers, which is written anew
-            at every validation.
-        tensorboard: Write a log for TensorBoard, too.
-        prepared: Called with all that was decided, before the first step.
-        scanned: Called with what is being read before that, how much of it, and of how much.
-        progress: Called with a report now and then.
+    Args:
+        pairs: The paths of images, each with the path of its labels. Labels have the image's shape
+            without channels; their axes are ``z y x`` or ``y x``.
+        output: Where the checkpoint is written that is best on what is held out.
+        recipe: What is trained, and how. Sizes of patches are voxels along the network's axes.
+        apart: Pairs that are held out as a whole.
+        masks: The paths of masks, one for each pair, which are 0 where its labels say nothing.
+        resume: Whether an earlier run of the same recipe goes on. On a CPU it comes to the very
+            weights of an unbroken run, if the steps decide its end and not the minutes.
+        overwrite: Whether an earlier training at ``output`` is removed first.
+        folder: Where the state, the table and the last checkpoint are kept; by default
+            ``OUTPUT.training``.
+        preview: The path of a picture (``.png``) of patches, truth, weights and answers, which is
+            written anew at every validation.
+        tensorboard: Whether the table is written for TensorBoard, too.
+        prepared: Is called with what will be done, before the first step.
+        scanned: Is called with what is being read before the training, and how far that is.
+        progress: Is called with how the training goes.
 
     Returns:
-        The last report.
+        How the training went when it ended: steps, losses, and the score of the best checkpoint.
 
     Raises:
-        BadRequest: For what cannot work, before a step is taken; for a loss that is no longer
-            finite; for storage or memory that fails.
-
+        BadRequest: What is asked for cannot work, which is found before the first step; or the loss
+            is no longer finite, or storage or memory fails.
     """
     output = local_path(output, "output")
     folder = Path(f"{output}{SUFFIX}" if folder is None else folder)

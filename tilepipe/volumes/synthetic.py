@@ -144,11 +144,20 @@ def write_synthetic(
     chunks: Sequence[int] | None = None,
     labels_path: str | Path | None = None,
 ) -> None:
-    """Write a synthetic image as a Zarr v3 array, chunk by chunk: memory is that of one chunk.
+    """Write a synthetic image of nuclei as a Zarr v3 array, chunk by chunk.
 
-    ``shape`` and ``seed`` are those of `nuclei`. ``chunks`` defaults to 1024 voxels along each
-    axis in 2D, 128 in 3D. The truth goes to ``labels_path``, if given, as a second array.
-    BadRequest where something is at a path already.
+    Memory is that of one chunk, whatever the image's size.
+
+    Args:
+        path: Where the image is written, as bytes of grey values.
+        shape: The voxels along each axis, ``y x`` or ``z y x``.
+        seed: The seed of the random numbers; the same seed gives the same image.
+        chunks: The voxels of a chunk along each axis; by default 1024 in 2D and 128 in 3D.
+        labels_path: Where the truth is written as a second array of the same shape: the number of
+            the nucleus of each voxel, 0 for none. None writes no truth.
+
+    Raises:
+        BadRequest: Something is at a path already, or the shape has not two or three axes.
     """
     import zarr
 

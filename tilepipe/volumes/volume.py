@@ -195,13 +195,23 @@ def open_volume(
 ) -> Volume:
     """Open a Zarr array, an OME-Zarr image, a TIFF or an SVS file for reading.
 
-    ``path`` may lead into a store (``volume.zarr/em/raw``). ``axes`` names the dimensions as
-    they are stored, with letters of ``t z y x c``; without it the file says them, or they are
-    assumed from their number. ``level`` chooses the resolution, 0 being the full one, ``series``
-    the image where a file or a group holds several, ``channels`` those that are read, in that
-    order, by number or by the name that the source gives them.
+    Args:
+        path: Where it lies: a path, which may lead into a store (``volume.zarr/em/raw``), or an
+            address (``s3://...``, ``https://...``).
+        axes: The dimensions as they are stored, with letters of ``t z y x c``. Without it the file
+            says them, or they are assumed from their number.
+        level: The resolution of a pyramid; 0 is the full one.
+        series: The image, where a file or a group holds several.
+        channels: The channels that are read, in this order, by number or by the name that the
+            source gives them; by default all.
 
-    Raises BadRequest for whatever is no volume of at least two dimensions of integers or floats.
+    Returns:
+        The open volume. Its ``read`` takes a region in voxels along its axes without channels, and
+        returns ``(channels, *region.shape)``.
+
+    Raises:
+        BadRequest: There is no volume of at least two dimensions of integers or floats, or what is
+            asked for is not in it.
     """
     if not str(path):
         raise BadRequest("source is empty; name a Zarr, an OME-Zarr or a TIFF")

@@ -1,85 +1,10 @@
-"""Small networks that hold every operation the project claims, for the laws to be tested on."""
+"""Small networks of the kinds that are published, with every operation that has a rule."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from tilepipe.models.model import Model, wrap
-from tilepipe.models.unet import UNet
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-def valid_unet() -> nn.Module:
-    return UNet(ndim=2, base=2, depth=4)
-
-
-def paper_unet() -> nn.Module:
-    return UNet(ndim=2, base=2, depth=5)
-
-
-def same_unet() -> nn.Module:
-    return UNet(ndim=2, base=2, depth=4, padding="same", batch_norm=True)
-
-
-def valid_unet_3d() -> nn.Module:
-    return UNet(ndim=3, base=2, depth=3)
-
-
-def anisotropic_unet_3d() -> nn.Module:
-    return UNet(
-        ndim=3,
-        base=2,
-        depth=3,
-        kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),
-        pools=((1, 2, 2), (1, 2, 2)),
-    )
-
-
-def gated_unet() -> nn.Module:
-    return UNet(ndim=2, base=4, depth=3, attention=True)
-
-
-def same_gated_unet() -> nn.Module:
-    return UNet(ndim=2, base=4, depth=3, padding="same", attention=True, batch_norm=True)
-
-
-def residual_unet() -> nn.Module:
-    return UNet(ndim=2, base=3, depth=3, residual=True, batch_norm=True)
-
-
-def both_unet_3d() -> nn.Module:
-    return UNet(
-        ndim=3,
-        base=2,
-        depth=3,
-        kernels=((1, 3, 3), (3, 3, 3), (2, 3, 3)),
-        pools=((1, 2, 2), (2, 2, 2)),
-        attention=True,
-        residual=True,
-    )
-
-
-def same_both_unet_3d() -> nn.Module:
-    return UNet(
-        ndim=3,
-        base=2,
-        depth=3,
-        padding="same",
-        kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),
-        pools=((1, 2, 2), (1, 3, 2)),
-        attention=True,
-        residual=True,
-    )
-
-
-def same_unet_3d() -> nn.Module:
-    return UNet(ndim=3, base=2, depth=3, padding="same")
 
 
 class Upsampling(nn.Module):
@@ -95,6 +20,7 @@ class Upsampling(nn.Module):
         self.up = nn.ModuleList(conv(a, b, 3, padding=1) for a, b in ((11, 4), (8, 3), (6, 2)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the answer to a batch ``(n, channels, y, x)``."""
         skips = []
         pool = F.max_pool2d if self.axes == 2 else F.max_pool3d
         for level, layer in enumerate(self.down):
@@ -142,7 +68,8 @@ class Nested(nn.Module):
             x = layer(F.max_pool2d(x, 2) if level else x)
             columns[0].append(x)
         for layers in self.others:
-            column = []
+            column: list[Tensor] = []
+            assert isinstance(layers, nn.ModuleList)
             for level, layer in enumerate(layers):
                 up = F.interpolate(
                     columns[-1][level + 1],
@@ -183,12 +110,14 @@ class Residual(nn.Module):
         self.up3 = nn.ConvTranspose2d(4, 3, 2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the answer to a batch ``(n, channels, y, x)``."""
         a = self.stem(x)
         b = self.pool(a)
         b = b + self.block(b)
         c = self.shrink(b) + self.skip(b)
         d = F.silu(self.up(F.dropout(c, 0.5, self.training))) + b
-        return self.up3(self.up2(d) + a)
+        answer: Tensor = self.up3(self.up2(d) + a)
+        return answer
 
 
 class Attention(nn.Module):
@@ -196,16 +125,17 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one = nn.Conv2d(1, 4, 3, padding=1)
-        self.two = nn.Conv2d(4, 6, 3, padding=1)
-        self.three = nn.Conv2d(6, 6, 3, padding=1)
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 6, 3, padding=1)
+        self.third = nn.Conv2d(6, 6, 3, padding=1)
         self.gate, self.gate_skip = nn.Conv2d(6, 3, 1), nn.Conv2d(6, 3, 1, stride=1)
         self.out = nn.Conv2d(16, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = torch.relu(self.one(x)) + x.repeat(1, 4, 1, 1)
-        b = torch.relu(self.two(F.avg_pool2d(a, 2)))
-        c = torch.relu(self.three(F.avg_pool2d(b, 3, stride=2, padding=1)))
+        """Return the answer to a batch ``(n, channels, y, x)``."""
+        a = torch.relu(self.first(x)) + x.repeat(1, 4, 1, 1)
+        b = torch.relu(self.second(F.avg_pool2d(a, 2)))
+        c = torch.relu(self.third(F.avg_pool2d(b, 3, stride=2, padding=1)))
         up = F.interpolate(c, scale_factor=2, mode="nearest")
         gate = torch.sigmoid(self.gate(up) + self.gate_skip(b)).mean(dim=1, keepdim=True)
         both = torch.cat(
@@ -227,9 +157,11 @@ class Even(nn.Module):
         self.up = nn.ConvTranspose2d(4, 2, 5, stride=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the answer to a batch ``(n, channels, y, x)``."""
         x = F.leaky_relu(self.wide(F.gelu(self.even(x))))
         x = self.reflect(F.hardtanh(self.same(x)))
-        return self.up(self.third(x))
+        answer: Tensor = self.up(self.third(x))
+        return answer
 
 
 class Modern(nn.Module):
@@ -243,6 +175,7 @@ class Modern(nn.Module):
         self.out = nn.Conv2d(8, 16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the answer to a batch ``(n, channels, y, x)``."""
         x = self.stem(x)
         y = self.mix(F.gelu(self.norm(self.deep(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
         return F.pixel_shuffle(F.pixel_shuffle(self.out(x + y), 2), 2)
@@ -262,85 +195,9 @@ class Restoring(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the answer to a batch ``(n, channels, y, x)``."""
         y = self.layers(x)
         return y, y * 2
-
-
-class GroupNormed(nn.Module):
-    """No finite context: statistics over the whole image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.one(x))
-
-
-class Squeezing(nn.Module):
-    """No finite context: the mean of the whole image weighs the channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.weigh = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.one(x)
-        return x * torch.sigmoid(self.weigh(x.mean(dim=(2, 3))))[:, :, None, None]
-
-
-class Reading(nn.Module):
-    """No finite context: the whole image is read ``how`` networks do it."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.one, self.two = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
-        self.linear = nn.Linear(4, 4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Weigh what a convolution gives by what the whole image gives."""
-        y = self.one(x)
-        small = F.max_pool2d(y, 16)
-        high, wide = small.shape[-2:]
-        if self.how == "kernel of its size":
-            weights = self.two(F.avg_pool2d(small, (high, wide)))
-        elif self.how == "kernel of its width":
-            weights = self.two(F.max_pool2d(small, (1, wide)))
-            weights = F.interpolate(weights, size=y.shape[-2:])
-        elif self.how == "squeezed and expanded":
-            weights = self.linear(F.adaptive_avg_pool2d(small, 1).flatten(1))[:, :, None, None]
-            return y * torch.sigmoid(weights).expand_as(y)
-        else:
-            tokens = small.flatten(2).transpose(1, 2)
-            if self.how == "attention":
-                tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
-            else:
-                scores = torch.softmax(tokens @ tokens.transpose(1, 2) / 2, dim=-1)
-                tokens = scores @ tokens
-            grid = tokens.transpose(1, 2).reshape(1, 4, high, wide)
-            return y + F.interpolate(grid, scale_factor=16.0)
-        return y * torch.sigmoid(weights)
-
-
-class Placed(nn.Module):
-    """Of one size: an embedding of the place in the image, and attention."""
-
-    def __init__(self, side: int = 96) -> None:
-        super().__init__()
-        self.side = side
-        self.patches = nn.Conv2d(1, 8, 16, stride=16)
-        self.place = nn.Parameter(torch.rand(1, (side // 16) ** 2, 8))
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.up = nn.ConvTranspose2d(8, 2, 16, stride=16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Cut into patches, look at all of them, put together."""
-        y = self.patches(x)
-        tokens = y.flatten(2).transpose(1, 2) + self.place
-        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return self.up(tokens.transpose(1, 2).reshape(y.shape))
 
 
 class Folding(nn.Module):
@@ -356,48 +213,6 @@ class Folding(nn.Module):
         return F.pixel_shuffle(self.last(torch.relu(self.first(F.pixel_unshuffle(x, 2)))), 2)
 
 
-class Rolling(nn.Module):
-    """An operation without a rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(1, 2, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.roll(self.one(x), 1, dims=2)
-
-
-class Shrinking(nn.Module):
-    """An output of half the resolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(1, 2, 2, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x)
-
-
-def bilinear() -> nn.Module:
-    return Upsampling("bilinear", align=False)
-
-
-def trilinear() -> nn.Module:
-    return Upsampling("trilinear", axes=3, align=False)
-
-
-def nearest() -> nn.Module:
-    return Upsampling("nearest")
-
-
-def bicubic() -> nn.Module:
-    return Upsampling("bicubic", align=False)
-
-
-def align_corners() -> nn.Module:
-    return Upsampling("bilinear", align=True)
-
-
 class Resizing(nn.Module):
     """An encoder of stride 2 whose decoder resizes to the size of each skip."""
 
@@ -410,9 +225,11 @@ class Resizing(nn.Module):
         self.out = nn.Conv2d(4, 3, 3, padding=1)
 
     def resize(self, x: Tensor, like: Tensor) -> Tensor:
+        """Return a tensor resized to the height and width of another."""
         return F.interpolate(x, size=like.shape[2:], mode=self.mode, align_corners=self.align)
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return the answer to a batch ``(n, channels, y, x)``."""
         x = torch.tanh(self.stem(image))
         skips = [x]
         for layer in self.down:
@@ -421,7 +238,8 @@ class Resizing(nn.Module):
         for layer in self.up:
             skip = skips.pop()
             x = torch.tanh(layer(torch.cat([self.resize(x, skip), skip], 1)))
-        return self.out(self.resize(x, image))
+        answer: Tensor = self.out(self.resize(x, image))
+        return answer
 
 
 class Upscoring(nn.Module):
@@ -437,57 +255,5 @@ class Upscoring(nn.Module):
         )  # fmt: skip
 
     def forward(self, image: Tensor) -> Tensor:
+        """Return the answer to a batch ``(n, channels, y, x)``."""
         return F.interpolate(self.down(image), size=image.shape[2:], mode=self.mode)
-
-
-SIZED: dict[str, Callable[[], nn.Module]] = {
-    "resizing": Resizing,
-    "resizing nearest": lambda: Resizing("nearest"),
-    "resizing nearest-exact": lambda: Resizing("nearest-exact"),
-    "resizing bicubic": lambda: Resizing("bicubic"),
-    "resizing aligned": lambda: Resizing("bilinear", align=True),
-    "resizing aligned bicubic": lambda: Resizing("bicubic", align=True),
-    "upscoring": Upscoring,
-    "upscoring nearest": lambda: Upscoring("nearest"),
-}
-"""2D networks that take every size and read the sizes of their own tensors."""
-
-FLAT: dict[str, Callable[[], nn.Module]] = {
-    "valid unet": valid_unet,
-    "same unet": same_unet,
-    "bilinear": bilinear,
-    "nearest": nearest,
-    "bicubic": bicubic,
-    "residual": Residual,
-    "attention": Attention,
-    "gated unet": gated_unet,
-    "same gated unet": same_gated_unet,
-    "residual unet": residual_unet,
-    "even": Even,
-    "modern": Modern,
-}
-"""2D networks that tile exactly."""
-SOLID: dict[str, Callable[[], nn.Module]] = {
-    "valid unet 3d": valid_unet_3d,
-    "anisotropic": anisotropic_unet_3d,
-    "same unet 3d": same_unet_3d,
-    "trilinear": trilinear,
-    "restoring": Restoring,
-    "both 3d": both_unet_3d,
-    "same both 3d": same_both_unet_3d,
-}
-"""3D networks that tile exactly."""
-PADDED = ("same unet", "bilinear", "nearest", "bicubic", "residual", "attention",
-          "same gated unet", "same unet 3d", "trilinear", "same both 3d")  # fmt: skip
-"""Those of them that pad their input and accept ``boundary="network"``."""
-
-
-def build(name: str, *, seed: int = 0) -> Model:
-    """Return a network of the zoo in float64 with random weights and statistics."""
-    torch.manual_seed(seed)
-    module = (FLAT | SOLID | SIZED)[name]().double().eval()
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
-            nn.init.normal_(layer.running_mean)
-            nn.init.uniform_(layer.running_var, 0.5, 2.0)
-    return wrap(module)
