@@ -17,7 +17,7 @@ from tilepipe.runs.array import ArrayTask
 from tilepipe.segmentation import slurm as cluster
 from tilepipe.segmentation.launch import connected, outcomes_of
 from tilepipe.segmentation.report import Report
-from tilepipe.segmentation.request import Request, check_task, choose_workers, find_output
+from tilepipe.segmentation.request import Request, check, choose_workers, find_output
 from tilepipe.segmentation.resume import (
     agree,
     check_intact,
@@ -73,8 +73,7 @@ def segment(
         source, model, find_output(source, output), options or Options(),
         engine, scheduler, workers, task, jobs, overwrite,
     )  # fmt: skip
-    choose_workers(request)
-    check_task(request)
+    check(request)
     plan, earlier = _plan_or_agree(request, scanned)
     if jobs is not None:
         cluster.check(request.output, jobs)
@@ -117,8 +116,7 @@ def plan_segment(
         source, model, find_output(source, output), options or Options(),
         engine, scheduler, workers, task, jobs,
     )  # fmt: skip
-    choose_workers(request)
-    check_task(request)
+    check(request)
     plan, _ = _plan(request, touch=False)
     short = plan.short_of_disk()
     return replace(plan, notices=(*plan.notices, short)) if short else plan
