@@ -91,7 +91,7 @@ def segment(
             if not report.unfinished:
                 ledger.check()
                 ending = {"state": "done", "nonfinite": ledger.nonfinite()}
-                request.output.update_attributes(ending, leave=ledger.fence)
+                request.output.update_attributes(ending, guard=ledger.fence)
     return report
 
 
