@@ -20,7 +20,7 @@ from tilepipe.storage.contents import check_ours, check_ways, clear, look
 from tilepipe.storage.guarded import GuardedStore, NoGuard
 from tilepipe.storage.location import check_writable, locate
 from tilepipe.storage.names import LEDGER, LOCK, LedgerFiles
-from tilepipe.storage.objects import ObjectKey, explain, told
+from tilepipe.storage.objects import ObjectKey, explain, plain_errors
 from tilepipe.volumes.ome import image_attributes, is_array, parse_multiscale, read_node
 from tilepipe.volumes.output_array import OutputArray, check_sizes, create_group, per_axis
 
@@ -164,7 +164,7 @@ class Output:
         try:
             if self._look_free(overwrite=overwrite) == "more":
                 clear(self.place)
-            with _told(self.place):
+            with _plain_errors(self.place):
                 create_group(self.place, axes, whole, kind, chunk, shard, described)
         except OSError as error:
             raise BadRequest(f"output (={self}) cannot be created: {error}") from error
@@ -221,7 +221,7 @@ class Output:
         output.
         """
         node = self._node()
-        with _told(self.place):
+        with _plain_errors(self.place):
             store = GuardedStore.of(self.place, guard or NoGuard())
             group = zarr.open_group(
                 store, mode="r+", zarr_format=node.zarr_format, use_consolidated=False
@@ -277,6 +277,6 @@ def _is_same_file(place: Place, other: Place) -> bool:
     return False
 
 
-def _told(place: Place) -> AbstractContextManager[None]:
+def _plain_errors(place: Place) -> AbstractContextManager[None]:
     """Raise as an OSError what zarr hands on from a store."""
-    return told(place) if isinstance(place, ObjectKey) else nullcontext()
+    return plain_errors(place) if isinstance(place, ObjectKey) else nullcontext()
