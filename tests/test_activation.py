@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tilepipe as tp
 from tests.support import noise, one_pass, read, write_unet, write_volume
 from tilepipe.cli import main
-from tilepipe.commands.inspect import inspect
+from tilepipe.commands.inspect import describe_file
 from tilepipe.errors import BadRequest
 from tilepipe.models.unet import UNet
 from tilepipe.options import Options
@@ -119,7 +119,7 @@ def test_masks_of_a_volume_slice_by_slice_are_evaluated_and_gone_on_with(tmp_pat
     assert (scores.kind, scores.pixels and scores.pixels.pixel_error) == ("mask", 0.0)
     with pytest.raises(BadRequest, match="has 3 channels; say which one with channel"):
         tp.evaluate(output, truth)
-    values, text = inspect(output)
+    values, text = describe_file(output)
     assert values["channels"] == 3
     assert "3 channels" in text
     again = tp.segment(source, model=model, output=output, options=options)

@@ -14,7 +14,7 @@ from torch import nn
 import tilepipe as tp
 from tests.support import assert_close, noise, one_pass, read, write_volume
 from tests.test_unet import SHIPPED
-from tilepipe.commands.inspect import inspect
+from tilepipe.commands.inspect import describe_file
 from tilepipe.errors import BadRequest
 from tilepipe.models.checkpoint import read_checkpoint, save_checkpoint
 from tilepipe.models.model import load_model
@@ -224,7 +224,7 @@ def test_a_network_of_values_is_asked_for_values(tmp_path: Path) -> None:
         padded = nn.functional.pad(torch.from_numpy(image)[None, None], [2] * 4, mode="reflect")
         truth = load_model(model, network=reference).module(padded)[0].numpy()
     assert_close(read(tmp_path / "out.zarr"), truth)
-    facts, text = inspect(model, network=reference)
+    facts, text = describe_file(model, network=reference)
     assert (facts["answer"], facts["trained"]) == ("values", CONTEXT)
     assert "trained for   values, with a context of 2,2 before, 2,2 after, step 1,1" in text
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
-from tilepipe.commands.inspect import inspect
+from tilepipe.commands.inspect import describe_file
 from tilepipe.commands.segment import describe_plan
 from tilepipe.errors import BadRequest
 from tilepipe.evaluation.evaluate import evaluate
@@ -328,7 +328,7 @@ def test_what_lies_beside_an_image_is_said(tmp_path: Path) -> None:
     for part in ("holds 2 images: number 0 is read", "2 resolutions: level 0", "cells, nuclei",
                  "raw, tables"):  # fmt: skip
         assert part in said
-    assert inspect(path, series=1)[0]["notices"]
+    assert describe_file(path, series=1)[0]["notices"]
     with pytest.raises(BadRequest, match=r"series \(=2\) must be from 0 to 1"):
         open_volume(path, series=2)
 
