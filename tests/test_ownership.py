@@ -264,13 +264,13 @@ def test_only_the_owner_writes(output: str) -> None:
     """A lease that is lost, taken over or given back ends the right to write."""
     part, voxels = Region((0, 0), (4, 4)), np.ones((4, 4), np.uint8)
     with right_to(output) as right:
-        late = Output.at(output).open(leave=Fence(right))
+        late = Output.at(output).open(guard=Fence(right))
         late.write(part, voxels)
     time.sleep(FRESH)
     with pytest.raises(NotOwner, match="is this run's no more; nothing more is written"):
         late.write(part, 2 * voxels)
     with right_to(output) as right:
-        owner = Output.at(output).open(leave=Fence(right))
+        owner = Output.at(output).open(guard=Fence(right))
         owner.write(part, 3 * voxels)
         with pytest.raises(NotOwner, match=r"another run now .*process"):
             late.write(part, 2 * voxels)
@@ -281,7 +281,7 @@ def test_a_lease_is_looked_at_between_the_chunks_of_one_write(output: str) -> No
     """One write of many chunks is ended, too."""
     with right_to(output) as right:
         fence = Fence(right)
-        target = Output.at(output).open(leave=fence)
+        target = Output.at(output).open(guard=fence)
         target.write(Region((0, 0), (8, 8)), np.ones((8, 8), np.uint8))
         assert sorted(target._store._written) == []
     fence._fresh_until = time.monotonic() + 3600  # it looked just before it began to write

@@ -75,8 +75,8 @@ class Ledger:
                 path = self._files.done(self._writer)
                 if isinstance(path, Path):
                     _mend(path)
-                self._file = append(path, self._leave)
-                self._log = LogWriter(self._files.log(self._writer), self._leave)
+                self._file = append(path, self._check_fence)
+                self._log = LogWriter(self._files.log(self._writer), self._check_fence)
             self.refresh()
         except BaseException:
             self.close()
@@ -158,7 +158,7 @@ class Ledger:
             with suppress(OSError):  # out of reach just now: the lease's thread knows for how long
                 self._fence.check()
 
-    def _leave(self) -> None:
+    def _check_fence(self) -> None:
         """Raise OSError where this run may write nothing more."""
         assert self._fence is not None
         try:

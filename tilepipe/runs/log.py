@@ -31,16 +31,16 @@ RECENT = 300
 class LogWriter:
     """The log of one writer, to which it appends the tiles that it finishes."""
 
-    def __init__(self, path: Place, leave: Callable[[], None]) -> None:
-        """``leave`` raises OSError where nothing more may be written."""
-        self._path, self._leave = path, leave
+    def __init__(self, path: Place, check: Callable[[], None]) -> None:
+        """``check`` raises OSError where nothing more may be written."""
+        self._path, self._check = path, check
         self._file: Appending | None = None
         self._workers: dict[str, int] = {}
 
     def add(self, result: TileResult) -> None:
         """Enter a tile that has just been finished."""
         if self._file is None:
-            self._file = append(self._path, self._leave)
+            self._file = append(self._path, self._check)
             self._file.write(b"\n")  # the last line may be torn
         number = self._workers.get(result.worker)
         if number is None:

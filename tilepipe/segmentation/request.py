@@ -41,6 +41,12 @@ def find_output(source: str | Path, output: str | Path | None) -> Output:
     return Output.at(default_target(source) if output is None else output)
 
 
+def check(request: Request) -> None:
+    """Raise BadRequest where the parts of a request do not go with one another."""
+    choose_workers(request)
+    _check_task(request)
+
+
 def choose_workers(request: Request) -> int:
     """Return how many worker processes share a machine; 0 where this process computes alone.
 
@@ -73,7 +79,7 @@ def choose_workers(request: Request) -> int:
     return workers or _useful_workers(request.options) or (1 if engine == "dask" else 0)
 
 
-def check_task(request: Request) -> None:
+def _check_task(request: Request) -> None:
     """Raise BadRequest for a task of an array that does not go with what else is asked."""
     task = request.task
     if task is None:

@@ -17,7 +17,7 @@ from tilepipe.runs.array import ArrayTask
 from tilepipe.segmentation import slurm as cluster
 from tilepipe.segmentation.launch import connected, outcomes_of
 from tilepipe.segmentation.report import Report
-from tilepipe.segmentation.request import Request, check_task, choose_workers, find_output
+from tilepipe.segmentation.request import Request, check, choose_workers, find_output
 from tilepipe.segmentation.resume import (
     agree,
     check_intact,
@@ -96,8 +96,7 @@ def segment(
         source, model, find_output(source, output), options or Options(),
         engine, scheduler, workers, task, jobs, overwrite,
     )  # fmt: skip
-    choose_workers(request)
-    check_task(request)
+    check(request)
     plan, earlier = _plan_or_agree(request, scanned)
     if jobs is not None:
         cluster.check(request.output, jobs)
@@ -115,7 +114,7 @@ def segment(
             if not report.unfinished:
                 ledger.check()
                 ending = {"state": "done", "nonfinite": ledger.nonfinite()}
-                request.output.update_attributes(ending, leave=ledger.fence)
+                request.output.update_attributes(ending, guard=ledger.fence)
     return report
 
 
@@ -140,8 +139,7 @@ def plan_segment(
         source, model, find_output(source, output), options or Options(),
         engine, scheduler, workers, task, jobs,
     )  # fmt: skip
-    choose_workers(request)
-    check_task(request)
+    check(request)
     plan, _ = _plan(request, touch=False)
     short = plan.short_of_disk()
     return replace(plan, notices=(*plan.notices, short)) if short else plan

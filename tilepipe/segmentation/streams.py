@@ -72,10 +72,10 @@ class RowWriter:
     """The rows of one tile's answer, in order; whole write units are written by another thread."""
 
     def __init__(
-        self, target: RegionWriter, write: Region, *, axis: int, unit: int, pool: Executor
+        self, output: RegionWriter, write: Region, *, axis: int, unit: int, pool: Executor
     ) -> None:
         """``write`` is the tile's region, ``unit`` the rows of a write unit along ``axis``."""
-        self._target, self._write, self._axis, self._pool = target, write, axis, pool
+        self._output, self._write, self._axis, self._pool = output, write, axis, pool
         self._unit = unit
         self._parts: list[NDArray[np.generic]] = []
         self._done = self._have = write.start[axis]
@@ -104,7 +104,7 @@ class RowWriter:
 
     def _put(self, region: Region, rows: NDArray[np.generic]) -> float:
         began = time.perf_counter()
-        self._target.write(region, np.ascontiguousarray(rows))
+        self._output.write(region, np.ascontiguousarray(rows))
         return time.perf_counter() - began
 
     def _wait(self) -> None:

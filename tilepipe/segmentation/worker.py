@@ -91,7 +91,7 @@ class Worker:
         self._plan, self._folder = plan, folder
         self._volume = open_source(plan.source.path, options)
         self._fence = Fence(right)
-        self._output = right.output.open(leave=self._fence, durable=options.durable)
+        self._output = right.output.open(guard=self._fence, durable=options.durable)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._reading = threading.Lock()  # one tile at a time, or memory is not what was planned
         self._sweeping = threading.Lock()

@@ -42,14 +42,14 @@ class Appending(Protocol):
         """Force all of it there, and close the file."""
 
 
-def append(place: Place, leave: Callable[[], None]) -> Appending:
+def append(place: Place, check: Callable[[], None]) -> Appending:
     """Append to a file: to one of a file system, or to a row of objects `NAME.000000`, ....
 
-    All of them `find` finds by the name, in order. ``leave`` raises OSError where nothing more may
+    All of them `find` finds by the name, in order. ``check`` raises OSError where nothing more may
     be written; it is asked before each object, which, unlike an open file, could be written anew
     after it was removed.
     """
-    return GrowingObjects(place, leave) if isinstance(place, ObjectKey) else _GrowingFile(place)
+    return GrowingObjects(place, check) if isinstance(place, ObjectKey) else _GrowingFile(place)
 
 
 class _GrowingFile:
@@ -83,10 +83,10 @@ class GrowingObjects:
     is written anew as it grows, by a thread, `FLUSH` seconds after what it lacks at most.
     """
 
-    def __init__(self, key: ObjectKey, leave: Callable[[], None]) -> None:
-        """``leave`` is asked before each object is written; it raises OSError to refuse."""
+    def __init__(self, key: ObjectKey, check: Callable[[], None]) -> None:
+        """``check`` is asked before each object is written; it raises OSError to refuse."""
         earlier = [k.name for k in key.parent.iterdir() if k.name.startswith(f"{key.name}.")]
-        self._key, self._leave = key, leave
+        self._key, self._check = key, check
         self._number = 1 + max((int(name.rpartition(".")[2]) for name in earlier), default=-1)
         self._tag: UpdateVersion | None = None
         self._content = bytearray()
@@ -117,7 +117,7 @@ class GrowingObjects:
             if len(content) == self._written:
                 return
             try:
-                self._leave()
+                self._check()
                 self._put(content)
             except OSError as error:
                 self._failed = self._failed or (time.monotonic(), error)

@@ -62,64 +62,64 @@ def _names_of_objects(key: ObjectKey) -> Iterator[str]:
             yield name
 
 
-def check_ways(target: Place) -> None:
+def check_ways(output: Place) -> None:
     """Raise BadRequest where what we write first leads out of the output: a look at a few names."""
-    if isinstance(target, Path) and target.is_dir():
-        _check_mounts(target)
-        names = [target / name for name in (*MARKS, "0", "0/c", "0/zarr.json", LEDGER)]
+    if isinstance(output, Path) and output.is_dir():
+        _check_mounts(output)
+        names = [output / name for name in (*MARKS, "0", "0/c", "0/zarr.json", LEDGER)]
         for path in names:
-            _check_link(target, path)
-        for entry in find(target / LEDGER, ""):
-            _check_link(target, target / LEDGER / entry.name)
+            _check_link(output, path)
+        for entry in find(output / LEDGER, ""):
+            _check_link(output, output / LEDGER / entry.name)
         for name in (*MARKS, "0/zarr.json", "0/.zarray", "0/.zattrs"):
-            _check_file(target, name)
+            _check_file(output, name)
         for name in (PLAN, DONE, LOG):
-            _check_file(target, f"{LEDGER}/{name}")
+            _check_file(output, f"{LEDGER}/{name}")
 
 
-def _check_file(target: Path, name: str) -> None:
-    if (target / name).is_dir():
+def _check_file(output: Path, name: str) -> None:
+    if (output / name).is_dir():
         raise BadRequest(
-            f"output (={target}) is damaged: {name} is a folder where a file should be; move it"
+            f"output (={output}) is damaged: {name} is a folder where a file should be; move it"
             " away or name another path"
         )
 
 
-def check_ours(target: Place) -> None:
+def check_ours(output: Place) -> None:
     """Raise BadRequest where an output holds anything that we did not write; looks at all of it."""
-    if isinstance(target, Path):
-        _check_mounts(target)
-    for _ in _walk(target, ""):
+    if isinstance(output, Path):
+        _check_mounts(output)
+    for _ in _walk(output, ""):
         pass
 
 
-def clear(target: Place) -> None:
+def clear(output: Place) -> None:
     """Remove what an output holds, but for leases on it; raises BadRequest as `check_ours` does.
 
     Law: stopped at any moment, it leaves an output that is known as ours, and in which no tile is
     taken for finished whose voxels are gone. What finished tiles say goes first, the plan last.
     """
-    ledger = target / LEDGER
-    _drop(path for path, name in _walk(target, LEDGER) if not _stays(name) and not is_plan(name))
+    ledger = output / LEDGER
+    _drop(path for path, name in _walk(output, LEDGER) if not _stays(name) and not is_plan(name))
     if isinstance(ledger, Path) and ledger.is_dir():
         sync_file(ledger)  # before any voxel goes
-    _drop(path for path, _ in _walk(target, "0"))
-    if not isinstance(target, Path):
-        (target / "0").unlink()  # some stores show what is empty now
-    rest = {name: path for path, name in _walk(target, "") if not name.startswith(LEDGER)}
+    _drop(path for path, _ in _walk(output, "0"))
+    if not isinstance(output, Path):
+        (output / "0").unlink()  # some stores show what is empty now
+    rest = {name: path for path, name in _walk(output, "") if not name.startswith(LEDGER)}
     order = ["", *MARKS]  # what is no mark first
     _drop(rest[n] for n in sorted(rest, key=lambda n: order.index(n if n in MARKS else "")))
-    _drop(path for path, name in _walk(target, LEDGER) if is_plan(name))
+    _drop(path for path, name in _walk(output, LEDGER) if is_plan(name))
 
 
-def remove(target: Place) -> None:
+def remove(output: Place) -> None:
     """Remove an output and its folder; raises BadRequest as `check_ours` does."""
-    check_ours(target)
-    clear(target)
-    if isinstance(target, Path):
+    check_ours(output)
+    clear(output)
+    if isinstance(output, Path):
         with suppress(FileNotFoundError):
-            (target / LEDGER).rmdir()
-        target.rmdir()
+            (output / LEDGER).rmdir()
+        output.rmdir()
 
 
 def _stays(name: str) -> bool:
@@ -127,38 +127,38 @@ def _stays(name: str) -> bool:
     return name == LEDGER or is_lock(name)
 
 
-def _walk(target: Place, inner: str) -> Iterator[tuple[Place, str]]:
+def _walk(output: Place, inner: str) -> Iterator[tuple[Place, str]]:
     """Yield what lies in a part of an output and then the part, each with its name in the output.
 
     Nothing where there is no such part. Raises BadRequest where something is not ours.
     """
-    if not isinstance(target, Path):
-        for key, size in (target / inner if inner else target).objects():
-            name = key.path.removeprefix(target.path).strip("/")
+    if not isinstance(output, Path):
+        for key, size in (output / inner if inner else output).objects():
+            name = key.path.removeprefix(output.path).strip("/")
             if not size and (not name or FOLDERS.fullmatch(name)):
                 continue  # by which some show folders
             if not FILES.fullmatch(name):
-                raise _foreign(target, name)
+                raise _foreign(output, name)
             yield key, name
         return
     try:
-        entries = sorted(os.scandir(target / inner), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(output / inner), key=lambda entry: entry.name)
     except FileNotFoundError:
         return
     for entry in entries:
         name = f"{inner}/{entry.name}" if inner else entry.name
         if entry.is_symlink():
-            raise _link(target, name)
+            raise _link(output, name)
         if entry.is_dir(follow_symlinks=False):
             if not FOLDERS.fullmatch(name):
-                raise _foreign(target, name)
-            yield from _walk(target, name)
+                raise _foreign(output, name)
+            yield from _walk(output, name)
         elif FILES.fullmatch(name) and entry.is_file(follow_symlinks=False):
-            yield target / name, name
+            yield output / name, name
         else:
-            raise _foreign(target, name)
+            raise _foreign(output, name)
     if inner:
-        yield target / inner, inner
+        yield output / inner, inner
 
 
 def _drop(places: Iterable[Place]) -> None:
@@ -174,30 +174,30 @@ def _drop(places: Iterable[Place]) -> None:
     remove_keys(keys)
 
 
-def _check_mounts(target: Path) -> None:
+def _check_mounts(output: Path) -> None:
     for mount in psutil.disk_partitions(all=True):
         place = Path(mount.mountpoint)
-        if target in place.parents:
+        if output in place.parents:
             raise BadRequest(
-                f"output (={target}) holds {place.relative_to(target)}, where another file system"
+                f"output (={output}) holds {place.relative_to(output)}, where another file system"
                 " is mounted; unmount it or name another path"
             )
 
 
-def _check_link(target: Path, path: Path) -> None:
+def _check_link(output: Path, path: Path) -> None:
     if path.is_symlink():
-        raise _link(target, str(path.relative_to(target)))
+        raise _link(output, str(path.relative_to(output)))
 
 
-def _link(target: Place, name: str) -> BadRequest:
+def _link(output: Place, name: str) -> BadRequest:
     return BadRequest(
-        f"output (={target}) holds {name}, a link, through which tilepipe never writes or removes;"
+        f"output (={output}) holds {name}, a link, through which tilepipe never writes or removes;"
         " put what it leads to in its place, or name another path"
     )
 
 
-def _foreign(target: Place, name: str) -> BadRequest:
+def _foreign(output: Place, name: str) -> BadRequest:
     return BadRequest(
-        f"output (={target}) holds {name}, which tilepipe did not write and never removes; move it"
+        f"output (={output}) holds {name}, which tilepipe did not write and never removes; move it"
         " away or name another path"
     )

@@ -1,4 +1,4 @@
-"""The Zarr store of an output: nothing is written without leave, and what is written is durable.
+"""The Zarr store of an output, which asks a guard before it writes; what is written is durable.
 
 It is for writing alone: metadata is read through it, and no voxel.
 """
@@ -30,7 +30,7 @@ METADATA = ("zarr.json", ".zgroup", ".zattrs", ".zarray", ".zmetadata")
 """The names of objects that say what others are."""
 
 
-class Leave(Protocol):
+class Guard(Protocol):
     """What says whether something may still be written; see `tilepipe.runs.fence.Fence`."""
 
     @property
@@ -47,8 +47,8 @@ class Leave(Protocol):
         """Write inside of this; raises as `check` does."""
 
 
-class Granted:
-    """The leave of who owns what it writes to without doubt, since nobody else knows of it."""
+class NoGuard:
+    """The guard of what nobody else knows of: it refuses nothing."""
 
     is_due = False
 
@@ -64,29 +64,29 @@ class Granted:
 
 
 class GuardedStore(WrapperStore[Store]):
-    """A store that asks for leave before each object that it writes.
+    """A store that asks its guard before each object that it writes.
 
     It knows what is not on the disk yet. Each chunk or shard must be written whole, since none is
     read to be merged with.
     """
 
-    def __init__(self, store: Store, leave: Leave, folder: Path | None, *, durable: bool) -> None:
+    def __init__(self, store: Store, guard: Guard, folder: Path | None, *, durable: bool) -> None:
         """``folder`` is that of the store in a file system; None for a store that is durable."""
         super().__init__(store)
-        self._leave, self._folder, self._durable = leave, folder, durable
+        self._guard, self._folder, self._durable = guard, folder, durable
         self._written: set[str] = set()
         self._known: set[Path] = set()
         """Folders whose own entry, and those of all that hold them, are on the disk."""
         self._syncing = threading.Lock()
 
     @classmethod
-    def of(cls, place: Place, leave: Leave, *, durable: bool = True) -> GuardedStore:
+    def of(cls, place: Place, guard: Guard, *, durable: bool = True) -> GuardedStore:
         """Return the store of what lies there; objects in a bucket are durable as they are."""
         folder = place if isinstance(place, Path) else None
-        return cls(zarr_store(place), leave, folder, durable=durable)
+        return cls(zarr_store(place), guard, folder, durable=durable)
 
     def _with_store(self, store: Store) -> GuardedStore:
-        return GuardedStore(store, self._leave, self._folder, durable=self._durable)
+        return GuardedStore(store, self._guard, self._folder, durable=self._durable)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -104,7 +104,7 @@ class GuardedStore(WrapperStore[Store]):
             await self.set(key, value)
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write an object, with leave."""
+        """Write an object, unless the guard refuses."""
         await self._ask(key)
         if self._folder is None:
             await super().set(key, value)
@@ -122,15 +122,15 @@ class GuardedStore(WrapperStore[Store]):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, sync=self._durable or path.name in METADATA) as partial:
             partial.write_bytes(value.as_numpy_array().data)
-            self._leave.look()
+            self._guard.look()
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write an object where there is none, with leave."""
+        """Write an object where there is none, unless the guard refuses."""
         if not await self.exists(key):
             await self.set(key, value)
 
     async def delete(self, key: str) -> None:
-        """Remove an object, with leave."""
+        """Remove an object, unless the guard refuses."""
         await self._ask(key)
         if self._folder is None:
             await super().delete(key)
@@ -139,13 +139,13 @@ class GuardedStore(WrapperStore[Store]):
         self._written.add(key)
 
     def _remove(self, path: Path) -> None:
-        self._leave.look()
+        self._guard.look()
         path.unlink(missing_ok=True)
 
     async def _ask(self, key: str) -> None:
         """Raise where we may not write, or the way to an object leads out through a link."""
-        if self._leave.is_due:
-            await asyncio.to_thread(self._leave.check)
+        if self._guard.is_due:
+            await asyncio.to_thread(self._guard.check)
         if self._folder is not None:
             path = self._folder / key
             if path.is_symlink() or os.path.realpath(path.parent) != str(path.parent):

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
-from zarr.storage import LocalStore, ObjectStore
-
 from tilepipe.errors import BadRequest
 from tilepipe.storage.objects import ObjectKey
 
@@ -79,6 +77,8 @@ def folders(folder: Place) -> list[Place]:
 
 def zarr_store(place: Place, *, read_only: bool = False) -> Store:
     """Return the Zarr store of what lies there."""
+    from zarr.storage import LocalStore, ObjectStore  # heavy: paths are located without it
+
     if isinstance(place, Path):
         return LocalStore(place, read_only=read_only)
     return ObjectStore(place.store(), read_only=read_only)

@@ -118,7 +118,7 @@ class ObjectKey:
         import obstore
 
         try:
-            with told(self):
+            with plain_errors(self):
                 obstore.head(_store(self.root), self.path)
         except FileNotFoundError:
             return False
@@ -128,7 +128,7 @@ class ObjectKey:
         """Return whether it holds objects; empty ones, by which some show folders, do not count."""
         import obstore
 
-        with told(self):
+        with plain_errors(self):
             pages = obstore.list(_store(self.root), self.path or None)
             return any(entry["size"] for page in pages for entry in page)
 
@@ -140,7 +140,7 @@ class ObjectKey:
         """Return what holds something itself, in order, and the objects, down to the next slash."""
         import obstore
 
-        with told(self):
+        with plain_errors(self):
             page = obstore.list_with_delimiter(_store(self.root), self.path or None)
         inner = sorted(ObjectKey(self.root, path.rstrip("/")) for path in page["common_prefixes"])
         names = (entry["path"] for entry in page["objects"])
@@ -163,7 +163,7 @@ class ObjectKey:
         """Return the whole object, and the tag that its store gives this content."""
         import obstore
 
-        with told(self):
+        with plain_errors(self):
             response = obstore.get(_store(self.root), self.path)
             return bytes(response.bytes()), _tag(response.meta["e_tag"], response.meta["version"])
 
@@ -189,7 +189,7 @@ class ObjectKey:
 
         mode: PutMode = "create" if new else tag or "overwrite"
         try:
-            with told(self):  # in one piece: conditions on several are rare
+            with plain_errors(self):  # in one piece: conditions on several are rare
                 store = _store(self.root)
                 response = obstore.put(store, self.path, content, mode=mode, use_multipart=False)
                 return _tag(response["e_tag"], response["version"])
@@ -206,14 +206,14 @@ class ObjectKey:
         """Remove the object; there is no error where there is none."""
         import obstore
 
-        with suppress(FileNotFoundError), told(self):  # S3 does not say so, others do
+        with suppress(FileNotFoundError), plain_errors(self):  # S3 does not say so, others do
             obstore.delete(_store(self.root), self.path)
 
     def objects(self) -> Iterator[tuple[ObjectKey, int]]:
         """Yield the objects that it holds, in it or below, with their sizes in bytes."""
         import obstore
 
-        with told(self):
+        with plain_errors(self):
             for page in obstore.list(_store(self.root), self.path or None):
                 for entry in page:
                     yield ObjectKey(self.root, entry["path"]), entry["size"]
@@ -234,7 +234,7 @@ def remove_keys(keys: Sequence[ObjectKey]) -> None:
     import obstore
 
     if keys:
-        with suppress(FileNotFoundError), told(keys[0]):
+        with suppress(FileNotFoundError), plain_errors(keys[0]):
             obstore.delete(_store(keys[0].root), [key.path for key in keys])
 
 
@@ -282,7 +282,7 @@ def is_of_store(error: BaseException) -> bool:
 
 
 @contextmanager
-def told(key: object) -> Iterator[None]:
+def plain_errors(key: object) -> Iterator[None]:
     """Raise what a store says as an OSError of one line."""
     from obstore import exceptions
 
@@ -317,5 +317,5 @@ def _store(root: str, path: str = "", *, timeout: str = "20s") -> ObjectStore:
         },
     }
     quoted = f"{root}/{quote(path)}"  # as a URL it would be read with %2F as a slash
-    with told(root):
+    with plain_errors(root):
         return from_url(quoted, retry_config=patience, client_options=options)

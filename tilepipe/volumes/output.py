@@ -17,10 +17,10 @@ import zarr
 
 from tilepipe.errors import BadRequest
 from tilepipe.storage.contents import check_ours, check_ways, clear, look
-from tilepipe.storage.guarded import Granted, GuardedStore
+from tilepipe.storage.guarded import GuardedStore, NoGuard
 from tilepipe.storage.location import check_writable, locate
 from tilepipe.storage.names import LEDGER, LOCK, LedgerFiles
-from tilepipe.storage.objects import ObjectKey, explain, told
+from tilepipe.storage.objects import ObjectKey, explain, plain_errors
 from tilepipe.volumes.ome import image_attributes, is_array, parse_multiscale, read_node
 from tilepipe.volumes.output_array import OutputArray, check_sizes, create_group, per_axis
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from zarr.core.common import JSON
 
     from tilepipe.storage.contents import Holding
-    from tilepipe.storage.guarded import Leave
+    from tilepipe.storage.guarded import Guard
     from tilepipe.storage.location import Place
     from tilepipe.volumes.ome import ZarrNode
 
@@ -164,15 +164,15 @@ class Output:
         try:
             if self._look_free(overwrite=overwrite) == "more":
                 clear(self.place)
-            with _told(self.place):
+            with _plain_errors(self.place):
                 create_group(self.place, axes, whole, kind, chunk, shard, described)
         except OSError as error:
             raise BadRequest(f"output (={self}) cannot be created: {error}") from error
 
-    def open(self, *, leave: Leave | None = None, durable: bool = True) -> OutputArray:
+    def open(self, *, guard: Guard | None = None, durable: bool = True) -> OutputArray:
         """Open an output that `create` has created, for writing; BadRequest for anything else.
 
-        ``leave`` is asked before each object that is written; without one there must be nobody
+        ``guard`` is asked before each object that is written; without one there must be nobody
         else who writes there. What is ``durable`` outlives a power failure as soon as it is
         written.
         """
@@ -183,7 +183,7 @@ class Output:
         if read_node(self.place / "0") is None:
             raise BadRequest(f"output (={self}) has lost its array 0")
         try:
-            store = GuardedStore.of(self.place / "0", leave or Granted(), durable=durable)
+            store = GuardedStore.of(self.place / "0", guard or NoGuard(), durable=durable)
             array = zarr.open_array(store, mode="r+", zarr_format=node.zarr_format)
         except Exception as error:
             cause = f"{type(error).__name__}: {explain(error)}"[:200]
@@ -202,7 +202,7 @@ class Output:
             shards=None if array.shards is None else array.shards[first:],
             _array=array,
             _store=store,
-            _leave=leave or Granted(),
+            _guard=guard or NoGuard(),
         )
 
     def read_attributes(self) -> dict[str, object]:
@@ -213,16 +213,16 @@ class Output:
         return _ours(self._node())
 
     def update_attributes(
-        self, attributes: Mapping[str, object], *, leave: Leave | None = None
+        self, attributes: Mapping[str, object], *, guard: Guard | None = None
     ) -> None:
         """Set our own attributes; those not named are kept. There may be one writer at a time.
 
-        ``leave`` is asked before they are written; without one it must be sure that we own the
+        ``guard`` is asked before they are written; without one it must be sure that we own the
         output.
         """
         node = self._node()
-        with _told(self.place):
-            store = GuardedStore.of(self.place, leave or Granted())
+        with _plain_errors(self.place):
+            store = GuardedStore.of(self.place, guard or NoGuard())
             group = zarr.open_group(
                 store, mode="r+", zarr_format=node.zarr_format, use_consolidated=False
             )
@@ -277,6 +277,6 @@ def _is_same_file(place: Place, other: Place) -> bool:
     return False
 
 
-def _told(place: Place) -> AbstractContextManager[None]:
+def _plain_errors(place: Place) -> AbstractContextManager[None]:
     """Raise as an OSError what zarr hands on from a store."""
-    return told(place) if isinstance(place, ObjectKey) else nullcontext()
+    return plain_errors(place) if isinstance(place, ObjectKey) else nullcontext()

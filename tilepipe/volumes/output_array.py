@@ -14,7 +14,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from tilepipe.errors import BadRequest, TileError
-from tilepipe.storage.guarded import Granted, GuardedStore
+from tilepipe.storage.guarded import GuardedStore, NoGuard
 from tilepipe.storage.objects import explain
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zarr.types import AnyArray
 
     from tilepipe.geometry import Region, Shape
-    from tilepipe.storage.guarded import Leave
+    from tilepipe.storage.guarded import Guard
     from tilepipe.storage.location import Place
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class OutputArray:
     """Voxels of a shard along each of ``axes``; None where there are no shards."""
     _array: AnyArray = field(repr=False)
     _store: GuardedStore = field(repr=False)
-    _leave: Leave = field(repr=False)
+    _guard: Guard = field(repr=False)
 
     def write(self, region: Region, array: NDArray[np.generic]) -> None:
         """Write ``array``, of all channels, to a ``region`` of whole write units.
@@ -74,7 +74,7 @@ class OutputArray:
             )
         index = region.slices if self.channels is None else (slice(None), *region.slices)
         try:
-            with self._leave.writing():
+            with self._guard.writing():
                 self._array[index] = array
                 self._store.sync()
         except (MemoryError, TileError):
@@ -106,7 +106,7 @@ def create_group(
     is found and not read as voxels (except floats in Zarr v2, which has none for them).
     """
     modern = "ome" in attributes
-    store = GuardedStore.of(path, Granted())
+    store = GuardedStore.of(path, NoGuard())
     zarr.create_group(store, zarr_format=3 if modern else 2, attributes=attributes)
     if modern:
         zarr.create_array(

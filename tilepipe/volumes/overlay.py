@@ -91,14 +91,14 @@ def stretch(image: Image) -> NDArray[np.uint8]:
 
 def paint(grey: NDArray[np.uint8], labels: Image, truth: Image | None) -> NDArray[np.uint8]:
     """Return the picture ``y x rgb`` with labels tinted and outlined, errors in their colours."""
-    found = labels != 0
-    wanted = found if truth is None else truth != 0
+    labelled = labels != 0
+    true = labelled if truth is None else truth != 0
     picture = grey.astype(np.float32)
     for mask, colour, strength in (
-        (found & wanted, FOUND, 0.25),
-        (found & ~wanted, WRONG, 0.75),
-        (wanted & ~found, MISSED, 0.75),
-        (outline(labels) & wanted, FOUND, 0.9),
+        (labelled & true, FOUND, 0.25),
+        (labelled & ~true, WRONG, 0.75),
+        (true & ~labelled, MISSED, 0.75),
+        (outline(labels) & true, FOUND, 0.9),
     ):
         picture[mask] += strength * (np.array(colour, np.float32) - picture[mask])
     return picture.astype(np.uint8)

@@ -77,8 +77,8 @@ class _Histogram:
         if low >> self.shift not in bins or high >> self.shift not in bins:
             self._widen()
         bottom = low >> self.shift
-        found = np.bincount(((keys >> self.shift) - keys.dtype.type(bottom)).astype(np.intp))
-        self.counts[bottom - self.first :][: found.size] += found
+        counts = np.bincount(((keys >> self.shift) - keys.dtype.type(bottom)).astype(np.intp))
+        self.counts[bottom - self.first :][: counts.size] += counts
 
     def _widen(self) -> None:
         """Choose the narrowest bins that hold the least and the greatest key, these in the middle.
@@ -121,19 +121,19 @@ def order_statistics(
         total = int(histogram.counts.sum())
         places.append([_place(fraction, total) for fraction in fractions] if total else [])
         ranks = {rank for first, second, _ in places[-1] for rank in (first, second)}
-        found = {rank: _Search(rank, 0, 0, total) for rank in ranks}
-        for search in found.values():
+        by_rank = {rank: _Search(rank, 0, 0, total) for rank in ranks}
+        for search in by_rank.values():
             _narrow(search, histogram)
-        searches.append(found)
-    while any(search.low < search.high for found in searches for search in found.values()):
+        searches.append(by_rank)
+    while any(search.low < search.high for by_rank in searches for search in by_rank.values()):
         _pass(scan, searches)
     orders = []
-    for histogram, neighbours, found in zip(histograms, places, searches, strict=True):
+    for histogram, neighbours, by_rank in zip(histograms, places, searches, strict=True):
         total = int(histogram.counts.sum())
         low, high = (
             _value(key, dtype) if total else 0 for key in (histogram.least, histogram.greatest)
         )
-        ranked = {rank: _value(search.low, dtype) for rank, search in found.items()}
+        ranked = {rank: _value(search.low, dtype) for rank, search in by_rank.items()}
         around = tuple((ranked[a], ranked[b], within) for a, b, within in neighbours)
         orders.append(Order(total, low, high, around))
     return orders
@@ -148,27 +148,27 @@ def _place(fraction: float, total: int) -> tuple[int, int, float]:
 
 def _pass(scan: Callable[[], Blocks], searches: list[dict[int, _Search]]) -> None:
     """Read all values once; sort those between the keys of a search where few, else count them."""
-    held = {
+    counts = {
         (channel, search.low, search.high): search.held
-        for channel, found in enumerate(searches)
-        for search in found.values()
+        for channel, by_rank in enumerate(searches)
+        for search in by_rank.values()
         if search.low < search.high
     }
-    smallest = sorted(held, key=held.__getitem__)
-    totals = itertools.accumulate(held[bounds] for bounds in smallest)
+    smallest = sorted(counts, key=counts.__getitem__)
+    totals = itertools.accumulate(counts[bounds] for bounds in smallest)
     gathered: dict[_Bounds, list[NDArray[np.unsignedinteger]]] = {
         bounds: [] for bounds, total in zip(smallest, totals, strict=True) if total <= ROOM
     }
-    histograms = {bounds: _Histogram() for bounds in held if bounds not in gathered}
+    histograms = {bounds: _Histogram() for bounds in counts if bounds not in gathered}
     for block in scan():
-        for bounds, keys in _keys_between(held, block):
+        for bounds, keys in _keys_between(counts, block):
             if bounds in gathered:
                 gathered[bounds].append(keys)
             else:
                 histograms[bounds].add(keys)
     ordered = {bounds: np.sort(np.concatenate(parts)) for bounds, parts in gathered.items()}
-    for channel, found in enumerate(searches):
-        for search in found.values():
+    for channel, by_rank in enumerate(searches):
+        for search in by_rank.values():
             bounds = channel, search.low, search.high
             if bounds in ordered:
                 search.low = search.high = int(ordered[bounds][search.rank])
@@ -177,11 +177,11 @@ def _pass(scan: Callable[[], Blocks], searches: list[dict[int, _Search]]) -> Non
 
 
 def _keys_between(
-    wanted: Iterable[_Bounds], block: Sequence[NDArray[np.generic]]
+    intervals: Iterable[_Bounds], block: Sequence[NDArray[np.generic]]
 ) -> Iterator[tuple[_Bounds, NDArray[np.unsignedinteger]]]:
     """Yield the keys of a block that lie between bounds, with these; those that there are."""
     for channel, values in enumerate(block):
-        ranges = [bounds for bounds in wanted if bounds[0] == channel]
+        ranges = [bounds for bounds in intervals if bounds[0] == channel]
         for keys in _keys(values) if ranges else ():
             for bounds in ranges:
                 inside = keys.compress((keys >= bounds[1]) & (keys <= bounds[2]))

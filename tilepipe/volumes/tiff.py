@@ -74,7 +74,7 @@ def check_start(path: Path) -> None:
         raise BadRequest(f"source (={path}) is an empty file")
     if magic[:4] in MAGIC and len(magic) == 8:
         return
-    if any(known.startswith(magic[:4]) for known in MAGIC):
+    if any(start.startswith(magic[:4]) for start in MAGIC):
         raise _truncated(path, f"at byte {len(magic)}, within its first words")
     named = path.suffix.lower() in SUFFIXES
     raise BadRequest(
@@ -207,8 +207,8 @@ def _chosen(
         stack = tifffile.TiffPageSeries(
             pages, (count, *first.shape), first.dtype, "Z" + first.axes, kind=first.kind
         )
-        said = f"the source holds {count} equal images of one page: read as a stack along z"
-        return stack, 0, [f"{said} (--series reads one of them)"]
+        notice = f"the source holds {count} equal images of one page: read as a stack along z"
+        return stack, 0, [f"{notice} (--series reads one of them)"]
     if first.name == "Baseline" or all(image.keyframe.is_reduced for image in images[1:]):
         return first, 0, [_others(images, 0)]
     raise BadRequest(
