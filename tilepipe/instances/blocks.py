@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
     Foreground = Callable[[NDArray[np.generic]], NDArray[np.bool_]]
-    Progress = Callable[[int, int], None]
+    """Returns the mask of voxels ``(channels, *block)``."""
+    BlockProgress = Callable[[int, int], None]
+    """Called with the blocks that are done and their number."""
 
 
 BLOCK = 1 << 22

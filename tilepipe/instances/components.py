@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.geometry import Shape
-    from tilepipe.instances.blocks import Foreground, Ids, Progress
+    from tilepipe.instances.blocks import BlockProgress, Foreground, Ids
     from tilepipe.volumes.volume import Volume
 
 
@@ -36,7 +36,7 @@ def label_components(
     region: Region | None = None,
     per_plane: bool = False,
     block: Shape | None = None,
-    progress: Progress | None = None,
+    progress: BlockProgress | None = None,
 ) -> int:
     """Write the connected components of a mask, numbered 1 to n, to an OME-Zarr; return n.
 

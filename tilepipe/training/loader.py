@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tilepipe.training.patches import Patches, Sample
     from tilepipe.training.ranks import Team
 
-    Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    PatchBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Image ``(B, C, *S)``, truth ``(B, *S')`` or ``(B, K, *S')``, weights ``(B, *S')``."""
 
 AHEAD = 2
@@ -36,7 +36,7 @@ class Loader:
         self.waited = 0.0
         """Seconds that the loop waited for a batch."""
 
-    def batches(self, first: int) -> Iterator[Batch]:
+    def batches(self, first: int) -> Iterator[PatchBatch]:
         """Yield the batches from number ``first`` on, for ever."""
         numbers = self._numbers(first)
         queue: deque[Future[Sample]] = deque()
@@ -48,7 +48,7 @@ class Loader:
             self.waited += time.perf_counter() - begun
             yield _stacked(samples)
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> PatchBatch:
         """Return one batch, made now."""
         numbers = itertools.islice(self._numbers(number), self._batch)
         return _stacked(list(self._pool.map(self._patches.__getitem__, numbers)))
@@ -65,7 +65,7 @@ class Loader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _stacked(samples: list[Sample]) -> Batch:
+def _stacked(samples: list[Sample]) -> PatchBatch:
     return (
         torch.from_numpy(np.stack([sample.image for sample in samples])),
         torch.from_numpy(np.stack([sample.truth for sample in samples])),
