@@ -73,7 +73,7 @@ def check_free(path: str | Path, source: Volume) -> None:
     """Raise `BadRequest` where a file of that name exists, or a source cannot be read from it."""
     check_target(path, source.path)
     if Path(path).exists():
-        raise BadRequest(f"path (={path}) must not be there yet; remove it or name another")
+        raise BadRequest(f"path (={path}) must not exist yet; remove it or name another")
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""Numbering the objects of a mask, and growing them, in volumes larger than memory.
-
-Both go block by block and give what they would give on the whole array, whatever the blocks.
-"""
+"""Numbering the objects of a mask in volumes larger than memory, block by block."""
 
 from __future__ import annotations
 
@@ -40,14 +37,29 @@ def label_components(
 ) -> int:
     """Write the connected components of a mask, numbered 1 to n, to an OME-Zarr; return n.
 
-    ``foreground`` is given voxels ``(channels, *block)`` and returns the mask of that block; it
-    must judge each voxel by its own values. Of a ``region`` only, the target has the region's
-    shape. Voxels connect through faces; with ``per_plane`` not along z, and never along t.
-    ``block`` is how many voxels are read at once.
+    Voxels connect through faces, and never along t.
 
     Law: equals ``scipy.ndimage.label`` of the whole up to renumbering, for any block. Memory is a
-    few blocks and the pairs of components that meet where blocks do. Raises BadRequest for a place
-    that is not free; what a failed run has written is removed.
+    few blocks and the pairs of components that meet where blocks do. What a failed run has written
+    is removed.
+
+    Arguments:
+        volume: The volume that the mask is made of.
+        path: The OME-Zarr to write, of unsigned integers; nothing may be there yet.
+        foreground: Returns the mask of voxels ``(channels, *block)``; it must judge each voxel by
+            its own values.
+        region: The part of the volume that is numbered, whose shape the output then has; by
+            default all of it.
+        per_plane: Whether each plane is numbered by itself, and voxels do not connect along z.
+        block: The voxels that are read at once along each axis; by default some four million.
+        progress: Called with the blocks that are done and their number.
+
+    Returns:
+        The number of components.
+
+    Raises:
+        BadRequest: For a path that is not free, and a region without voxels or not in the volume.
+
     """
     region = Region.whole(volume.shape) if region is None else region
     if region.size == 0 or region.intersect(Region.whole(volume.shape)) != region:

@@ -33,12 +33,23 @@ def grow_objects(
 ) -> None:
     """Grow numbered objects into the background, 0, until they meet; an OME-Zarr at ``path``.
 
-    Objects grow through faces, a voxel a step, all at once; with ``per_plane`` not along z, and
-    never along t. A voxel that two objects reach in the same step stays background, so borders
-    end up one voxel thick, or none where both sides have grown half of an even width.
+    Objects grow through faces, a voxel a step, all at once, and never along t. A voxel that two
+    objects reach in the same step stays background, so borders end up one voxel thick, or none
+    where both sides have grown half of an even width.
 
     Law: equals `grow` of the whole, for any block, and does not depend on the numbers. Blocks are
     read with a margin; where growing goes on past it, the volume is gone through again.
+
+    Arguments:
+        objects: The numbered objects, integers of one channel.
+        path: The OME-Zarr to write; nothing may be there yet.
+        per_plane: Whether objects do not grow along z.
+        block: The voxels that are written at once along each axis; by default some four million.
+        progress: Called with the blocks that are done and their number, in each pass.
+
+    Raises:
+        BadRequest: For a path that is not free.
+
     """
     place = Path(path).resolve()
     check_free(place, objects)

@@ -26,10 +26,12 @@ AHEAD = 2
 
 
 class Loader:
-    """Threads that make samples ahead: NumPy, SciPy and the codecs let other threads run."""
+    """Threads that make samples ahead: NumPy, SciPy and the codecs let other threads run.
+
+    Each process of a team gets its share of the samples.
+    """
 
     def __init__(self, patches: Patches, team: Team, *, batch: int, workers: int) -> None:
-        """Each process of a team gets its share of the samples."""
         self._patches, self._batch = patches, batch
         self._workers, self._team = workers, team
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="patches")
