@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +104,13 @@ def test_it_learns_and_segment_needs_nothing_else(tmp_path: Path, pair: tuple[st
     assert model.provenance["sources"] == ["image.zarr", "labels.zarr"]  # no paths of one's own
     rows = log_of(tmp_path / "u.pt")
     assert [int(row["step"]) for row in rows] == [0, *range(10, 121, 10), 120]
-    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    measured = [row for row in rows if row["loss"]]
+    assert [int(row["step"]) for row in measured] == list(range(10, 121, 10))
+    for before, row in pairwise(measured):
+        seconds = float(row["seconds"]) - float(before["seconds"])
+        assert 0 < 10 * SMALL["batch"] / float(row["patches_per_second"]) <= seconds + 0.01
+        assert 0 <= float(row["waited"]) <= 1
+    losses = [float(row["loss"]) for row in measured]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) / 2
     assert (tmp_path / "p.png").stat().st_size > 1000
     events = EventAccumulator(str(tmp_path / "u.pt.training" / "tensorboard")).Reload()

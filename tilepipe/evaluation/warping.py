@@ -40,7 +40,7 @@ def warping_mismatches(predicted: Mask, true: Mask, *, fixed: Mask | None = None
     """
     rows, columns = true.shape
     warped = np.pad(true, 1)
-    wanted = np.pad(predicted, 1)
+    target = np.pad(predicted, 1)
     movable = np.pad(np.ones(true.shape, bool) if fixed is None else ~fixed, 1)
     weights = [(1 << place, dy, dx) for place, (dy, dx) in enumerate(_RING)]
     simple = _simple()
@@ -49,7 +49,7 @@ def warping_mismatches(predicted: Mask, true: Mask, *, fixed: Mask | None = None
         changed = False
         # Pixels two apart are no neighbours, so those of one parity are flipped together.
         for first in range(4):
-            y, x = np.nonzero((warped != wanted) & movable)
+            y, x = np.nonzero((warped != target) & movable)
             here = (y % 2 == first // 2) & (x % 2 == first % 2)
             y, x = y[here], x[here]
             around = np.zeros(len(y), np.intp)
@@ -58,7 +58,7 @@ def warping_mismatches(predicted: Mask, true: Mask, *, fixed: Mask | None = None
             flip = simple[around]
             warped[y[flip], x[flip]] ^= True
             changed |= bool(flip.any())
-    left: Mask = (warped != wanted) & movable
+    left: Mask = (warped != target) & movable
     return left[1 : rows + 1, 1 : columns + 1]
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
     Foreground = Callable[[NDArray[np.generic]], NDArray[np.bool_]]
-    Progress = Callable[[int, int], None]
+    """Returns the mask of voxels ``(channels, *block)``."""
+    BlockProgress = Callable[[int, int], None]
+    """Called with the blocks that are done and their number."""
 
 
 BLOCK = 1 << 22
@@ -71,7 +73,7 @@ def check_free(path: str | Path, source: Volume) -> None:
     """Raise `BadRequest` where a file of that name exists, or a source cannot be read from it."""
     Output.at(path).check_apart(source.path)
     if Path(path).exists():
-        raise BadRequest(f"path (={path}) must not be there yet; remove it or name another")
+        raise BadRequest(f"path (={path}) must not exist yet; remove it or name another")
 
 
 @contextmanager

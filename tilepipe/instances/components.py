@@ -1,7 +1,4 @@
-"""Numbering the objects of a mask, and growing them, in volumes larger than memory.
-
-Both go block by block and give what they would give on the whole array, whatever the blocks.
-"""
+"""Numbering the objects of a mask in volumes larger than memory, block by block."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tilepipe.geometry import Shape
-    from tilepipe.instances.blocks import Foreground, Ids, Progress
+    from tilepipe.instances.blocks import BlockProgress, Foreground, Ids
     from tilepipe.volumes.volume import Volume
 
 
@@ -36,7 +33,7 @@ def label_components(
     region: Region | None = None,
     per_plane: bool = False,
     block: Shape | None = None,
-    progress: Progress | None = None,
+    progress: BlockProgress | None = None,
 ) -> int:
     """Write the connected components of a mask, numbered from 1, to an OME-Zarr.
 

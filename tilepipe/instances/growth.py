@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tilepipe.geometry import Shape
-    from tilepipe.instances.blocks import Ids, Progress
+    from tilepipe.instances.blocks import BlockProgress, Ids
     from tilepipe.volumes.output_array import OutputArray
     from tilepipe.volumes.volume import Volume
 
@@ -29,7 +29,7 @@ def grow_objects(
     *,
     per_plane: bool = False,
     block: Shape | None = None,
-    progress: Progress | None = None,
+    progress: BlockProgress | None = None,
 ) -> None:
     """Grow numbered objects into the background, 0, until they meet, and write an OME-Zarr.
 
@@ -59,20 +59,20 @@ def grow_objects(
     try:
         while not finished:
             passes += 1
-            there = place.with_name(f"{place.name}.{passes}")
-            with created_labels(objects, there, Region.whole(objects.shape), block) as target:
+            grown = place.with_name(f"{place.name}.{passes}")
+            with created_labels(objects, grown, Region.whole(objects.shape), block) as target:
                 finished = _grow_once(
                     source, target, grown_axes(objects, per_plane), block, progress
                 )
             if passes > 1:
                 remove(Path(source.path))
-            source = open_volume(there, axes=objects.axes)
+            source = open_volume(grown, axes=objects.axes)
     except BaseException:
         if passes > 1:
             with suppress(BadRequest, OSError):
                 remove(Path(source.path))
         raise
-    there.rename(place)
+    grown.rename(place)
 
 
 def _grow_once(
@@ -80,7 +80,7 @@ def _grow_once(
     target: OutputArray,
     axes: Sequence[int],
     block: Shape | None,
-    progress: Progress | None,
+    progress: BlockProgress | None,
 ) -> bool:
     """Grow by as many steps as blocks have a margin; return whether nothing is left to do."""
     unit = target.chunks if block is None else block
@@ -126,9 +126,9 @@ def grow(labels: Ids, axes: Sequence[int], *, steps: int | None = None) -> tuple
     while len(front) and (steps is None or done < steps):
         beside = flat[front[:, None] + around]
         highest = beside.max(axis=1)
-        one = np.where(beside == 0, highest[:, None], beside).min(axis=1) == highest
-        won = front[one]
-        flat[won] = highest[one]
+        alone = np.where(beside == 0, highest[:, None], beside).min(axis=1) == highest
+        won = front[alone]
+        flat[won] = highest[alone]
         parts = []
         for step in around:
             reached = won + step

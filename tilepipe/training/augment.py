@@ -32,7 +32,7 @@ GRID = 3
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What is varied, and how much; plain JSON values. By default nothing is."""
+    """What is varied in patches, and how much. By default nothing is."""
 
     flip: bool = False
     """Mirror each axis, or not, with equal chance."""
@@ -41,7 +41,8 @@ class Augmentation:
     scale: float = 0.0
     """0.1 makes things larger or smaller by a factor of up to 1.1, the same along each axis."""
     elastic: float = 0.0
-    """Standard deviation, in voxels, of the displacements at the points of a coarse grid."""
+    """Standard deviation, in voxels, of the displacements at the points of a coarse grid; the first
+    and the last point along each axis are the patch's own."""
     contrast: float = 0.0
     """0.2 spreads grey values about their mean by a factor of up to 1.2, or narrows them."""
     brightness: float = 0.0

@@ -1,4 +1,4 @@
-"""A training as it was decided before its first step: network, patches, what is held out."""
+"""All that a training decides before its first step: network, patches, what is held out."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """What is learned, from what, and how it is judged."""
+    """All that was decided before the first step: what is learned, from what, how it is judged."""
 
     recipe: Recipe
     folder: Path
     network: nn.Module
-    """With the weights it begins with, on the CPU."""
+    """The network with the weights that it begins with, on the CPU."""
     architecture: Mapping[str, object]
+    """What a checkpoint says to build the network again."""
     profile: Profile
     frame: Frame
     labels: tuple[str, ...]
-    """Name of each channel of the answer."""
+    """The name of each channel of the answer."""
     counts: tuple[int, ...]
     """Voxels of each class in the training regions."""
     patches: Patches
@@ -119,7 +120,9 @@ def prepare(
 ) -> Experiment:
     """Count the labels, build the network, and decide the patches.
 
-    What is made for the training goes to ``folder``; of several processes, ``first`` makes it.
+    What is made for the training goes to ``folder``; of several processes only the first makes it
+    (``first``), and a run that resumes takes what is there (``resume``). Raises BadRequest where
+    labels, network and recipe do not fit one another.
     """
     image = dataset.volumes[0].image.volume
     axes = recipe.ndim or len(image.axes.removeprefix("t"))
@@ -203,15 +206,15 @@ def _classes(recipe: Recipe, dataset: Dataset, counts: list[int]) -> int:
     """Return the channels of the answer."""
     if recipe.target == "values":
         return dataset.volumes[0].labels.channels
-    found = class_count(recipe.target) or len(counts)
+    needed = class_count(recipe.target) or len(counts)
     if recipe.classes is None:
-        return found
-    if recipe.classes != found and not (
-        recipe.target == "classes" or recipe.classes == found - 1 == 1
+        return needed
+    if recipe.classes != needed and not (
+        recipe.target == "classes" or recipe.classes == needed - 1 == 1
     ):
         raise BadRequest(
-            f"classes (={recipe.classes}) must be {found} for target {recipe.target}"
-            + " or 1, for one sigmoid channel" * (found == 2)
+            f"classes (={recipe.classes}) must be {needed} for target {recipe.target}"
+            + " or 1, for one sigmoid channel" * (needed == 2)
         )
     if recipe.classes == 1 and len(counts) > 2:
         raise BadRequest(f"classes (=1) must be {len(counts)}: so many do the labels hold")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tilepipe.training.experiment import Experiment
-    from tilepipe.training.loader import Batch
+    from tilepipe.training.loader import PatchBatch
     from tilepipe.training.ranks import Team
     from tilepipe.training.recipe import Recipe
 
@@ -35,7 +35,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 FREE = ("steps", "minutes", "patience", "loaders", "device")
-"""What may be asked anew of a training that goes on."""
+"""Fields of the recipe that may change when a training goes on."""
 
 
 @dataclass(slots=True)
@@ -47,11 +47,11 @@ class State:
     best: float | None = None
     """The best of `Score.good` so far."""
     worse: int = 0
-    """Validations since that."""
+    """Validations since the best one."""
 
 
 class Learner:
-    """Takes steps; every random number of a step is a function of the seed and the step."""
+    """Takes the steps of a training; its random numbers follow from the seed and the step alone."""
 
     def __init__(self, experiment: Experiment, team: Team) -> None:
         recipe, device = experiment.recipe, team.device
@@ -88,7 +88,7 @@ class Learner:
         """The network whose weights are saved: the running mean where there is one."""
         return self.network if self._averaged is None else self._averaged.module
 
-    def step(self, batches: Iterator[Batch], lr: float) -> Tensor:
+    def step(self, batches: Iterator[PatchBatch], lr: float) -> Tensor:
         """Learn from the next batches; return the loss, on the device."""
         recipe = self._recipe
         torch.manual_seed(
@@ -114,7 +114,7 @@ class Learner:
         self.state.step += 1
         return total
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: PatchBatch) -> Tensor:
         image_BCS, truth_BS, weights_BS = (self._send(part) for part in batch)
         if self.experiment.profile.axes == 2:
             image_BCS = image_BCS.contiguous(memory_format=torch.channels_last)
@@ -132,7 +132,7 @@ class Learner:
         return answer
 
     def use_threads(self, count: int) -> None:
-        """Compute with so many threads, whatever a validation took."""
+        """Compute with ``count`` threads on a CPU from now on."""
         if self._device.type == "cpu":
             torch.set_num_threads(count)
 
@@ -179,21 +179,21 @@ class Learner:
 def read_state(path: Path) -> dict[str, dict[str, object]]:
     """Return what `Learner.save` wrote, without running anything it says."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadRequest(f"resume: {path} does not exist; begin without --resume") from None
     except Exception as error:  # whatever damage does
         raise BadRequest(f"resume: {path} cannot be read: {type(error).__name__}") from error
     parts = {"recipe", "sources", "state", "network", "averaged", "optimizer", "scaler"}
-    if not isinstance(found, dict) or not parts <= found.keys():
+    if not isinstance(state, dict) or not parts <= state.keys():
         raise BadRequest(f"resume: {path} is no state of a training; begin anew with --overwrite")
-    return cast("dict[str, dict[str, object]]", found)
+    return cast("dict[str, dict[str, object]]", state)
 
 
 def check_recipe(path: Path, recipe: Recipe) -> None:
     """Refuse to go on with another recipe than the one that a training began with."""
-    earlier, asked = read_state(path)["recipe"], recipe.asdict()
-    for name, value in asked.items():
+    earlier = read_state(path)["recipe"]
+    for name, value in recipe.asdict().items():
         if name not in FREE and earlier.get(name) != value:
             raise BadRequest(
                 f"{name} (={value}) must be {earlier.get(name)}, as this training began;"
@@ -204,10 +204,10 @@ def check_recipe(path: Path, recipe: Recipe) -> None:
 def check_sources(path: Path, sources: Sequence[str]) -> None:
     """Refuse to go on with other volumes than those that a training began with."""
     earlier = cast("list[str]", read_state(path)["sources"])
-    for asked, before in zip_longest(sources, earlier, fillvalue="none"):
-        if asked != before:
+    for source, before in zip_longest(sources, earlier, fillvalue="none"):
+        if source != before:
             raise BadRequest(
-                f"volumes (={asked}) must be {before}, as this training began; or begin anew with"
+                f"volumes (={source}) must be {before}, as this training began; or begin anew with"
                 " --overwrite"
             )
 

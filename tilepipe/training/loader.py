@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tilepipe.training.patches import Patches, Sample
     from tilepipe.training.ranks import Team
 
-    Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    PatchBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     """Image ``(B, C, *S)``, truth ``(B, *S')`` or ``(B, K, *S')``, weights ``(B, *S')``."""
 
 AHEAD = 2
@@ -26,17 +26,19 @@ AHEAD = 2
 
 
 class Loader:
-    """Threads that make samples ahead: NumPy, SciPy and the codecs let other threads run."""
+    """Threads that make samples ahead: NumPy, SciPy and the codecs let other threads run.
+
+    Each process of a team gets its share of the samples.
+    """
 
     def __init__(self, patches: Patches, team: Team, *, batch: int, workers: int) -> None:
-        """Each process of a team gets its share of the samples."""
         self._patches, self._batch = patches, batch
         self._workers, self._team = workers, team
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="patches")
         self.waited = 0.0
         """Seconds that the loop waited for a batch."""
 
-    def batches(self, first: int) -> Iterator[Batch]:
+    def batches(self, first: int) -> Iterator[PatchBatch]:
         """Yield the batches from number ``first`` on, for ever."""
         numbers = self._numbers(first)
         queue: deque[Future[Sample]] = deque()
@@ -48,7 +50,7 @@ class Loader:
             self.waited += time.perf_counter() - begun
             yield _stacked(samples)
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> PatchBatch:
         """Return one batch, made now."""
         numbers = itertools.islice(self._numbers(number), self._batch)
         return _stacked(list(self._pool.map(self._patches.__getitem__, numbers)))
@@ -65,7 +67,7 @@ class Loader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _stacked(samples: list[Sample]) -> Batch:
+def _stacked(samples: list[Sample]) -> PatchBatch:
     return (
         torch.from_numpy(np.stack([sample.image for sample in samples])),
         torch.from_numpy(np.stack([sample.truth for sample in samples])),

@@ -37,9 +37,9 @@ def cross_entropy(logits: Tensor, truth: Tensor, *, weights: Tensor | None = Non
     """
     logits_BKS, known_BS = _wide(logits), truth != IGNORE
     if logits.shape[1] == 1:
-        asked_BS = torch.where(known_BS, truth, 0).to(logits_BKS.dtype)
+        class_BS = torch.where(known_BS, truth, 0).to(logits_BKS.dtype)
         entropy_BS = functional.binary_cross_entropy_with_logits(
-            logits_BKS[:, 0], asked_BS, reduction="none"
+            logits_BKS[:, 0], class_BS, reduction="none"
         )
     else:
         entropy_BS = functional.cross_entropy(
@@ -52,24 +52,24 @@ def dice(logits: Tensor, truth: Tensor, *, weights: Tensor | None = None) -> Ten
     """Return 1 minus the soft Dice overlap, the mean over classes, of the batch as one image.
 
     For a class with probability p and truth t the overlap is ``(2 sum p t + 1) / (sum p + sum t +
-    1)``: the voxel that is added makes a class 1 that is neither asked for nor answered.
+    1)``: the voxel that is added makes a class 1 that is neither true nor predicted.
     A voxel counts ``weights`` times. Shapes as in ``cross_entropy``; with K = 1 the one class is
     class 1. The background is a class as the others.
     """
     logits_BKS, known_BS = _wide(logits), truth != IGNORE
-    asked_BS = torch.where(known_BS, truth, 0)
+    class_BS = torch.where(known_BS, truth, 0)
     if logits.shape[1] == 1:
         likely_BKS = logits_BKS.sigmoid()
-        asked_BKS = asked_BS[:, None].to(likely_BKS.dtype)
+        truth_BKS = class_BS[:, None].to(likely_BKS.dtype)
     else:
         likely_BKS = logits_BKS.softmax(dim=1)
-        asked_BKS = torch.zeros_like(likely_BKS).scatter_(1, asked_BS[:, None], 1)
+        truth_BKS = torch.zeros_like(likely_BKS).scatter_(1, class_BS[:, None], 1)
     counted_BKS = known_BS[:, None].to(likely_BKS.dtype)
     if weights is not None:
         counted_BKS = counted_BKS * _finite(weights, known_BS)[:, None]
     over = (0, *range(2, logits.dim()))
-    both_K = (likely_BKS * asked_BKS * counted_BKS).sum(over)
-    either_K = ((likely_BKS + asked_BKS) * counted_BKS).sum(over)
+    both_K = (likely_BKS * truth_BKS * counted_BKS).sum(over)
+    either_K = ((likely_BKS + truth_BKS) * counted_BKS).sum(over)
     return 1 - ((2 * both_K + 1) / (either_K + 1)).mean()
 
 
@@ -88,7 +88,10 @@ def l1(logits: Tensor, truth: Tensor, *, weights: Tensor | None = None) -> Tenso
 
 
 def l2(logits: Tensor, truth: Tensor, *, weights: Tensor | None = None) -> Tensor:
-    """Return the mean over known values of ``w(x)`` times the squared difference; as ``l1``."""
+    """Return the mean over known values of ``w(x)`` times the squared difference.
+
+    Shapes as in ``l1``.
+    """
     apart_BKS, known_BKS = _apart(logits, truth)
     return _mean(apart_BKS.square(), known_BKS, weights)
 

@@ -54,23 +54,23 @@ def frame(profile: Profile, patch: Shape) -> Frame:
     not count: it learns what `segment` will ask of it.
     """
     answer, before, after, skip = [], [], [], []
-    for axis, want in enumerate(patch):
+    for axis, least in enumerate(patch):
         lead, offset, shrink = profile.lead[axis], profile.offset[axis], profile.shrink[axis]
         padded = lead > offset and not profile.troubles
         beyond = profile.context.after[axis] if padded else shrink - offset
         first = lead if padded else offset
-        if padded:  # what the network is asked for ends on its lattice
-            want = ceil_to(want, profile.context.step[axis])
-        size = profile.accepted(axis, first + want + beyond)
-        kept = want if padded and not profile.fixed else size - first - beyond
-        if kept <= 0:
+        if padded:  # what `segment` asks of the network ends on its lattice
+            least = ceil_to(least, profile.context.step[axis])
+        size = profile.accepted(axis, first + least + beyond)
+        length = least if padded and not profile.fixed else size - first - beyond
+        if length <= 0:
             raise BadRequest(
                 f"network reads {size} voxels and nothing else, which must be more than its"
                 f" context, {first + beyond}; build it for a larger size, or for any"
             )
-        answer.append(kept)
+        answer.append(length)
         before.append(first)
-        after.append(size - first - kept)
+        after.append(size - first - length)
         skip.append(first - offset)
     return Frame(tuple(answer), tuple(before), tuple(after), tuple(skip))
 
@@ -182,8 +182,9 @@ class Patches:
         return weights
 
 
-def _hull(one: Region, other: Region) -> Region:
-    return Region(tuple(map(min, one.start, other.start)), tuple(map(max, one.stop, other.stop)))
+def _hull(a: Region, b: Region) -> Region:
+    """Return the smallest region that holds both."""
+    return Region(tuple(map(min, a.start, b.start)), tuple(map(max, a.stop, b.stop)))
 
 
 def _place(box: Region, start: Shape, leading: Shape) -> Region:

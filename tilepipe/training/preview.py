@@ -21,7 +21,7 @@ COLOURS = np.array(
     [(30, 30, 40), (70, 200, 120), (230, 120, 60), (90, 140, 255), (220, 80, 200), (240, 220, 90)],
     np.uint8,
 )
-"""Of the classes, over and over."""
+"""The colours of the classes; further classes take them again from the first."""
 
 SHOWN = 6
 """Patches in a picture, at most."""
@@ -106,8 +106,8 @@ def _classes(truth: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 def _answer(answer: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return the class that is answered for each voxel."""
-    found = answer.argmax(axis=0) if len(answer) > 1 else (answer[0] > 0).astype(np.int64)
-    return _classes(_plane(found))
+    classes = answer.argmax(axis=0) if len(answer) > 1 else (answer[0] > 0).astype(np.int64)
+    return _classes(_plane(classes))
 
 
 def _heat(weights: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""What may be asked of a training."""
+"""The recipe of a training: all options that decide what a network learns, and how."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ SEEDS = 2**32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What may be asked of a training; plain JSON values. None leaves a choice to the training.
+    """All options of a training, as plain JSON values. None leaves a choice to the training.
 
     Sizes of patches are voxels along the network's axes, ``(z) y x``; regions are in the order of
     the volume's axes, without channels.
     """
 
     target: str = "classes"
-    """What is learned from the labels: see `tilepipe.training.targets`."""
+    """What labels become: ``classes``, ``mask``, ``foreground``, ``membrane``, ``border`` or
+    ``values``; see `tilepipe.training.targets`."""
     classes: int | None = None
     """Channels of the answer; by default those that the target has, or that the labels hold."""
     names: tuple[str, ...] | None = None
-    """What each channel of the answer is called; by default what the target calls it."""
+    """The name of each channel of the answer; by default what the target calls it."""
     ignore: int | None = None
-    """A label that says nothing."""
+    """Voxels with this label are not learned from."""
     axes: str | None = None
     """Axes of the images, such as ``czyx``, where their files do not say them."""
     level: int = 0
     """Resolution of the images' and the labels' pyramids; 0 is the full one."""
     series: int | None = None
-    """Image of each file that holds several."""
+    """Number of the image that is read of each file that holds several."""
     channels: tuple[int | str, ...] | None = None
     """Channels of the images that are learned from, in this order, by number or by name."""
     train_region: tuple[str, ...] = ()
-    """Regions of each volume that are learned from, such as ``0:20,:,:``."""
+    """Regions of each volume that are learned from, such as ``0:20,:,:``; by default all that is
+    not held out."""
     val_region: tuple[str, ...] = ()
     """Regions of each volume that are held out; by default the last eighth of the first axis, or
-    of a large volume a corner of that."""
+    of a large volume a corner of that. ``none`` holds nothing out."""
     normalize: str = "zscore"
     """What is done to grey values: ``none``, ``scale:A,B``, ``percentile:LO,HI`` or ``zscore``."""
 
@@ -80,18 +82,20 @@ class Recipe:
     pools: Sequence[int | Shape] | None = None
     """Pooling between each level and the next, a number or one for each axis. [2]"""
     network: str | None = None
-    """``package.module:factory`` or ``file.py:factory`` that builds a network of one's own."""
+    """``package.module:factory`` or ``file.py:factory`` that builds another network than the
+    U-Net; the fields from ``base`` to ``pools`` are the U-Net's alone."""
     network_args: Mapping[str, object] | None = None
     """Arguments of the factory that ``network`` names, by name; what JSON holds."""
 
     patch: Shape | None = None
-    """Voxels that the loss sees; grown to what the network gives. [256 in 2D, 48 in 3D]"""
+    """Voxels that the loss sees, grown to what the network gives; by default 256 along each axis
+    in 2D and 48 in 3D."""
     balance: bool = False
-    """Sample patches round voxels of every class equally often."""
+    """Whether patches lie round voxels of every class equally often."""
     cache: int = 1_000_000_000
-    """Bytes of decoded chunks that are kept."""
+    """Bytes of decoded chunks that are kept in memory."""
     augment: bool = True
-    """Deform patches and change their grey values; none of what follows where it is off."""
+    """Whether patches are deformed and their grey values changed, as the fields below say."""
     elastic: float | None = None
     """Standard deviation of the random displacements, in voxels; 0 for none. By default as much of
     the patch as in the paper, where it is 10 of 388."""
@@ -102,22 +106,22 @@ class Recipe:
     scale: float = 0.1
     """Patches are scaled at random by a factor of at most 1 plus this, up or down."""
     grey: float = 0.1
-    """Strength of changes of contrast, brightness and gamma; 0 for none."""
+    """Share by which contrast, brightness and gamma are changed at most; 0 for none."""
     noise: float = 0.0
-    """Standard deviation of noise, in normalised grey values."""
+    """Largest standard deviation of the noise, as a share of that of the patch; 0 for none."""
     in_plane: bool = False
-    """Deform along y and x alone, and look for neighbours there alone."""
+    """Whether patches are deformed along y and x alone, and neighbours along z do not count."""
 
     loss: str | None = None
-    """By default ``cross-entropy``, and ``l2`` for values."""
+    """What is made small; by default ``cross-entropy``, and ``l2`` for values."""
     class_weights: bool = False
-    """Weigh each class by the inverse of its frequency, as the paper."""
+    """Whether each class weighs by the inverse of its frequency, as in the paper."""
     weight_map: bool = False
-    """Weigh the voxels between two objects that are close, as the paper."""
+    """Whether the voxels between two objects that are close weigh more, as in the paper."""
     w0: float = 10.0
-    """Weight where objects touch."""
+    """Weight of such a voxel where objects touch."""
     sigma: float = 5.0
-    """How fast it falls with their distance, in voxels."""
+    """Standard deviation, in voxels, of the Gaussian by which it falls with their distance."""
 
     steps: int | None = None
     """Steps after which the training ends; None leaves that to ``minutes``."""
@@ -130,7 +134,7 @@ class Recipe:
     optimizer: str = "adamw"
     """``adamw`` or ``sgd``."""
     lr: float | None = None
-    """Highest learning rate. [1e-3 for adamw, 1e-2 for sgd]"""
+    """Highest learning rate; by default 1e-3 for adamw and 1e-2 for sgd."""
     weight_decay: float = 1e-4
     """Share of each weight that a step takes off, times the learning rate."""
     schedule: str = "cosine"
@@ -140,7 +144,7 @@ class Recipe:
     clip: float = 1.0
     """Largest norm of the gradient; 0 for no limit."""
     average: float = 0.0
-    """Share of the old in the running mean of the weights, as 0.999; 0 keeps the last weights."""
+    """Share of the old in the running mean of the weights, as 0.999; 0 saves the last weights."""
     precision: str = "float32"
     """``float32``, ``bfloat16`` or ``float16``."""
     compile: bool = False
@@ -148,9 +152,9 @@ class Recipe:
     seed: int = 0
     """Seed of all random numbers: weights, patches and how they are changed."""
     validate_every: int | None = None
-    """Steps between validations. [a twentieth of the training]"""
+    """Steps between two validations; by default a twentieth of the training."""
     patience: int | None = None
-    """End after so many validations without a better one."""
+    """Validations without a better one after which the training ends; by default it goes on."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     threads: int | None = None

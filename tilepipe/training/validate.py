@@ -1,4 +1,4 @@
-"""How far a training is: held-out regions segmented as any volume is, and compared."""
+"""Validation: what is held out is segmented as any volume is, and compared with its labels."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class Score:
     error: float
     """Share of labelled voxels with another class; of values, the root of the mean square."""
     dice: tuple[float, ...] = ()
-    """Of each class; nan for one that neither the labels nor the answer hold."""
+    """Dice of each class; nan for one that neither the labels nor the answer hold."""
     iou: tuple[float, ...] = ()
+    """Intersection over union of each class, in the same way."""
 
     @property
     def mean_iou(self) -> float:
@@ -137,7 +138,11 @@ def validate(
     classes: int,
     options: Options,
 ) -> Score:
-    """Segment the held-out images with a checkpoint, and compare with the labels, by blocks."""
+    """Segment the held-out images with a checkpoint, and compare them with labels by blocks.
+
+    ``reader`` makes classes of the labels, ``classes`` is their number; what is segmented goes to
+    ``folder``. Raises BadRequest for a class in the labels that the network does not know.
+    """
     confusion = np.zeros((classes, classes), np.int64)
     square, known = 0.0, 0
     for number, held in enumerate(held_out):
