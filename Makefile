@@ -1,8 +1,9 @@
 # make demo: install into .venv and segment the embedded example.  make test: all checks and tests.
+# make docs: build the documentation as a site, into site/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-oldest lint clean
+.PHONY: demo test test-long test-oldest lint docs clean
 
 demo: .venv/installed
 	$(BIN)/tilepipe demo --output demo
@@ -23,6 +24,10 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Every warning fails the build: a link that leads nowhere, a page that no other names.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -40,5 +45,9 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
 	touch $@ .venv/installed
 
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@ .venv/installed
+
 clean:
-	rm -rf .venv .venv-oldest demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis
