@@ -1,8 +1,9 @@
 # make demo: install into .venv and segment the embedded example.  make test: all checks and tests.
+# make docs: build the documentation as a site, into site/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-oldest coverage lint hooks clean
+.PHONY: demo test test-long test-oldest coverage lint docs hooks clean
 
 demo: .venv/installed
 	$(BIN)/tilepipe demo --output demo
@@ -33,6 +34,10 @@ lint: .venv/installed-test
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
 
+# Every warning fails the build: a link that leads nowhere, a page that no other names.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The checks before each commit.
 hooks: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group dev
@@ -59,6 +64,10 @@ hooks: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group test --group lint
 	touch $@ .venv/installed
 
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group docs
+	touch $@ .venv/installed
+
 clean:
-	rm -rf .venv .venv-oldest demo .mypy_cache .pytest_cache .ruff_cache .hypothesis \
+	rm -rf .venv .venv-oldest demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis \
 		.coverage .coverage.*

@@ -5,6 +5,10 @@ from __future__ import annotations
 import ast
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "house.md"
@@ -27,21 +31,22 @@ def first_line(path: Path) -> str:
 def tables() -> str:
     """Return a table of floors, and one of files for each wing."""
     package, floors, wings = ROOT / "tilepipe", [], []
-    for layer in layers():
+    storeys = layers()
+    for height, layer in zip(range(len(storeys), 0, -1), storeys, strict=True):
         for name in layer:
             wing = package / name
             path = wing / "__init__.py" if wing.is_dir() else package / f"{name}.py"
-            floors.append((f"`{name}{'/' * wing.is_dir()}`", first_line(path)))
+            floors.append((str(height), f"`{name}{'/' * wing.is_dir()}`", first_line(path)))
             if wing.is_dir():
                 files = sorted(p for p in wing.glob("*.py") if p.stem != "__init__")
                 rows = [(f"`{p.stem}`", first_line(p)) for p in files]
-                wings.append(f"### {name}\n\n{_table('file', rows)}")
-    return "\n\n".join([_table("floor", floors), *wings]) + "\n"
+                wings.append(f"### {name}\n\n{_table(['file'], rows)}")
+    return "\n\n".join([_table(["floor", "name"], floors), *wings]) + "\n"
 
 
-def _table(head: str, rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {head} | what it is for |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {text} |" for name, text in rows)])
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [[*heads, "what it is for"], ["---"] * (len(heads) + 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
