@@ -167,11 +167,20 @@ def test_the_bytes_that_are_counted_are_those_of_the_tensors_that_are_held(name:
                 assert bytes_ == [tuple(p) for p in counted.pieces[node]], node
                 held += sum(size for _, _, size in bytes_)
             assert held == counted.alive
+            assert _memory_of(tensors) <= 2 * held
             peak = max(peak, held)
             tensors.pieces[graph.output].clear()
             while counted.pieces[graph.output]:
                 counted.free(counted.pieces[graph.output].pop())
         assert 0 < peak <= counted.peak
+
+
+def _memory_of(buffers: TensorBuffers) -> int:
+    """Return the bytes of the memory in which tensors lie, of which they may be a part."""
+    values = [piece.value for pieces in buffers.pieces.values() for piece in pieces]
+    tensors = [t for v in values for t in (v if isinstance(v, tuple | list) else [v])]
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _bytes_of(value: object) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from torch import Tensor
+
 from tilepipe.geometry import Region
 from tilepipe.graph.bounds import clip, extents, pad_mode, pads_of, reads, reads_along, rows_along
 from tilepipe.graph.buffers import Piece, advance
@@ -22,7 +24,7 @@ from tilepipe.graph.rules import SAME
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from torch import Tensor, fx
+    from torch import fx
 
     from tilepipe.graph.bounds import Rows
     from tilepipe.graph.evaluator import RegionEvaluator
@@ -174,7 +176,10 @@ class TensorBuffers:
         """Compute rows of a node, as one tensor or several."""
         if (chain := self._course.chains.get(item.node)) is not None:
             return self._flow(chain, rows[0], rows)
-        return self._evaluator.compute(item, self._region(item.node, rows), self._fetch)
+        value = self._evaluator.compute(item, self._region(item.node, rows), self._fetch)
+        if isinstance(value, Tensor) and 2 * value.nbytes < value.untyped_storage().nbytes():
+            return value.clone()  # a few rows of a larger tensor, all of which they would hold
+        return value
 
     def grow(self, item: GraphNode, first: int, rows: Rows) -> Tensor:
         """Compute rows of a node behind a copy of those that are held from row ``first`` on."""
