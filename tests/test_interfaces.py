@@ -65,7 +65,7 @@ def test_torch_export_gives_a_graph_as_it_is_read() -> None:
     graph = export(nn.Conv2d(1, 2, 3).to("meta"), (1, 1, 64, 64))
     node = next(n for n in graph.program.graph.nodes if n.op == "call_function")
     assert tuple(node.meta["val"].shape) == (1, 2, 62, 62), (
-        "tilepipe.graph.operations.shape_of reads shapes in node.meta['val']: run torch.fx's"
+        "tilepipe.graph.readings.shape_of reads shapes in node.meta['val']: run torch.fx's"
         " ShapeProp on the exported module"
     )
     signature = graph.program.graph_signature
@@ -97,7 +97,7 @@ def test_torch_trees() -> None:
         "tilepipe.models.cost: torch.utils.pytree has it too"
     )
     assert tree_map(lambda n: n + 1, ([1], {"a": 2})) == ([2], {"a": 3}), (
-        "tilepipe.graph.kernels.call: take torch.fx.node.map_arg"
+        "tilepipe.graph.kernels.call_node: take torch.fx.node.map_arg"
     )
 
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilepipe.graph.interpolation import sample
-from tilepipe.graph.rules import Rule, Sampling
+from tilepipe.graph.rules import AxisRule, Sampling
 
 LENGTHS = st.integers(1, 3000)
 TYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def piece(
-    tensor: torch.Tensor, sampling: Sampling, rule: Rule, start: int, stop: int
+    tensor: torch.Tensor, sampling: Sampling, rule: AxisRule, start: int, stop: int
 ) -> torch.Tensor:
     """Interpolate rows from just those that the rule says they read."""
     low, high = (int(np.clip(n, 0, sampling.size_in - 1)) for n in (

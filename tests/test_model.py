@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tilepipe.errors import BadRequest
-from tilepipe.graph import operations
+from tilepipe.graph.operations import TABLE
 from tilepipe.models.checkpoint import save_checkpoint
 from tilepipe.models.model import load_model, wrap
 from tilepipe.models.spec import context, find_profile
@@ -275,7 +275,7 @@ def test_a_program_holds_no_code_and_no_member_twice(
 
 
 def test_every_operation_with_a_rule_may_be_called() -> None:
-    named = {name for names in operations._READERS.values() for name in names.split()}
+    named = {name for kind in TABLE for name in kind.names.split()}
     assert named - ATEN == {"getitem"}
     there = {name for name in ATEN if hasattr(torch.ops.aten, name)}
     in_place = {name for name in ATEN - there if hasattr(torch.ops.aten, f"{name}_")}

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, fx
 
 from tests.test_compute import SIZES, graph_of, model_of
 from tilepipe.geometry import Region
 from tilepipe.graph.bounds import clip, extents, reads_along, rows_along
+from tilepipe.graph.buffers import advance
 from tilepipe.graph.evaluator import RegionEvaluator
+from tilepipe.graph.footprint import ByteBuffers, voxel_bytes
+from tilepipe.graph.fusion import course_of
 from tilepipe.graph.graph import export
-from tilepipe.graph.sweep import Sweep, steps
+from tilepipe.graph.sweep import Sweep, TensorBuffers, steps
 from tilepipe.models.cost import Liveness
 from tilepipe.models.model import wrap
 from tilepipe.models.spec import find_profile
 from tilepipe.models.windows import whole
 from tilepipe.planning.regions import regions_of
 from tilepipe.testing import zoo
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NAMES = [*zoo.FLAT, *zoo.SOLID, "milesial", "paper unet"]
 
@@ -117,7 +118,7 @@ def test_steps_are_alike_and_as_large_in_the_middle_as_at_the_start(name: str, s
      "valid unet 3d", "anisotropic", "same unet 3d", "trilinear", "restoring",
      "gated unet", "residual unet", "both 3d", "same both 3d"],
 )  # fmt: skip
-def test_memory_is_predicted_within_a_fifth(name: str, slab: int) -> None:
+def test_memory_is_predicted_within_a_quarter(name: str, slab: int) -> None:
     network = zoo.align_corners() if name == "milesial" else {**zoo.FLAT, **zoo.SOLID}[name]()
     model = wrap(network.eval())
     profile, shape = find_profile(model), ((400, 300) if model.axes == 2 else (64, 60, 50))
@@ -135,7 +136,56 @@ def test_memory_is_predicted_within_a_fifth(name: str, slab: int) -> None:
         slabs = sweep.run(slab, lambda rows: _channels_last(rows, model.channels))
         while next(slabs, None) is not None:
             pass
-    assert regions.swept(spans, 0, slab).peak == pytest.approx(alive.tensors, rel=0.2)
+    assert 0.8 * alive.peak <= regions.swept(spans, 0, slab).peak <= 1.25 * alive.peak
+
+
+@pytest.mark.parametrize("name", [*zoo.FLAT, *zoo.SOLID])
+def test_the_bytes_that_are_counted_are_those_of_the_tensors_that_are_held(name: str) -> None:
+    model = zoo.build(name)
+    profile, shape = find_profile(model), ((96, 80) if model.axes == 2 else (40, 36, 28))
+    box = whole(profile, shape, None)
+    graph = export(model.on_meta(), (1, model.channels, *box.shape))
+    out = Region.whole(graph.out_shape[2:])
+    evaluator, widths = RegionEvaluator(graph, model.module), dict[fx.Node, int]()
+    for axis in range(model.axes):
+        rows = [rows_along(graph, a, 0, n) for a, n in enumerate(out.stop)]
+        for node in (graph.source, *(item.node for item in graph.nodes)):
+            across = [n[node][1] - n[node][0] for a, n in enumerate(rows) if a != axis]
+            widths[node] = voxel_bytes(graph, node) * math.prod(across)
+        evaluator.outermost = axis
+        tensors = TensorBuffers(
+            evaluator, out, axis, lambda rows: _channels_last(rows, model.channels).double()
+        )
+        counted, held, peak = ByteBuffers(graph, widths), 0, 0
+        for step in steps(graph, axis, 0, out.stop[axis], 16):
+            with torch.inference_mode():
+                advance(course_of(graph), step, tensors)
+            advance(course_of(graph), step, counted)
+            held = 0
+            for node, pieces in tensors.pieces.items():
+                bytes_ = [(p.first, p.last, _bytes_of(p.value)) for p in pieces]
+                assert bytes_ == [tuple(p) for p in counted.pieces[node]], node
+                held += sum(size for _, _, size in bytes_)
+            assert held == counted.alive
+            assert _memory_of(tensors) <= 2 * held
+            peak = max(peak, held)
+            tensors.pieces[graph.output].clear()
+            while counted.pieces[graph.output]:
+                counted.free(counted.pieces[graph.output].pop())
+        assert 0 < peak <= counted.peak
+
+
+def _memory_of(buffers: TensorBuffers) -> int:
+    """Return the bytes of the memory in which tensors lie, of which they may be a part."""
+    values = [piece.value for pieces in buffers.pieces.values() for piece in pieces]
+    tensors = [t for v in values for t in (v if isinstance(v, tuple | list) else [v])]
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _bytes_of(value: object) -> int:
+    parts = value if isinstance(value, tuple | list) else [value]
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
 def _channels_last(rows: Region, channels: int) -> Tensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from tilepipe.geometry import Region, mirror
-from tilepipe.graph.readings import shape_of
+from tilepipe.graph.readings import Padding, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import fx
 
-    from tilepipe.graph.graph import Graph, Node
+    from tilepipe.graph.graph import Graph, GraphNode
 
 Rows = tuple[int, int]
 """Half-open rows along one axis."""
+
+_BY_MODE = {"reflect": Padding.REFLECT, "replicate": Padding.REPLICATE}
+"""What a padding does whose argument ``mode`` says so."""
 
 
 def extents(graph: Graph, node: fx.Node) -> tuple[int, ...]:
@@ -26,17 +29,17 @@ def extents(graph: Graph, node: fx.Node) -> tuple[int, ...]:
 
 def rows_along(graph: Graph, axis: int, start: int, stop: int) -> dict[fx.Node, Rows]:
     """Return the rows of every node that output rows ``start:stop`` read, inside its tensor."""
-    found = {graph.output: (start, stop)}
+    needed = {graph.output: (start, stop)}
     for item in reversed(graph.nodes):
-        if item.node in found:
-            for source, rows in reads_along(graph, item, axis, found[item.node]):
+        if item.node in needed:
+            for source, rows in reads_along(graph, item, axis, needed[item.node]):
                 low, high = clip(rows, extents(graph, source)[axis])
-                held = found.get(source, (low, high))
-                found[source] = min(held[0], low), max(held[1], high)
-    return found
+                held = needed.get(source, (low, high))
+                needed[source] = min(held[0], low), max(held[1], high)
+    return needed
 
 
-def reads_along(graph: Graph, item: Node, axis: int, rows: Rows) -> list[tuple[fx.Node, Rows]]:
+def reads_along(graph: Graph, item: GraphNode, axis: int, rows: Rows) -> list[tuple[fx.Node, Rows]]:
     """Return what an operation reads for some rows, those of its own padding included."""
     if (mode := pad_mode(item)) is not None:
         source, before = item.operation.source, pads_of(item)[0][axis]
@@ -65,7 +68,7 @@ def _region(rows: Sequence[Rows]) -> Region:
     return Region(tuple(a for a, _ in rows), tuple(b for _, b in rows))
 
 
-def reads(graph: Graph, item: Node, box: Region) -> list[tuple[fx.Node, Region]]:
+def reads(graph: Graph, item: GraphNode, box: Region) -> list[tuple[fx.Node, Region]]:
     """Return what an operation reads for a region, rows of its own padding included."""
     axes = [
         reads_along(graph, item, axis, edges)
@@ -80,23 +83,22 @@ def inside_of(graph: Graph, node: fx.Node, rows: Region) -> Region:
     return _region([clip((a, b), n) for a, b, n in edges])
 
 
-def pad_mode(item: Node) -> str | None:
-    """Return "reflect" or "replicate" for a padding that reads the tensor's own rows."""
-    name, mode = item.operation.name, item.operation.arguments.get("mode")
-    for known in ("reflect", "replicat"):
-        if name.startswith(known) or (name == "pad" and str(mode).startswith(known)):
-            return known
-    return None
+def pad_mode(item: GraphNode) -> Padding | None:
+    """Return how an operation pads with the tensor's own rows; None for all other operations."""
+    padding = item.operation.kind.padding
+    if padding is Padding.ARGUMENT:
+        padding = _BY_MODE.get(str(item.operation.arguments.get("mode")), Padding.CONSTANT)
+    return padding if padding in (Padding.REFLECT, Padding.REPLICATE) else None
 
 
-def padded_rows(mode: str, start: int, stop: int, length: int) -> list[int]:
+def padded_rows(mode: Padding, start: int, stop: int, length: int) -> list[int]:
     """Return which rows stand at ``start:stop`` of an axis that is padded with its own rows."""
-    if mode == "reflect":
+    if mode is Padding.REFLECT:
         return [int(n) for n in mirror(start, stop, length)]
     return [min(max(n, 0), length - 1) for n in range(start, stop)]
 
 
-def pads_of(item: Node) -> tuple[list[int], list[int]]:
+def pads_of(item: GraphNode) -> tuple[list[int], list[int]]:
     """Return the rows padded before each axis of the image, and the pads of other dimensions."""
     listed = item.operation.arguments.get("pad") or item.operation.arguments.get("padding")
     pads, rank = list(cast("Sequence[int]", listed)), len(shape_of(item.node))

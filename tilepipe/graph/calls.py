@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from tilepipe.graph.readings import Operation, shape_of
+from tilepipe.graph.operations import kind_of, operation_of
+from tilepipe.graph.readings import Call, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,27 +20,6 @@ CHANGING = ("append", "insert", "extend", "pop", "clear", "remove", "reverse", "
 """Operations that change a list or a dict in place, so that what it was made of says nothing."""
 LARGEST = 64
 """Values of a constant tensor that are looked at: one number, or one for each channel."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Call:
-    """An operation, or what it takes from elsewhere: ``input``, ``weight``."""
-
-    name: str
-    """The ATen name, without overload and without the underscore of in-place variants."""
-    arguments: Mapping[str, object]
-    """Calls, numbers, lists of them and None, by the names in the operation's schema."""
-    shape: tuple[int, ...] | None = None
-    """Of its first tensor; None where that is not known, as in TorchScript."""
-
-    def source(self) -> object:
-        """Return the first argument."""
-        return next(iter(self.arguments.values()), None)
-
-    def number(self, name: str, default: float | None = None) -> float | None:
-        """Return an argument that is a number, else the default."""
-        value = self.arguments.get(name)
-        return float(value) if isinstance(value, int | float) else default
 
 
 def graph_calls(graph: Graph) -> Call:
@@ -56,18 +35,18 @@ def graph_calls(graph: Graph) -> Call:
         if node.op == "output":
             break
         if node.op != "call_function":
-            calls[node] = Call("input" if node is graph.source else "weight", {})
+            calls[node] = _call("input" if node is graph.source else "weight", {})
             continue
-        operation = Operation.of(node, {})
+        operation = operation_of(node, {})
         bound = {name: value(argument) for name, argument in operation.arguments.items()}
         shape = shape_of(node) if _has_shape(node) else None
-        calls[node] = Call(operation.name, bound, shape)
+        calls[node] = _call(operation.name, bound, shape)
     return calls[graph.output]
 
 
 def _has_shape(node: torch.fx.Node) -> bool:
-    found = node.meta.get("val")
-    first = found[0] if isinstance(found, list | tuple) and found else found
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, list | tuple) and value else value
     return isinstance(first, torch.Tensor)
 
 
@@ -87,13 +66,13 @@ def script_calls(script: torch.jit.ScriptModule, head: int) -> Call | None:
         for kind in CHANGING
         for node in graph.findAllNodes(f"aten::{kind}")
     }
-    values: dict[str, object] = {value.debugName(): Call("input", {}) for value in graph.inputs()}
+    values: dict[str, object] = {value.debugName(): _call("input", {}) for value in graph.inputs()}
     for node in graph.nodes():
         inputs = [values.get(value.debugName()) for value in node.inputs()]
         for number, value in enumerate(node.outputs()):
             name = value.debugName()
             is_known = name not in changed
-            values[name] = _script_value(node, inputs, number) if is_known else Call("changed", {})
+            values[name] = _script_value(node, inputs, number) if is_known else _call("changed", {})
     outputs = _tensors([values.get(value.debugName()) for value in graph.outputs()])
     return outputs[head] if outputs is not None and head < len(outputs) else None
 
@@ -111,27 +90,27 @@ def _script_value(node: torch._C.Node, inputs: list[object], number: int) -> obj
     if kind in ("prim::ListUnpack", "prim::TupleUnpack"):
         if isinstance(first, list) and number < len(first):
             return first[number]
-        return Call("getitem", {"0": first, "1": number})
+        return _call("getitem", {"0": first, "1": number})
     if kind in ("aten::__getitem__", "prim::TupleIndex"):
         place = inputs[1]
         if isinstance(first, list) and isinstance(place, int) and place < len(first):
             return first[place]
         if isinstance(first, dict) and isinstance(place, str | int):
             return first.get(place)
-        return Call("getitem", {"0": first, "1": place})
+        return _call("getitem", {"0": first, "1": place})
     if kind == "prim::ConstantChunk":
-        return Call("getitem", {"0": Call("chunk", {"self": first, "dim": node.i("dim")}),
+        return _call("getitem", {"0": _call("chunk", {"self": first, "dim": node.i("dim")}),
                                 "1": number})  # fmt: skip
     if kind == "prim::GetAttr":
-        return Call("weight", {})
+        return _call("weight", {})
     if kind.startswith("aten::"):
         schema = torch._C.parse_schema(node.schema())
         names = [argument.name for argument in schema.arguments]
         bound = dict(zip(names, inputs, strict=False))
         name = kind.removeprefix("aten::").rstrip("_")
-        call = Call(name, bound)
-        return Call("getitem", {"0": call, "1": number}) if node.outputsSize() > 1 else call
-    return Call(kind, {})
+        call = _call(name, bound)
+        return _call("getitem", {"0": call, "1": number}) if node.outputsSize() > 1 else call
+    return _call(kind, {})
 
 
 def _constant(value: object) -> object:
@@ -139,23 +118,29 @@ def _constant(value: object) -> object:
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_meta or not 0 < value.numel() <= LARGEST:
-        return Call("weight", {})
-    found = value.flatten().tolist()
-    return found[0] if len(found) == 1 else Call("constant", {"values": found})
+        return _call("weight", {})
+    numbers = value.flatten().tolist()
+    if len(numbers) == 1:
+        return numbers[0]
+    return Call("constant", kind_of("constant"), {}, values=tuple(numbers))
 
 
 def _tensors(values: list[object]) -> list[Call] | None:
     """Return the tensors among outputs, counted through lists and dicts; None if one is unseen."""
-    found: list[Call] = []
+    tensors: list[Call] = []
     for value in values:
         if isinstance(value, Call):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | dict):
             inner = list(value.values()) if isinstance(value, dict) else value
             below = _tensors(cast("list[object]", inner))
             if below is None:
                 return None
-            found += below
+            tensors += below
         else:
             return None
-    return found
+    return tensors
+
+
+def _call(name: str, arguments: Mapping[str, object], shape: tuple[int, ...] | None = None) -> Call:
+    return Call(name, kind_of(name), arguments, shape)

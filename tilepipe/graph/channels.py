@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tilepipe.graph.calls import Call
+from tilepipe.graph.readings import Call
 
 Axis = tuple[int, int] | None
 """Where the output's channels lie in a tensor, and its rank; -1: they are an axis that is added
@@ -51,36 +51,62 @@ def without_axis(axis: Axis, dim: int) -> Axis:
     return (-1 if dim == place or place < 0 else place - (dim < place)), rank - 1
 
 
-def before_move(call: Call, axis: Axis) -> Axis:
-    """Return where channels lie before an operation that changes the shape."""
-    source = call.source()
-    old = source.shape if isinstance(source, Call) else None
+def before_permute(call: Call, axis: Axis) -> Axis:
+    """Return where channels lie before dimensions are put in another order."""
+    order = call.arguments.get("dims")
+    if axis is None or axis[0] < 0:
+        return axis
+    place = order[axis[0]] if isinstance(order, list) else None
+    return (place % axis[1], axis[1]) if isinstance(place, int) else None
+
+
+def before_transpose(call: Call, axis: Axis) -> Axis:
+    """Return where channels lie before two dimensions change places."""
     if axis is None:
         return None
     place, rank = axis
-    if call.name == "permute":
-        order = call.arguments.get("dims")
-        if not isinstance(order, list) or place < 0:
-            return axis if place < 0 else None
-        found = order[place]
-        return (found % rank, rank) if isinstance(found, int) else None
-    if call.name == "transpose":
-        a, b = (int(call.number(n, 0.0) or 0) % rank for n in ("dim0", "dim1"))
-        return {a: b, b: a}.get(place, place), rank
-    if call.name == "unsqueeze":
-        return without_axis(axis, int(call.number("dim", 0.0) or 0))
-    if call.name == "squeeze" and (dim := call.number("dim")) is not None and old is None:
-        return with_axis((place, rank), int(dim)) if place >= 0 else None
-    new = call.shape
-    if old is None or new is None or place < 0:
+    a, b = (int(call.number(name, 0.0) or 0) % rank for name in ("dim0", "dim1"))
+    return {a: b, b: a}.get(place, place), rank
+
+
+def before_unsqueeze(call: Call, axis: Axis) -> Axis:
+    """Return where channels lie before a dimension is added."""
+    return without_axis(axis, int(call.number("dim", 0.0) or 0))
+
+
+def before_squeeze(call: Call, axis: Axis) -> Axis:
+    """Return where channels lie before dimensions of length 1 are taken out."""
+    dim = call.number("dim")
+    if axis is None or dim is None or _shape_before(call) is not None:
+        return before_reshape(call, axis)
+    return with_axis(axis, int(dim)) if axis[0] >= 0 else None
+
+
+def before_expand(call: Call, axis: Axis) -> Axis:
+    """Return where channels lie before dimensions are added in front."""
+    old, new = _shape_before(call), call.shape
+    if axis is None or axis[0] < 0 or old is None or new is None:
         return None
-    if call.name == "expand":
-        return (place - (len(new) - len(old)), len(old)) if place >= len(new) - len(old) else None
+    grown = len(new) - len(old)
+    return (axis[0] - grown, len(old)) if axis[0] >= grown else None
+
+
+def before_reshape(call: Call, axis: Axis) -> Axis:
+    """Return where channels lie before a reshape that leaves their dimension whole."""
+    old, new = _shape_before(call), call.shape
+    if axis is None or axis[0] < 0 or old is None or new is None:
+        return None
+    place = axis[0]
     around = new[place], math.prod(new[:place]), math.prod(new[place + 1 :])
     for d, n in enumerate(old):
         if (n, math.prod(old[:d]), math.prod(old[d + 1 :])) == around:
             return d, len(old)
     return None
+
+
+def _shape_before(call: Call) -> tuple[int, ...] | None:
+    source = call.source()
+    return source.shape if isinstance(source, Call) else None
 
 
 def is_whole_slice(call: Call) -> bool:

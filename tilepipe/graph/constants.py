@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tilepipe.graph.graph import ancestors
-from tilepipe.graph.kernels import call
+from tilepipe.graph.kernels import call_node
 from tilepipe.graph.readings import NoRule
 
 if TYPE_CHECKING:
@@ -27,27 +27,27 @@ def constants_of(graph: Graph, network: nn.Module) -> dict[fx.Node, object]:
     stored = dict(itertools.chain(*(names(remove_duplicate=False) for names in named)))
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     like = next((t for t in stored.values() if t.is_floating_point()), torch.empty(0))
-    found: dict[fx.Node, object] = {}
+    values: dict[fx.Node, object] = {}
     for node in ancestors(graph.program.graph, graph.output):
         if node.op == "placeholder" and node.name in names:
-            found[node] = stored[names[node.name]]
+            values[node] = stored[names[node.name]]
         elif node.op == "placeholder" and node.name in signature.inputs_to_lifted_tensor_constants:
             value = graph.program.constants[signature.inputs_to_lifted_tensor_constants[node.name]]
             if value.device.type == "meta":
                 raise NoRule("a tensor that is made while the network runs")
             dtype = like.dtype if value.is_floating_point() else value.dtype
-            found[node] = value.to(like.device, dtype)
+            values[node] = value.to(like.device, dtype)
         elif (
             node.op == "call_function"
             and node not in graph.dims
-            and all(n in found for n in node.all_input_nodes)
+            and all(n in values for n in node.all_input_nodes)
         ):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise NoRule(f"operation {node.target} makes random numbers while the network runs")
-            read = {n: _contiguous(found[n]) for n in node.all_input_nodes}
+            inputs = {n: _contiguous(values[n]) for n in node.all_input_nodes}
             with torch.no_grad():
-                found[node] = call(node, read, like.device)
-    return found
+                values[node] = call_node(node, inputs, like.device)
+    return values
 
 
 def _contiguous(value: object) -> object:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from tilepipe.graph.evaluator import is_special
+from tilepipe.graph.readings import Windowing
 from tilepipe.graph.rules import SAME
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from tilepipe.graph.graph import Graph, Node
+    from tilepipe.graph.graph import Graph, GraphNode
 
 
 class Course:
     """How a sweep goes through a graph: what is computed, and what never has rows of its own."""
 
     def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.several = {item.node for item in graph.nodes if item.operation.several}
+        """Those that give several tensors of the same rows."""
         self.chains = _chains(graph)
         """Operations that are computed together, by the last of them."""
         self.views = {
@@ -30,7 +34,7 @@ class Course:
         self.computed = [i for i in graph.nodes if i.node not in inner and i.node not in self.views]
         """Those that have rows, in order."""
         heads = (chain[0] for chain in self.chains.values())
-        self.unmade = {i.node for i in heads if i.operation.name == "cat"} | set(self.views)
+        self.unmade = {i.node for i in heads if i.operation.kind.joins} | set(self.views)
         """What is read from its sources again, whenever it is read."""
         self.pieced = self._pieced(graph)
         """What is read by concatenations alone, which take it piece by piece."""
@@ -38,14 +42,14 @@ class Course:
         """Which nodes nothing reads after this one."""
 
     def _pieced(self, graph: Graph) -> set[fx.Node]:
-        found: set[fx.Node] = set()
+        pieced: set[fx.Node] = set()
         whole = {graph.output}
         for item in reversed(graph.nodes):
-            cat = item.operation.name == "cat" and not is_spatial(graph, item)
+            cat = item.operation.kind.joins and not is_spatial(graph, item)
             view = item.node in self.views and item.node not in whole
             sources = (access.source for access in item.reading.accesses)
-            (found if cat or view else whole).update(sources)
-        return found - whole
+            (pieced if cat or view else whole).update(sources)
+        return pieced - whole
 
     def _last_reads(self, graph: Graph) -> dict[fx.Node, list[fx.Node]]:
         ends = {link.node: end for end, chain in self.chains.items() for link in chain}
@@ -60,13 +64,19 @@ class Course:
                 while (view := self.views.get(source)) is not None:
                     source = view.operation.source
                 last[source] = max(last.get(source, end), end, key=order.__getitem__)
-        found: dict[fx.Node, list[fx.Node]] = {item.node: [] for item in graph.nodes}
+        reads: dict[fx.Node, list[fx.Node]] = {item.node: [] for item in graph.nodes}
         for source, end in last.items():
-            found[end].append(source)
-        return found
+            reads[end].append(source)
+        return reads
 
 
-def _chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
+@lru_cache(maxsize=4)
+def course_of(graph: Graph) -> Course:
+    """Return how a sweep goes through a graph."""
+    return Course(graph)
+
+
+def _chains(graph: Graph) -> dict[fx.Node, tuple[GraphNode, ...]]:
     """Return the convolutions that only pointwise operations follow, by the last of these.
 
     A chain is a convolution, operations that take each row from the same row of the one before,
@@ -75,52 +85,50 @@ def _chains(graph: Graph) -> dict[fx.Node, tuple[Node, ...]]:
     """
     before = {item.node: item for item in graph.nodes}
     readers = Counter(access.source for item in graph.nodes for access in item.reading.accesses)
-    found: dict[fx.Node, tuple[Node, ...]] = {}
+    chains: dict[fx.Node, tuple[GraphNode, ...]] = {}
     for item in graph.nodes:
-        name = item.operation.name
-        if "conv" in name and not is_transposed(item):
+        if _convolves(item):
             read = before.get(item.operation.source)
             plain = item.operation.number("groups", 1) == 1
             if plain and read and readers[read.node] == 1 and _joins_channels(graph, read):
-                found[item.node] = (read, item)
+                chains[item.node] = (read, item)
             else:
-                found[item.node] = (item,)
+                chains[item.node] = (item,)
             continue
-        if len(item.reading.accesses) != 1 or is_special(item):
+        operation = item.operation
+        if len(item.reading.accesses) != 1 or not operation.kind.chains or operation.several:
             continue
         [access] = item.reading.accesses
-        same = all(rule == SAME for rule in access.rules) and access.source in found
+        same = all(rule == SAME for rule in access.rules) and access.source in chains
         if (
             same
             and readers[access.source] == 1
             and graph.dims[item.node] == graph.dims[access.source]
         ):
-            found[item.node] = (*found.pop(access.source), item)
-    return {n: chain for n, chain in found.items() if "conv" not in chain[-1].operation.name}
+            chains[item.node] = (*chains.pop(access.source), item)
+    return {n: chain for n, chain in chains.items() if not _convolves(chain[-1])}
 
 
-def _joins_channels(graph: Graph, item: Node) -> bool:
+def _joins_channels(graph: Graph, item: GraphNode) -> bool:
     operation = item.operation
-    if operation.name != "cat" or 1 in graph.dims[item.node]:
+    if not operation.kind.joins or 1 in graph.dims[item.node]:
         return False
     return operation.number("dim") % len(operation.shape()) == 1
 
 
-def is_transposed(item: Node) -> bool:
-    """Whether an operation is a transposed convolution."""
-    name = item.operation.name
-    return "conv" in name and (
-        "transpose" in name or bool(item.operation.arguments.get("transposed"))
-    )
+def _convolves(item: GraphNode) -> bool:
+    """Whether an operation is a convolution, and not a transposed one."""
+    operation = item.operation
+    return operation.kind.window is Windowing.CONVOLUTION and not operation.is_transposed
 
 
-def _is_crop(graph: Graph, item: Node) -> bool:
+def _is_crop(graph: Graph, item: GraphNode) -> bool:
     """Whether an operation crops along the image's axes, so that nothing is copied."""
     operation = item.operation
-    plain = operation.name == "slice" and operation.number("step", 1) == 1
+    plain = operation.kind.crops and operation.number("step", 1) == 1
     return plain and is_spatial(graph, item)
 
 
-def is_spatial(graph: Graph, item: Node) -> bool:
+def is_spatial(graph: Graph, item: GraphNode) -> bool:
     """Whether an operation's ``dim`` is one of the image's axes."""
     return item.operation.number("dim") % len(item.operation.shape()) in graph.dims[item.node]

@@ -21,8 +21,16 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from tilepipe.geometry import Context
-from tilepipe.graph.operations import read_operation
-from tilepipe.graph.readings import Flattened, NoRule, Operation, Reading, shape_of
+from tilepipe.graph.operations import kind_of, name_of, operation_of
+from tilepipe.graph.readings import (
+    Attending,
+    Flattened,
+    NoRule,
+    Operation,
+    Reading,
+    Windowing,
+    shape_of,
+)
 from tilepipe.text import first_line
 
 if TYPE_CHECKING:
@@ -44,7 +52,7 @@ class NotExported(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class GraphNode:
     """One operation on the image, with what it reads."""
 
     node: fx.Node
@@ -59,7 +67,7 @@ class Graph:
     """The operations between a network's input and output, in order, at one input size."""
 
     program: ExportedProgram
-    nodes: tuple[Node, ...]
+    nodes: tuple[GraphNode, ...]
     dims: Mapping[fx.Node, tuple[int, ...]]
     """The tensor dimension that holds each spatial axis, of every node that has them."""
     source: fx.Node
@@ -147,7 +155,7 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
     output = next(node for node in graph.nodes if node.name == output_name)
     dims: dict[fx.Node, tuple[int, ...]] = {source: tuple(range(2, len(shape)))}
     flattened: set[fx.Node] = {source}
-    nodes: list[Node] = []
+    nodes: list[GraphNode] = []
     troubles: list[str] = []
     off_lattice: list[str] = []
     for node in ancestors(graph, output):
@@ -159,9 +167,9 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
             if _attends(node):  # which says more than that its input was folded before it
                 troubles.insert(0, f"attention over the whole image ({place})")
             continue  # the image's axes are lost before it
-        operation = Operation.of(node, dims)
+        operation = operation_of(node, dims)
         try:
-            reading = read_operation(operation)
+            reading = operation.kind.reads(operation)
         except Flattened as reason:
             troubles.append(f"{reason} ({place})")
             continue
@@ -170,7 +178,7 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
                 continue  # the network reads the whole image: its axes need not be followed
             raise NoRule(f"{reason} ({place})") from None
         dims[node] = reading.dims
-        nodes.append(Node(node, operation, reading, place))
+        nodes.append(GraphNode(node, operation, reading, place))
         if reading.unbounded:
             troubles.append(f"{reading.unbounded} ({place})")
         if reading.lattice:
@@ -185,10 +193,10 @@ def _read_graph(program: ExportedProgram, shape: tuple[int, ...]) -> Graph:
 
 def _attends(node: fx.Node) -> bool:
     """Whether an operation weighs many pieces of the image against as many."""
-    name = getattr(node.target, "__name__", "")
-    if name.startswith("scaled_dot_product_attention"):
-        return True
-    shape = shape_of(node) if name.startswith(("softmax", "_softmax")) else ()
+    attends = kind_of(name_of(node.target)).attends
+    if attends is not Attending.OF_MATRICES:
+        return attends is Attending.ALWAYS
+    shape = shape_of(node)
     return len(shape) > 2 and min(shape[-2:]) > 1
 
 
@@ -240,11 +248,12 @@ def covering(graph: Graph) -> frozenset[str]:
     return frozenset(item.node.name for item in graph.nodes if _covers(item))
 
 
-def _covers(item: Node) -> bool:
-    name, source = item.operation.name, item.operation.source
-    if not ("pool" in name or "conv" in name) or "transpose" in name or item.reading.unbounded:
+def _covers(item: GraphNode) -> bool:
+    operation = item.operation
+    windowed = operation.kind.window is not Windowing.NONE and not operation.is_transposed
+    if not windowed or item.reading.unbounded:
         return False
-    before, after = shape_of(source), shape_of(item.node)
+    before, after = shape_of(operation.source), shape_of(item.node)
     return any(
         before[d] > 1 and after[d] == 1 and rule.last - rule.first + 1 >= before[d]
         for d, rule in zip(item.reading.dims, item.reading.accesses[0].rules, strict=True)
@@ -256,35 +265,34 @@ def unbound(graph: Graph, names: frozenset[str]) -> Graph:
     nodes, troubles = [], []
     for item in graph.nodes:
         if item.node.name in names:
-            kind = "pooling" if "pool" in item.operation.name else "a convolution"
-            reason = f"{kind} over the whole image"
+            reason = f"{item.operation.kind.window.value} over the whole image"
             item = replace(item, reading=replace(item.reading, unbounded=reason))
             troubles.append(f"{reason} ({item.place})")
         nodes.append(item)
     return replace(graph, nodes=tuple(nodes), troubles=(*graph.troubles, *troubles))
 
 
-def strides(graph: Graph, axis: int) -> Iterator[tuple[Node, Fraction]]:
+def strides(graph: Graph, axis: int) -> Iterator[tuple[GraphNode, Fraction]]:
     """Yield every operation with the input voxels between two rows of its output.
 
     Where two paths meet with different strides, both are given.
     """
     known: dict[fx.Node, Fraction | None] = {graph.source: Fraction(1)}
     for item in graph.nodes:
-        found: set[Fraction] = set()
+        at_node: set[Fraction] = set()
         for access in item.reading.accesses:
             before, rule = known.get(access.source), access.rules[axis]
             if before is None:
                 continue
             if item.reading.lattice:
                 rows = shape_of(access.source)[2 + axis], shape_of(item.node)[2 + axis]
-                found.add(before * Fraction(*rows))
+                at_node.add(before * Fraction(*rows))
             elif item.reading.unbounded:
-                found.add(before)
+                at_node.add(before)
             elif rule.num:
-                found.add(before * rule.num / rule.den)
-        known[item.node] = min(found, default=None)
-        for stride in found:
+                at_node.add(before * rule.num / rule.den)
+        known[item.node] = min(at_node, default=None)
+        for stride in at_node:
             yield item, stride
 
 

@@ -23,7 +23,16 @@ _WHOLE = {
     ("linear", 5): "trilinear",
     ("cubic", 4): "bicubic",
 }
-"""What the library calls a mode, by the dimensions of a tensor."""
+"""What the library calls a mode, by the dimensions of a tensor, where it depends on them."""
+
+
+def library_mode(mode: str, ndim: int) -> str:
+    """Return what the library calls a mode of sampling, for a tensor of so many dimensions.
+
+    >>> library_mode("linear", 4), library_mode("nearest", 4)
+    ('bilinear', 'nearest')
+    """
+    return _WHOLE.get((mode, ndim), mode)
 
 
 def sample(tensor: Tensor, sampling: Sampling, d: int, rows: Rows, held: Rows) -> Tensor:
@@ -35,7 +44,7 @@ def sample(tensor: Tensor, sampling: Sampling, d: int, rows: Rows, held: Rows) -
     if sampling.same:
         return tensor
     if sampling.align and rows == (0, sampling.size_out):
-        shape, mode = list(tensor.shape), _WHOLE[sampling.mode, tensor.ndim]
+        shape, mode = list(tensor.shape), library_mode(sampling.mode, tensor.ndim)
         shape[d] = sampling.size_out
         return F.interpolate(tensor, shape[2:], mode=mode, align_corners=True)
     double, last = tensor.dtype == torch.float64, sampling.size_in - 1
@@ -50,12 +59,12 @@ def sample(tensor: Tensor, sampling: Sampling, d: int, rows: Rows, held: Rows) -
     if sampling.mode == "linear":
         low, high = (_rows_of(tensor, d, (lows + n).clip(0, last), held) for n in (0, 1))
         return torch.lerp(low, high, share)
-    found = None
+    total = None
     for n, weight in zip((-1, 0, 1, 2), _cubic(share), strict=True):
         part = _rows_of(tensor, d, (lows + n).clip(0, last), held).mul_(weight)
-        found = part if found is None else found.add_(part)
-    assert found is not None
-    return found
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
 
 
 def _rows_of(tensor: Tensor, d: int, rows: NDArray[np.int64], held: Rows) -> Tensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tilepipe.geometry import Region
 
 
-def call(node: fx.Node, values: Mapping[fx.Node, object], device: torch.device) -> object:
+def call_node(node: fx.Node, values: Mapping[fx.Node, object], device: torch.device) -> object:
     """Call a node's operation on these values; what it makes lies on the ``device``.
 
     The graph was exported on another, ``meta``, which its operations may name.
@@ -53,11 +53,11 @@ def convolve(
         added = by_onednn.binary(onto, tensor, weight, bias, *sizes, "add", 1.0, None, [], None)
         return cast("Tensor", added)
     if tensor.ndim == 5 and _suits_onednn(tensor):
-        found = torch.mkldnn_convolution(tensor, weight, bias, *sizes)
+        result = torch.mkldnn_convolution(tensor, weight, bias, *sizes)
     else:
         function = F.conv2d if tensor.ndim == 4 else F.conv3d
-        found = function(tensor, weight, bias, sizes[1], sizes[0], sizes[2], groups)
-    return found if onto is None else onto.add_(found)
+        result = function(tensor, weight, bias, sizes[1], sizes[0], sizes[2], groups)
+    return result if onto is None else onto.add_(result)
 
 
 def convolve_transposed(
@@ -79,6 +79,11 @@ def convolve_transposed(
     return function(tensor, weight, bias, list(stride), 0, 0, groups, list(dilation))
 
 
+def rectify(tensor: Tensor, out: Tensor) -> Tensor:
+    """Write a tensor without its negative values into the memory of another."""
+    return torch.clamp_min(tensor, 0, out=out)
+
+
 def _suits_onednn(tensor: Tensor) -> bool:
     plain = tensor.device.type == "cpu" and tensor.dtype == torch.float32
     return plain and torch.backends.mkldnn.is_available()
@@ -87,7 +92,7 @@ def _suits_onednn(tensor: Tensor) -> bool:
 def crop(value: object, dims: Sequence[int], rows: Region, origin: Sequence[int]) -> object:
     """Return rows of a tensor, or of each of several."""
     if isinstance(value, tuple | list):
-        return tuple(crop(one, dims, rows, origin) for one in value)
+        return tuple(crop(part, dims, rows, origin) for part in value)
     tensor = cast("Tensor", value)
     for d, a, n, o in zip(dims, rows.start, rows.shape, origin, strict=True):
         if tensor.ndim > d and tensor.shape[d] != n:
@@ -120,8 +125,8 @@ def join(parts: Sequence[Tensor], dims: Sequence[int], axis: int) -> Tensor:
     """Concatenate along one of ``dims``, which is outermost in memory, the channels innermost."""
     dim, shape, place = dims[axis], list(parts[0].shape), 0
     shape[dim] = sum(part.shape[dim] for part in parts)
-    found = empty(parts[0], shape, [dim, *(d for d in dims if d != dim)])
+    joined = empty(parts[0], shape, [dim, *(d for d in dims if d != dim)])
     for part in parts:
-        found.narrow(dim, place, part.shape[dim]).copy_(part)
+        joined.narrow(dim, place, part.shape[dim]).copy_(part)
         place += part.shape[dim]
-    return found
+    return joined

@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class AxisRule:
     """Output row ``i`` along one axis reads input rows ``lo(i)`` to ``hi(i)``, both included.
 
     ``lo(i) = floor((i * num + first) / den)`` and ``hi(i) = floor((i * num + last) / den)``, in
     absolute coordinates; rows outside the input are the operation's own padding. A 3-wide
-    convolution with padding 1 is ``Rule(1, 1, -1, 1)``; ``num == 0`` reads the same rows always.
+    convolution with padding 1 is ``AxisRule(1, 1, -1, 1)``; a rule whose ``num`` is 0 reads the
+    same rows always.
 
-    >>> Rule(2, 1, 0, 1).need(3, 5)
+    >>> AxisRule(2, 1, 0, 1).need(3, 5)
     (6, 10)
-    >>> Rule(1, 2, 0, 0).need(3, 5)
+    >>> AxisRule(1, 2, 0, 0).need(3, 5)
     (1, 3)
     """
 
@@ -39,22 +40,22 @@ class Rule:
         )
 
 
-SAME = Rule()
+SAME = AxisRule()
 
 
-def convolution(kernel: int, stride: int, padding: int, dilation: int) -> Rule:
+def convolution(kernel: int, stride: int, padding: int, dilation: int) -> AxisRule:
     """Return the rule of a convolution or a pooling along one axis."""
-    return Rule(stride, 1, -padding, dilation * (kernel - 1) - padding)
+    return AxisRule(stride, 1, -padding, dilation * (kernel - 1) - padding)
 
 
-def transposed(kernel: int, stride: int, padding: int, dilation: int) -> Rule:
+def transposed(kernel: int, stride: int, padding: int, dilation: int) -> AxisRule:
     """Return the rule of a transposed convolution: input ``j`` writes ``j * stride - padding + t``.
 
     >>> transposed(2, 2, 0, 1).need(0, 4)
     (0, 2)
     """
     reach = dilation * (kernel - 1)
-    return Rule(1, stride, padding - reach + stride - 1, padding)
+    return AxisRule(1, stride, padding - reach + stride - 1, padding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Sampling:
     """The factor that was asked for; None where a size was, whose ratio is the factor then."""
     align: bool
 
-    def rule(self) -> Rule | None:
+    def rule(self) -> AxisRule | None:
         """Return which rows are read; None where no rule fits what the library computes.
 
         Nearest rows are one wider on each side where the library's arithmetic, in float32 or
@@ -79,10 +80,10 @@ class Sampling:
             return SAME
         num, den, shift = self._line
         first, last = {"linear": (0, 1), "cubic": (-1, 2)}.get(self.mode, (0, 0))
-        exact = Rule(num, den, shift + first * den, shift + last * den)
+        exact = AxisRule(num, den, shift + first * den, shift + last * den)
         if "nearest" not in self.mode:
             return exact
-        wider = Rule(num, den, exact.first - den, exact.last + den)
+        wider = AxisRule(num, den, exact.first - den, exact.last + den)
         return next((rule for rule in (exact, wider) if self._fits(rule)), None)
 
     @property
@@ -137,7 +138,7 @@ class Sampling:
         places = self.places(start, stop, double=double).astype(np.float32)
         return np.minimum(np.floor(places).astype(np.int64), self.size_in - 1)
 
-    def _fits(self, rule: Rule) -> bool:
+    def _fits(self, rule: AxisRule) -> bool:
         """Whether all rows that nearest output rows are copies of are those that a rule reads."""
         rows = np.arange(self.size_out, dtype=np.int64) * rule.num
         low = np.clip((rows + rule.first) // rule.den, 0, self.size_in - 1)

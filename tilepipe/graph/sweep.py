@@ -10,22 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from tilepipe.geometry import Region
 from tilepipe.graph.bounds import clip, extents, pad_mode, pads_of, reads, reads_along, rows_along
+from tilepipe.graph.buffers import Piece, advance
+from tilepipe.graph.computing import convolve_joined
 from tilepipe.graph.evaluator import rows_read
-from tilepipe.graph.fusion import Course, is_spatial, is_transposed
+from tilepipe.graph.fusion import course_of, is_spatial
 from tilepipe.graph.kernels import crop, empty, join
 from tilepipe.graph.rules import SAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from torch import fx
+
     from tilepipe.graph.bounds import Rows
     from tilepipe.graph.evaluator import RegionEvaluator
-    from tilepipe.graph.graph import Graph, Node
+    from tilepipe.graph.graph import Graph, GraphNode
 
 PIECE_BYTES = 48 << 20
 """Bytes of a tensor between two operations of a chain. Measured: less and more are slower."""
@@ -60,7 +63,7 @@ def steps(graph: Graph, axis: int, start: int, stop: int, slab: int) -> Iterator
     once and in order; a step reads nothing but new and kept rows. The context before the first
     output row is computed in slabs, too, so that no step is larger than those in the middle.
     """
-    final, unmade = rows_along(graph, axis, start, stop), Course(graph).unmade
+    final, unmade = rows_along(graph, axis, start, stop), course_of(graph).unmade
     done = {node: low for node, (low, _) in final.items()}
     edge = _first_edge(graph, axis, start + slab, done[graph.source] + slab, slab)
     while done[graph.output] < stop:
@@ -113,7 +116,9 @@ def _until(
             for source, rows in reads_along(graph, item, axis, new):
                 high = clip(rows, extents(graph, source)[axis])[1]
                 until[source] = max(until[source], high)
-                if is_transposed(item):  # all that the rows read give, or they are read again
+                if (
+                    item.operation.is_transposed
+                ):  # all that the rows read give, or they are read again
                     rule = item.reading.accesses[0].rules[axis]
                     given = (high * rule.den - rule.last) // rule.num
                     until[item.node] = max(until[item.node], min(given, final[item.node][1]))
@@ -143,108 +148,93 @@ def _kept(
     return keep
 
 
-class Held:
-    """The rows of one node that are still read, in pieces along the axis."""
+class TensorBuffers:
+    """The tensors of one region of the output that is swept along one axis."""
 
-    def __init__(self, dims: tuple[int, ...], axis: int, region: Region) -> None:
-        """``region`` says which rows there are along the other axes."""
-        self._dims, self._axis, self._origin = dims, axis, region.start
-        self.pieces: list[tuple[int, int, object]] = []
-        """First row, one past the last, and a tensor or several of the same rows."""
-
-    @property
-    def rows(self) -> Rows:
-        """First row and one past the last."""
-        return self.pieces[0][0], self.pieces[-1][1]
-
-    def parts(self, region: Region) -> list[tuple[int, object]]:
-        """Return the parts of a region, each with its first row along the axis."""
-        start, stop = region.start[self._axis], region.stop[self._axis]
-        found = []
-        for first, last, value in self.pieces:
-            if first < stop and last > start:
-                low, high = max(first, start), min(last, stop)
-                origin = (*self._origin[: self._axis], first, *self._origin[self._axis + 1 :])
-                part = crop(value, self._dims, self._with(region, low, high), origin)
-                found.append((low, part))
-        return found
-
-    def _with(self, region: Region, low: int, high: int) -> Region:
-        a, axis = region, self._axis
-        return Region(
-            (*a.start[:axis], low, *a.start[axis + 1 :]),
-            (*a.stop[:axis], high, *a.stop[axis + 1 :]),
-        )
-
-    def fetch(self, region: Region) -> object:
-        """Return a region that is held, as one tensor or several."""
-        found = [part for _, part in self.parts(region)]
-        if len(found) == 1:
-            return found[0]
-        if isinstance(found[0], tuple):
-            several = cast("list[tuple[Tensor, ...]]", found)
-            return tuple(join(each, self._dims, self._axis) for each in zip(*several, strict=True))
-        return join(cast("list[Tensor]", found), self._dims, self._axis)
-
-    def let_go(self, keep: int) -> None:
-        """Free the rows before ``keep``."""
-        while self.pieces and self.pieces[0][1] <= keep:
-            self.pieces.pop(0)
-        if len(self.pieces) == 1 and isinstance(tensor := self.pieces[0][2], Tensor):
-            first, last, _ = self.pieces[0]
-            if 2 * (last - keep) < last - first:
-                kept = tensor.narrow(self._dims[self._axis], keep - first, last - keep).clone()
-                self.pieces[0] = keep, last, kept
-
-
-class Sweep:
-    """One region of the output, computed along one axis."""
-
-    def __init__(self, evaluator: RegionEvaluator, box: Region, axis: int) -> None:
-        """``box`` is in rows of the output, ``axis`` one of the network's."""
+    def __init__(
+        self, evaluator: RegionEvaluator, box: Region, axis: int, read: Callable[[Region], Tensor]
+    ) -> None:
+        """Take ``box`` in rows of the output; ``axis`` and ``read`` are those of `Sweep`."""
         self._evaluator, self._graph = evaluator, evaluator.graph
-        self._box, self._axis = box, axis
+        self._axis, self._read = axis, read
+        self._course = course_of(self._graph)
         self._across = [
             {} if a == axis else rows_along(self._graph, a, *edges)
             for a, edges in enumerate(zip(box.start, box.stop, strict=True))
         ]
-        self._held: dict[fx.Node, Held] = {}
-        self._course = Course(self._graph)
-
-    def run(self, slab: int, read: Callable[[Region], Tensor]) -> Iterator[tuple[Rows, Tensor]]:
-        """Yield rows of the output in order, with batch and channels.
-
-        ``read`` gives a region of the input, inside the whole image, each row once and in order,
-        as a tensor in whose memory the axis is outermost and the channels innermost.
-        """
-        graph, evaluator = self._graph, self._evaluator
-        evaluator.outermost = self._axis
-        self._held = {
-            node: Held(graph.dims[node], self._axis, self._region(node, (0, 0)))
-            for node in (graph.source, *(item.node for item in graph.nodes))
+        self.pieces: dict[fx.Node, list[Piece[object]]] = {
+            node: []
+            for node in (self._graph.source, *(item.node for item in self._graph.nodes))
             if all(node in rows for rows in self._across if rows)
         }
-        edges = self._box.start[self._axis], self._box.stop[self._axis]
-        for step in steps(graph, self._axis, *edges, slab):
-            if (rows := step.new.get(graph.source)) is not None:
-                value = rows_read(read, self._region(graph.source, rows))
-                self._held[graph.source].pieces.append((*rows, value))
-            for item in self._course.computed:
-                if (rows := step.new.get(item.node)) is not None:
-                    self._compute(item, rows)
-                for node in self._course.last_reads[item.node]:
-                    self._held[node].let_go(step.keep[node])
-            if (rows := step.new.get(graph.output)) is not None:
-                yield rows, cast("Tensor", self._held[graph.output].pieces.pop()[2])
+
+    def read(self, rows: Rows) -> Tensor:
+        """Return rows of the input."""
+        return rows_read(self._read, self._region(self._graph.source, rows))
+
+    def append(self, item: GraphNode, rows: Rows) -> object:
+        """Compute rows of a node, as one tensor or several."""
+        if (chain := self._course.chains.get(item.node)) is not None:
+            return self._flow(chain, rows[0], rows)
+        value = self._evaluator.compute(item, self._region(item.node, rows), self._fetch)
+        if isinstance(value, Tensor) and 2 * value.nbytes < value.untyped_storage().nbytes():
+            return value.clone()  # a few rows of a larger tensor, all of which they would hold
+        return value
+
+    def grow(self, item: GraphNode, first: int, rows: Rows) -> Tensor:
+        """Compute rows of a node behind a copy of those that are held from row ``first`` on."""
+        if (chain := self._course.chains.get(item.node)) is not None:
+            return self._flow(chain, first, rows)
+        dim = self._graph.dims[item.node][self._axis]
+        held = cast("Tensor", self.pieces[item.node][0].value)
+        buffer = self._buffer(item.node, held, (first, rows[1]))
+        self._move_tail(item.node, buffer, first)
+        region = self._region(item.node, rows)
+        self._fill(item, region, buffer.narrow(dim, rows[0] - first, rows[1] - rows[0]))
+        return buffer
+
+    def shorten(self, node: fx.Node, piece: Piece[object], keep: int) -> Tensor:
+        """Return a copy of the rows of a piece from row ``keep`` on."""
+        dim = self._graph.dims[node][self._axis]
+        held = cast("Tensor", piece.value)
+        return held.narrow(dim, keep - piece.first, piece.last - keep).clone()
+
+    def free(self, piece: Piece[object]) -> None:
+        """Do nothing: memory that nothing refers to is free."""
 
     def _region(self, node: fx.Node, rows: Rows) -> Region:
         """Return rows of a node along the axis, with those that are needed along the others."""
         along = [rows if a == self._axis else m[node] for a, m in enumerate(self._across)]
         return Region(tuple(a for a, _ in along), tuple(b for _, b in along))
 
+    def _parts(self, node: fx.Node, region: Region) -> list[tuple[int, object]]:
+        """Return the parts of a region that is held, each with its first row along the axis."""
+        axis, dims, parts = self._axis, self._graph.dims[node], []
+        start, stop = region.start[axis], region.stop[axis]
+        origin = list(self._region(node, (0, 0)).start)
+        for first, last, value in self.pieces[node]:
+            if first < stop and last > start:
+                low, high = max(first, start), min(last, stop)
+                origin[axis] = first
+                rows = Region(
+                    (*region.start[:axis], low, *region.start[axis + 1 :]),
+                    (*region.stop[:axis], high, *region.stop[axis + 1 :]),
+                )
+                parts.append((low, crop(value, dims, rows, origin)))
+        return parts
+
     def _fetch(self, node: fx.Node, region: Region) -> Tensor:
+        """Return a region that is held, as one tensor or several."""
         node, region = self._seen(node, region)
-        return cast("Tensor", self._held[node].fetch(region))
+        parts = [part for _, part in self._parts(node, region)]
+        dims = self._graph.dims[node]
+        if len(parts) == 1:
+            return cast("Tensor", parts[0])
+        if isinstance(parts[0], tuple):
+            several = cast("list[tuple[Tensor, ...]]", parts)
+            joined = tuple(join(each, dims, self._axis) for each in zip(*several, strict=True))
+            return cast("Tensor", joined)
+        return join(cast("list[Tensor]", parts), dims, self._axis)
 
     def _seen(self, node: fx.Node, region: Region) -> tuple[fx.Node, Region]:
         """Return where the rows of a node are held: a crop holds none of its own."""
@@ -252,71 +242,48 @@ class Sweep:
             [(node, region)] = reads(self._graph, view, region)
         return node, region
 
-    def _compute(self, item: Node, rows: Rows) -> None:
-        """Compute new rows of a node and put them behind those that are held."""
-        held, region = self._held[item.node], self._region(item.node, rows)
-        tail = held.pieces[0][2] if held.pieces else None
-        kept = rows[0] - held.rows[0] if held.pieces else 0
-        if kept > rows[1] - rows[0] or item.node in self._course.pieced:
-            tail, kept = None, 0  # the new rows become a piece of their own
-        if (chain := self._course.chains.get(item.node)) is not None:
-            self._flow(chain, rows, kept)
-            return
-        if not isinstance(tail, Tensor):
-            value = self._evaluator.compute(item, region, self._fetch)
-            held.pieces.append((*rows, value))
-            return
-        dims = self._graph.dims[item.node]
-        first, dim = rows[0] - kept, dims[self._axis]
-        buffer = self._buffer(item.node, tail, (first, rows[1]))
-        self._move_tail(item.node, buffer, first)
-        self._fill(item, region, buffer.narrow(dim, kept, rows[1] - rows[0]))
-        held.pieces = [(first, rows[1], buffer)]
-
     def _move_tail(self, node: fx.Node, buffer: Tensor, first: int) -> None:
         """Copy the rows of a node that are held to the start of a buffer, at row ``first``."""
-        held, dim = self._held[node], self._graph.dims[node][self._axis]
-        for low, part in held.parts(self._region(node, (first, held.rows[1]))):
+        dim, last = self._graph.dims[node][self._axis], self.pieces[node][-1].last
+        for low, part in self._parts(node, self._region(node, (first, last))):
             tensor = cast("Tensor", part)
             buffer.narrow(dim, low - first, tensor.shape[dim]).copy_(tensor)
 
-    def _flow(self, chain: tuple[Node, ...], rows: Rows, kept: int) -> None:
-        """Compute new rows of a chain a few at a time, behind the ``kept`` rows of its end.
+    def _flow(self, chain: tuple[GraphNode, ...], first: int, rows: Rows) -> Tensor:
+        """Compute rows of a chain a few at a time, behind the rows of its end from ``first`` on.
 
         What lies between the first operation and the last is small and soon used again.
         """
-        end, held = chain[-1], self._held[chain[-1].node]
-        dim, first = self._graph.dims[end.node][self._axis], rows[0] - kept
+        end, start = chain[-1], chain[0]
+        dim, into = self._graph.dims[end.node][self._axis], end.operation.kind.into
         row = self._region(end.node, (0, 1)).size * end.operation.shape()[1] * 4
         thick = piece_rows(rows[1] - rows[0], row)
         buffer: Tensor | None = None
         for low in range(rows[0], rows[1], thick):
             region = self._region(end.node, (low, min(low + thick, rows[1])))
-            if chain[0].operation.name == "cat":
-                value = self._evaluator.convolve_joined(chain[1], chain[0], region, self._fetch)
+            if start.operation.kind.joins:
+                value = convolve_joined(self._evaluator, chain[1], start, region, self._fetch)
                 links = chain[2:-1]
             else:
-                value = cast("Tensor", self._evaluator.compute(chain[0], region, self._fetch))
+                value = cast("Tensor", self._evaluator.compute(start, region, self._fetch))
                 links = chain[1:-1]
             for link in links:
                 value = self._next(link, region, value)
-            straight = end.operation.name == "relu"
             # What comes last may have another type, or other channels.
-            result = value if straight else self._next(end, region, value)
+            result = value if into is not None else self._next(end, region, value)
             if buffer is None:
                 buffer = self._buffer(end.node, result, (first, rows[1]))
-                if kept:
+                if first < rows[0]:
                     self._move_tail(end.node, buffer, first)
             out = buffer.narrow(dim, low - first, result.shape[dim])
-            if straight:
-                torch.clamp_min(value, 0, out=out)
+            if into is not None:
+                into(value, out)
             else:
                 out.copy_(result)
-        if kept:
-            held.pieces.clear()
-        held.pieces.append((first, rows[1], buffer))
+        assert buffer is not None
+        return buffer
 
-    def _next(self, link: Node, region: Region, value: Tensor) -> Tensor:
+    def _next(self, link: GraphNode, region: Region, value: Tensor) -> Tensor:
         return cast("Tensor", self._evaluator.compute(link, region, lambda *_: value))
 
     def _buffer(self, node: fx.Node, like: Tensor, rows: Rows) -> Tensor:
@@ -327,21 +294,48 @@ class Sweep:
         first = dims[self._axis]
         return empty(like, shape, [first, *(d for d in dims if d != first)])
 
-    def _fill(self, item: Node, region: Region, out: Tensor) -> None:
-        """Compute a region of a node into memory that is given, in one pass where that can be."""
-        name, axis = item.operation.name, self._axis
-        if name == "relu":
-            torch.clamp_min(self._fetch(item.operation.source, region), 0, out=out)
-        elif name == "cat" and not is_spatial(self._graph, item):
-            dims = self._graph.dims[item.node]
-            along, across = item.operation.number("dim") % out.ndim, dims[axis]
-            place = 0
-            for access in item.reading.accesses:
-                source, read = self._seen(access.source, region)
-                for first, part in self._held[source].parts(read):
-                    tensor = cast("Tensor", part)
-                    where = out.narrow(across, first - read.start[axis], tensor.shape[across])
-                    where.narrow(along, place, tensor.shape[along]).copy_(tensor)
-                place += tensor.shape[along]
+    def _fill(self, item: GraphNode, region: Region, out: Tensor) -> None:
+        """Compute a region of a node into memory that is there, in one pass where that can be."""
+        kind = item.operation.kind
+        if kind.into is not None:
+            kind.into(self._fetch(item.operation.source, region), out)
+        elif kind.joins and not is_spatial(self._graph, item):
+            self._fill_joined(item, region, out)
         else:
             out.copy_(cast("Tensor", self._evaluator.compute(item, region, self._fetch)))
+
+    def _fill_joined(self, item: GraphNode, region: Region, out: Tensor) -> None:
+        """Copy what an operation joins along channels, piece by piece, to where it belongs."""
+        along = item.operation.number("dim") % out.ndim
+        across, place = self._graph.dims[item.node][self._axis], 0
+        for access in item.reading.accesses:
+            source, rows = self._seen(access.source, region)
+            for first, part in self._parts(source, rows):
+                tensor = cast("Tensor", part)
+                start = first - rows.start[self._axis]
+                where = out.narrow(across, start, tensor.shape[across])
+                where.narrow(along, place, tensor.shape[along]).copy_(tensor)
+            place += tensor.shape[along]
+
+
+class Sweep:
+    """One region of the output, computed along one axis."""
+
+    def __init__(self, evaluator: RegionEvaluator, box: Region, axis: int) -> None:
+        """``box`` is in rows of the output, ``axis`` one of the network's."""
+        self._evaluator, self._box, self._axis = evaluator, box, axis
+
+    def run(self, slab: int, read: Callable[[Region], Tensor]) -> Iterator[tuple[Rows, Tensor]]:
+        """Yield rows of the output in order, with batch and channels.
+
+        ``read`` gives a region of the input, inside the whole image, each row once and in order,
+        as a tensor in whose memory the axis is outermost and the channels innermost.
+        """
+        graph = self._evaluator.graph
+        self._evaluator.outermost = self._axis
+        buffers = TensorBuffers(self._evaluator, self._box, self._axis, read)
+        edges = self._box.start[self._axis], self._box.stop[self._axis]
+        for step in steps(graph, self._axis, *edges, slab):
+            advance(course_of(graph), step, buffers)
+            if (rows := step.new.get(graph.output)) is not None:
+                yield rows, cast("Tensor", buffers.pieces[graph.output].pop().value)

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from tilepipe.graph.operations import kind_of, name_of
+from tilepipe.graph.readings import Windowing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -30,13 +33,13 @@ class Cost:
 class Liveness(TorchDispatchMode):
     """Adds up the bytes of the tensors that are alive after each operation.
 
-    ``tensors`` is the most of them, ``peak`` with what kernels reorder beside.
+    ``peak`` is the most of them, with what kernels reorder beside.
     """
 
     def __init__(self, image: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = self.tensors = 0
+        self.peak = 0
         self._note(image)
 
     def _note(self, tensor: torch.Tensor) -> None:
@@ -54,14 +57,14 @@ class Liveness(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
-        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
         copies = 0
-        if "convolution" in str(func) and isinstance(out, torch.Tensor) and out.ndim == 5:
+        convolves = kind_of(name_of(func)).window is Windowing.CONVOLUTION
+        if convolves and isinstance(out, torch.Tensor) and out.ndim == 5:
             image = args[0]
             assert isinstance(image, torch.Tensor)
             copies = image.nbytes + out.nbytes  # reordered for the 3D kernels
         alive = sum(size for _, size in self.alive.values())
-        self.tensors = max(self.tensors, alive)
         self.peak = max(self.peak, alive + copies)
         return out
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from tilepipe.graph.bounds import clip, extents, reads_along, rows_along
-from tilepipe.graph.footprint import SweptMemory, voxel_bytes
-from tilepipe.graph.fusion import is_transposed
+from tilepipe.graph.footprint import swept_peak, voxel_bytes
 from tilepipe.graph.graph import lattice, own_context
-from tilepipe.graph.readings import shape_of
+from tilepipe.graph.readings import Windowing, shape_of
 from tilepipe.graph.sweep import Step, steps
 from tilepipe.models.cost import Cost
 from tilepipe.models.windows import Span
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from tilepipe.geometry import Context, Region, Shape
     from tilepipe.graph.bounds import Rows
-    from tilepipe.graph.graph import Graph, Node
+    from tilepipe.graph.graph import Graph, GraphNode
     from tilepipe.models.spec import Profile
 
 
@@ -128,10 +127,7 @@ class Regions:
         peak = 0
         for a, b in list(self._alike(axis, spans[axis]))[:2]:
             schedule = self._schedule(axis, a - first, b - first, slab)
-            memory = SweptMemory(self.graph, widths)
-            for step in schedule:
-                memory.take(step)
-            peak = max(peak, memory.peak)
+            peak = max(peak, swept_peak(self.graph, widths, schedule))
         return Cost(total, peak)
 
     def reread(self, spans: Sequence[Sequence[Span]], axis: int) -> int:
@@ -142,7 +138,9 @@ class Regions:
         total = 0
         for item in self.graph.nodes:
             rule = item.reading.accesses[0].rules[axis]
-            weights = 0 if is_transposed(item) else _weights(item) * (rule.last - rule.first)
+            weights = (
+                0 if item.operation.is_transposed else _weights(item) * (rule.last - rule.first)
+            )
             for other, along in enumerate(spans):
                 if other != axis and weights:
                     alike = self._alike(other, along).items()
@@ -158,7 +156,7 @@ class Regions:
         total, first = 0, self.origin[axis] + self.offset[axis]
         for item in self.graph.nodes:
             rule = item.reading.accesses[0].rules[axis]
-            if not is_transposed(item) or rule.last - rule.first < rule.den:
+            if not item.operation.is_transposed or rule.last - rule.first < rule.den:
                 continue
             rows = 0
             for (a, b), n in self._alike(axis, spans[axis]).items():
@@ -212,7 +210,7 @@ class Regions:
             alive += sizes[item.node]
             # What windows read is often cut or padded first; in 3D kernels reorder both sides.
             copies = 0
-            if "conv" in item.operation.name or "pool" in item.operation.name:
+            if item.operation.kind.window is not Windowing.NONE:
                 copies = sizes[item.operation.source]
                 copies += sizes[item.node] if len(rows) == 3 else 0
             peak = max(peak, alive + copies)
@@ -239,23 +237,17 @@ def regions_of(
     )  # fmt: skip
 
 
-def _weights(item: Node) -> int:
+def _weights(item: GraphNode) -> int:
     """Return the multiply-adds of an operation for each row and column that it computes."""
-    name = item.operation.name
-    if "conv" in name:
-        return math.prod(shape_of(cast("fx.Node", item.operation.arguments["weight"])))
-    if name in ("linear", "matmul", "mm", "addmm", "bmm", "einsum"):
-        constants = (n for n in item.node.all_input_nodes if n.meta["val"].ndim == 2)
-        return max((math.prod(shape_of(n)) for n in constants), default=0)
-    return 0
+    return item.operation.kind.multiply_adds(item.operation)
 
 
-def _computed(graph: Graph, item: Node, axis: int, rows: Mapping[fx.Node, Rows]) -> int:
+def _computed(graph: Graph, item: GraphNode, axis: int, rows: Mapping[fx.Node, Rows]) -> int:
     """Return the rows along one axis that multiply: of the output, or of what is transposed."""
     if item.node not in rows:
         return 0
     low, high = rows[item.node]
-    if is_transposed(item):
+    if item.operation.is_transposed:
         [(source, read)] = reads_along(graph, item, axis, (low, high))
         low, high = clip(read, extents(graph, source)[axis])
     return high - low
