@@ -68,7 +68,7 @@ def test_a_chunk_that_cannot_be_read_is_an_error_until_it_can(tmp_path: Path) ->
     store = FailingStore(volume._array.store)
     cached = ChunkCache(10**6).open(replace(volume, _array=zarr.open_array(store, mode="r")))
     region = Region((20, 20), (30, 30))
-    with store.failing("c/1/1", operations={"reading"}) as fault:
+    with store.failing("c/1/1", directions={"reading"}) as fault:
         for _ in range(2):
             with pytest.raises(OSError, match="c/1/1"):
                 cached.read(region)

@@ -40,7 +40,7 @@ def test_there_are_the_twelve_functions() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [*FUNCTIONS, tp.UNet], ids=lambda function: function.__name__)
 def test_arguments_results_and_errors_are_described(function: object) -> None:
     signature, described = inspect.signature(function), sections(function)  # type: ignore[arg-type]
     assert list(described.get("Args", {})) == list(signature.parameters)

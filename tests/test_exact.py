@@ -15,7 +15,6 @@ from tilepipe.options import Options
 from tilepipe.planning.checks import find_limit
 from tilepipe.testing import zoo
 from tilepipe.testing.exact import (
-    Tiling,
     check_equal,
     check_tiling,
     run_network,
@@ -23,7 +22,8 @@ from tilepipe.testing.exact import (
     tiled_pass,
     whole_pass,
 )
-from tilepipe.testing.strategies import tilings
+from tilepipe.testing.sizes import TilingSizes
+from tilepipe.testing.strategies import tiling_sizes
 
 if TYPE_CHECKING:
     from tilepipe.models.model import Model
@@ -43,7 +43,7 @@ def known(name: str) -> tuple[Model, Profile]:
 @given(data=st.data())
 def test_tiles_equal_the_whole_mirrored_image(name: str, data: st.DataObject) -> None:
     model, profile = known(name)
-    check_tiling(model, profile, data.draw(tilings(profile.context.step, largest=90)))
+    check_tiling(model, profile, data.draw(tiling_sizes(profile.context.step, largest=90)))
 
 
 @pytest.mark.parametrize("name", zoo.SOLID)
@@ -51,7 +51,7 @@ def test_tiles_equal_the_whole_mirrored_image(name: str, data: st.DataObject) ->
 @given(data=st.data())
 def test_tiles_equal_the_whole_mirrored_volume(name: str, data: st.DataObject) -> None:
     model, profile = known(name)
-    check_tiling(model, profile, data.draw(tilings(profile.context.step, largest=23, steps=3)))
+    check_tiling(model, profile, data.draw(tiling_sizes(profile.context.step, largest=23, steps=3)))
 
 
 @pytest.mark.parametrize("name", zoo.PADDED)
@@ -60,13 +60,13 @@ def test_tiles_equal_the_whole_mirrored_volume(name: str, data: st.DataObject) -
 def test_tiles_equal_the_network_on_the_whole_image(name: str, data: st.DataObject) -> None:
     model, profile = known(name)
     largest = 90 if profile.axes == 2 else 23
-    tiling = data.draw(tilings(profile.context.step, largest=largest))
-    limit = find_limit(model, profile, tiling.shape, Options(boundary="network"))
+    sizes = data.draw(tiling_sizes(profile.context.step, largest=largest))
+    limit = find_limit(model, profile, sizes.shape, Options(boundary="network"))
     assert limit is not None
-    image = np.random.default_rng(0).random((profile.channels, *tiling.shape))
+    image = np.random.default_rng(0).random((profile.channels, *sizes.shape))
     truth = run_network(model, take(image, Region.whole(limit), limit))
-    truth = truth[(slice(None), *Region.whole(tiling.shape).slices)]
-    check_equal(tiled_pass(model, profile, image, tiling.tile, tiling.window, limit), truth)
+    truth = truth[(slice(None), *Region.whole(sizes.shape).slices)]
+    check_equal(tiled_pass(model, profile, image, sizes.tile, sizes.window, limit), truth)
 
 
 def test_tiling_off_the_lattice_changes_the_answer() -> None:
@@ -79,4 +79,4 @@ def test_tiling_off_the_lattice_changes_the_answer() -> None:
     with pytest.raises(AssertionError):
         check_equal(wrong[:, :4, :4], truth[:, :4, 4:8])
     with pytest.raises(AssertionError):
-        check_tiling(model, profile, Tiling((64, 64), (4, 4), (4, 4)))
+        check_tiling(model, profile, TilingSizes((64, 64), (4, 4), (4, 4)))

@@ -81,7 +81,7 @@ def test_what_no_tiling_makes_exact_is_named(network: Callable[[], nn.Module], l
 )
 def test_what_reads_the_whole_image_is_said(how: str, reason: str) -> None:
     """And no context of 0 for it, and no step as long as the image."""
-    profile = find_profile(wrap(refusals.Reading(how)))
+    profile = find_profile(wrap(refusals.WholeImageReading(how)))
     assert profile.troubles[0].startswith(reason)
     assert "constant" not in " ".join(profile.troubles)
     assert profile.context.step == (16, 16)

@@ -97,21 +97,21 @@ class Here(ThreadPoolExecutor):
     ("name", "strategy"),
     [
         ("valid_unet", "regions"),
-        ("Residual", "regions"),
+        ("ResidualNetwork", "regions"),
         ("Modern", "regions"),
         ("align_corners", "regions"),
         ("valid_unet", "sweep"),
-        ("Residual", "sweep"),
+        ("ResidualNetwork", "sweep"),
         ("Modern", "sweep"),
         ("align_corners", "sweep"),
         ("same_unet", "windows"),
-        ("Residual", "windows"),
+        ("ResidualNetwork", "windows"),
     ],
 )
 def test_multiply_adds_are_what_is_done(name: str, strategy: str, tmp_path: Path) -> None:
     """The plan's figure is what the counter of the library counts while the tiles run."""
     torch.save(getattr(zoo, name)().state_dict(), tmp_path / "weights.pt")
-    channels = 2 if name == "Residual" else 1
+    channels = 2 if name == "ResidualNetwork" else 1
     source = write_volume(tmp_path / "v.zarr", noise(channels, 90, 110), "cyx")
     options = Options(
         network=f"tilepipe.testing.zoo:{name}", tile=(32, 48), chunks=(16, 16), inexact=True,

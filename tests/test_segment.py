@@ -271,7 +271,7 @@ def test_sizes_are_numbers(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("boundary", ["mirror", "network"])
-@pytest.mark.parametrize("network", ["align_corners", "bilinear", "Residual", "Attention"])
+@pytest.mark.parametrize("network", ["align_corners", "bilinear", "ResidualNetwork", "Attention"])
 @pytest.mark.parametrize("strategy", ["regions", "sweep"])
 def test_padded_networks_at_odd_sizes(
     tmp_path: Path, network: str, boundary: str, strategy: str
@@ -280,7 +280,7 @@ def test_padded_networks_at_odd_sizes(
     torch.manual_seed(0)
     module = getattr(zoo, network)().eval()
     torch.save(module.state_dict(), tmp_path / "weights.pt")
-    channels = 2 if network == "Residual" else 1
+    channels = 2 if network == "ResidualNetwork" else 1
     image = noise(channels, 61, 85, dtype="float32")
     source = write_volume(tmp_path / "image.zarr", image, "cyx")
     options = Options(
@@ -303,7 +303,7 @@ def test_padded_networks_at_odd_sizes(
             whole = np.pad(whole, pads)
     with torch.inference_mode():
         answer = module(torch.from_numpy(np.ascontiguousarray(whole))[None])[0].numpy()
-    if boundary == "network" and network not in ("Residual", "Attention"):
+    if boundary == "network" and network not in ("ResidualNetwork", "Attention"):
         assert whole.shape[1:] == (61, 85)  # these networks take odd sizes as they are
     truth = answer[(slice(None), *Region.whole((61, 85)).within(plan.box.start))]
     assert_close(read(tmp_path / "out.zarr"), truth)

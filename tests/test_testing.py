@@ -109,7 +109,7 @@ def test_a_store_that_works_gives_what_was_written(
 def test_what_fails_in_a_store_is_as_asked() -> None:
     store = FailingStore(zarr.storage.MemoryStore())
     array = zarr.create_array(store, data=noise(8), chunks=4)
-    with store.failing("c/*", operations={"writing"}) as fault:
+    with store.failing("c/*", directions={"writing"}) as fault:
         for part in (slice(0, 4), slice(4, 8)):
             with pytest.raises(OSError, match="Input/output error"):
                 array[part] = 1
@@ -133,7 +133,7 @@ def test_a_guarded_store_counts_only_what_was_written() -> None:
     guarded = GuardedStore(store, Granted(), None, durable=True)
     array = zarr.create_array(guarded, shape=(8,), chunks=(4,), dtype="uint8")
     guarded.sync()
-    with store.failing("c/1", operations={"writing"}), pytest.raises(OSError, match="c/1"):
+    with store.failing("c/1", directions={"writing"}), pytest.raises(OSError, match="c/1"):
         array[4:] = 1
     assert guarded._written == set()
     array[4:] = 1

@@ -36,20 +36,30 @@ class UNet(nn.Module):
     is the paper's network: 23 convolutional layers, no padding, 572 voxels to 388. Options are
     plain JSON values, so that ``UNet(**architecture)`` builds the network of a checkpoint again.
 
-    ``ndim`` is the number of spatial axes, 2 or 3. ``base`` is the channels of the first level;
-    each further level has twice as many. ``depth`` counts the levels; there is one pooling less.
-    ``padding="valid"`` loses the border and crops the skips round their centre; ``"same"`` pads
-    with zeros and crops nothing, so kernels must be odd, and each size must divide by the product
-    of the pools (RuntimeError from torch otherwise). With ``batch_norm`` each 3x3 convolution is
-    normalised and has no bias. ``kernels`` gives each level's convolution, ``pools`` the pooling
-    and up-convolution between each level and the next: one number, or one for each axis.
-    ``dropout`` is the share of channels dropped in training at the end of the contracting path,
-    where the authors' published network has it: after the two deepest levels. ``attention`` puts
-    a `Gate` on every skip, ``residual`` makes every pair of convolutions a `Residual`; neither
-    changes the sizes. Options that make no network raise BadRequest.
-
     >>> UNet(base=2, depth=3)(torch.zeros(1, 1, 44, 52)).shape
     torch.Size([1, 2, 4, 12])
+
+    Args:
+        ndim: The number of spatial axes, 2 or 3.
+        in_channels: The channels of the image.
+        classes: The channels of the answer.
+        base: The channels of the first level; each further level has twice as many.
+        depth: The number of levels; there is one pooling less.
+        padding: ``valid`` loses the border and crops the skips round their centre. ``same`` pads
+            with zeros and crops nothing, so kernels must be odd, and each size must divide by the
+            product of the pools (RuntimeError from torch otherwise).
+        batch_norm: Whether each 3x3 convolution is normalised, and then has no bias.
+        kernels: The kernel of each level's convolutions: one number, or one for each
+            axis; by default 3.
+        pools: The pooling and up-convolution between each level and the next: one number, or one
+            for each axis; by default 2.
+        dropout: The share of channels dropped in training at the end of the contracting path, where
+            the authors' published network has it: after the two deepest levels.
+        attention: Whether a `Gate` is put on every skip; it does not change the sizes.
+        residual: Whether every pair of convolutions is a `Residual`; it does not change the sizes.
+
+    Raises:
+        BadRequest: The options make no network.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ A test of a network of one's own draws sizes and compares:
     model = load_model("my-network.pt2")
     profile = find_profile(model)
 
-    @given(tiling=strategies.tilings(profile.context.step, largest=90))
-    def test_my_network_is_tiled_exactly(tiling):
-        exact.check_tiling(model, profile, tiling)
+    @given(sizes=strategies.tiling_sizes(profile.context.step, largest=90))
+    def test_my_network_is_tiled_exactly(sizes):
+        exact.check_tiling(model, profile, sizes)
 
 Images are ``(channels, *axes)`` and answers ``(classes, *axes)``, both in float64, so that rounding
 cannot hide a wrong voxel.
@@ -20,7 +20,7 @@ cannot hide a wrong voxel.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,22 +33,12 @@ if TYPE_CHECKING:
 
     from tilepipe.models.model import Model
     from tilepipe.models.spec import Profile
+    from tilepipe.testing.sizes import TilingSizes
 
 ROUNDING = 1e-12
 """By how much of the answer's range the float64 values of two ways to compute may differ."""
 TIE = 1e-9
 """By how much of the range the best class must lead for a voxel's label to be compared."""
-
-
-class Tiling(NamedTuple):
-    """The sizes with which an image is tiled, each in voxels along each axis."""
-
-    shape: Shape
-    """The image."""
-    tile: Shape
-    """A tile; a multiple of the network's step."""
-    window: Shape
-    """What the network answers for in one call; a multiple of the step, too."""
 
 
 def take(image: NDArray[np.float64], region: Region, limit: Shape | None) -> NDArray[np.float64]:
@@ -154,18 +144,18 @@ def check_equal(values: NDArray[np.float64], truth: NDArray[np.float64]) -> None
         np.testing.assert_array_equal(values.argmax(0)[clear], truth.argmax(0)[clear])
 
 
-def check_tiling(model: Model, profile: Profile, tiling: Tiling, *, seed: int = 0) -> None:
+def check_tiling(model: Model, profile: Profile, sizes: TilingSizes, *, seed: int = 0) -> None:
     """Fail unless a network's tiles equal its one pass over a whole mirrored image of noise.
 
     Args:
         model: The network, in float64.
         profile: What `tilepipe.models.spec.find_profile` knows of it.
-        tiling: The sizes, such as `tilepipe.testing.strategies.tilings` draws.
+        sizes: The sizes, such as `tilepipe.testing.strategies.tiling_sizes` draws.
         seed: The seed of the image's grey values, which lie in 0 to 1.
 
     Raises:
         AssertionError: A voxel differs.
     """
-    image = np.random.default_rng(seed).random((profile.channels, *tiling.shape))
+    image = np.random.default_rng(seed).random((profile.channels, *sizes.shape))
     truth = whole_pass(model, profile, image)
-    check_equal(tiled_pass(model, profile, image, tiling.tile, tiling.window), truth)
+    check_equal(tiled_pass(model, profile, image, sizes.tile, sizes.window), truth)

@@ -91,7 +91,7 @@ def _block(a: int, b: int, convolutions: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-class Residual(nn.Module):
+class ResidualNetwork(nn.Module):
     """A 7x7 stem of stride 2, padded 3x3 pooling, residual blocks, additive fusion."""
 
     def __init__(self) -> None:

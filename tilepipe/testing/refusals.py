@@ -34,7 +34,7 @@ class Squeezing(nn.Module):
         return answer
 
 
-class Reading(nn.Module):
+class WholeImageReading(nn.Module):
     """No finite context: the whole image is read ``how`` networks do it."""
 
     def __init__(self, how: str) -> None:

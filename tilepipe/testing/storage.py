@@ -12,7 +12,7 @@ the volume by its path:
         assert report.failures
         assert not tilepipe.segment(volume, model=model, output=tmp_path / "out.zarr").failures
 
-Nothing is imitated: the errors are those of the operating system, on their way through Zarr.
+All that does not fail is done by the real store and the real file system.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-Operation = Literal["reading", "writing"]
+Direction = Literal["reading", "writing"]
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +46,7 @@ class Fault:
 
     names: str
     """The objects: a pattern of `fnmatch`, in which ``*`` stands for slashes, too."""
-    operations: frozenset[Operation]
+    directions: frozenset[Direction]
     """What fails: ``reading``, ``writing`` (which includes removing), or both."""
     times: int | None
     """How many requests fail before the store answers again; None for all."""
@@ -63,7 +63,7 @@ class FailingStore(WrapperStore[Store]):
     >>> import numpy, zarr
     >>> store = FailingStore(zarr.storage.MemoryStore())
     >>> array = zarr.create_array(store, data=numpy.arange(8), chunks=4)
-    >>> with store.failing("c/1", operations={"reading"}) as fault:
+    >>> with store.failing("c/1", directions={"reading"}) as fault:
     ...     array[:4].tolist()
     ...     array[4:]
     Traceback (most recent call last):
@@ -83,20 +83,20 @@ class FailingStore(WrapperStore[Store]):
         self,
         names: str = "*",
         *,
-        operations: Iterable[Operation] = ("reading", "writing"),
+        directions: Iterable[Direction] = ("reading", "writing"),
         times: int | None = None,
     ) -> Iterator[Fault]:
         """Let requests fail inside of this.
 
         Args:
             names: Which objects, as a pattern of `fnmatch`: ``c/0/*``, ``*zarr.json``.
-            operations: What fails: ``reading``, ``writing``, or both.
+            directions: What fails: ``reading``, ``writing``, or both.
             times: How many requests fail before the store answers again; None for all.
 
         Yields:
             The fault, which counts the requests that have failed.
         """
-        fault = Fault(names, frozenset(operations), times)
+        fault = Fault(names, frozenset(directions), times)
         self._faults.append(fault)
         try:
             yield fault
@@ -108,11 +108,11 @@ class FailingStore(WrapperStore[Store]):
         other._faults, other._lock = self._faults, self._lock
         return other
 
-    def _check(self, key: str, operation: Operation) -> None:
+    def _check(self, key: str, direction: Direction) -> None:
         with self._lock:
             for fault in self._faults:
                 is_over = fault.times is not None and fault.count >= fault.times
-                if operation in fault.operations and fnmatchcase(key, fault.names) and not is_over:
+                if direction in fault.directions and fnmatchcase(key, fault.names) and not is_over:
                     fault.count += 1
                     raise OSError(errno.EIO, os.strerror(errno.EIO), key)
 

@@ -21,7 +21,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tilepipe.geometry import Region, Shape, TileGrid
-from tilepipe.testing.exact import Tiling
+from tilepipe.testing.sizes import TilingSizes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +97,9 @@ def grids(
     return TileGrid(shape, tuple(draw(st.integers(1, tile)) for _ in shape))
 
 
-def tilings(step: Sequence[int], *, largest: int, steps: int = 4) -> SearchStrategy[Tiling]:
+def tiling_sizes(
+    step: Sequence[int], *, largest: int, steps: int = 4
+) -> SearchStrategy[TilingSizes]:
     """Draw the sizes with which an image is tiled; tile and window lie on the network's lattice.
 
     Args:
@@ -106,11 +108,11 @@ def tilings(step: Sequence[int], *, largest: int, steps: int = 4) -> SearchStrat
         steps: The most steps of a tile, and of a window, along an axis.
 
     Returns:
-        A strategy for `tilepipe.testing.exact.Tiling`.
+        A strategy for `tilepipe.testing.sizes.TilingSizes`.
     """
     image = st.tuples(*(st.integers(1, largest) for _ in step))
     edges = st.tuples(*(st.sampled_from(range(n, steps * n + 1, n)) for n in step))
-    return st.builds(Tiling, image, edges, edges)
+    return st.builds(TilingSizes, image, edges, edges)
 
 
 @st.composite
