@@ -63,7 +63,7 @@ class Scores:
     objects: ObjectScores | None
     """Of ``instances`` and ``membrane``: which objects were found."""
     warping_error: float | None
-    """Share of the pixels that differ in topology, where it was asked for."""
+    """Share of the pixels that differ in topology; None where it was not to be computed."""
 
     def asdict(self) -> dict[str, object]:
         """Return plain values, as JSON has them."""
@@ -91,8 +91,8 @@ def evaluate(
     """Compare a prediction with labels of the same shape, or with a ``region`` of labels.
 
     Where the metadata of both say that the prediction lies elsewhere, by whole voxels, the labels
-    there are compared. What the scores are is said in the modules `scores` and `warping` beside
-    this one and in docs/scores.md.
+    there are compared. The modules `scores` and `warping` beside this one, and docs/scores.md, say
+    what the scores are.
 
     Arguments:
         prediction: The volume that is judged: labels, a mask, or probabilities.
