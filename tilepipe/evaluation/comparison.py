@@ -100,7 +100,10 @@ class Comparison:
     def count(
         self, what: str, read_predicted: Read, read_true: Read, components: str = "volume"
     ) -> Table:
-        """Count the pairs of values; frames, and planes where asked for, apart."""
+        """Count the pairs of values of each frame apart.
+
+        With ``components`` of a ``plane`` those of each plane are counted apart, too.
+        """
         lead = self.axes.index("y") if components == "plane" else self.axes.count("t")
         numbers = np.arange(math.prod(self.shape[:lead])).reshape(self.shape[:lead])
         chunks, others = self.labels.volume.chunks, self.prediction.volume.chunks

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 BLOCK = 1 << 22
-"""Voxels of a block, about, where nothing else is asked for."""
+"""Voxels of a block, about, where the caller gives no block."""
 
 CHUNK = 256
 """Voxels of the chunks of ids along y and x; along z as the source's, 32 at most."""

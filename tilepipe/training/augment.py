@@ -75,7 +75,7 @@ class Warp:
     """
 
     region: Region
-    """The largest region of the patch that it can be asked for."""
+    """The largest region of the patch that the warp can give."""
     box: Region
     """What must be read of the source for it, in the patch's coordinates."""
     turn: tuple[tuple[int, int], ...] | None
@@ -143,7 +143,7 @@ def draw_warp(augmentation: Augmentation, rng: np.random.Generator, region: Regi
 
     The region's centre stays where it is, but for the elastic displacements (and for half a voxel
     where a quarter turn exchanges an even size with an odd one). Where nothing but ``flip`` and
-    quarter turns is asked for, the box has the region's sizes, exchanged as the axes are.
+    quarter turns is drawn, the box has the region's sizes, exchanged as the axes are.
 
     >>> shape = (64, 64)
     >>> warp = draw_warp(Augmentation(), np.random.default_rng(0), Region.whole(shape))

@@ -87,7 +87,7 @@ class TrainLog:
 
 
 def check_tensorboard() -> None:
-    """Refuse to begin where TensorBoard is asked for and not there."""
+    """Refuse to write a log for TensorBoard where TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
         raise BadRequest(
             "tensorboard is not installed; pip install 'tilepipe[tensorboard]', or leave it out"

@@ -50,7 +50,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def joined(name: str) -> Iterator[Team]:
-    """Join the processes that ``torchrun`` started, if it did; ``name`` is the device asked for."""
+    """Join the processes that ``torchrun`` started, if it did; ``name`` names the device."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(find_device(name))
     if ranks == 1:

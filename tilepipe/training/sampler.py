@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from tilepipe.volumes.borders import Readable
 
 STAY = 16
-"""Patches that are drawn from a block while its chunks are kept, where not all can be kept."""
+"""Patches that are drawn from a block while the cache holds it, where it cannot hold all."""
 TRIES = 8
-"""Voxels of a block that are looked at before all of them are."""
+"""Single voxels of a block that are read and compared before the whole block is read."""
 SMALL = 2**15
-"""Voxels that are looked at all at once."""
+"""Blocks of at most so many voxels are read whole at once."""
 
 
 @dataclass(frozen=True, slots=True)
