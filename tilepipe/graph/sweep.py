@@ -120,8 +120,8 @@ def _until(
                     item.operation.is_transposed
                 ):  # all that the rows read give, or they are read again
                     rule = item.reading.accesses[0].rules[axis]
-                    given = (high * rule.den - rule.last) // rule.num
-                    until[item.node] = max(until[item.node], min(given, final[item.node][1]))
+                    complete = (high * rule.den - rule.last) // rule.num
+                    until[item.node] = max(until[item.node], min(complete, final[item.node][1]))
     return until
 
 

@@ -131,10 +131,10 @@ def _pairs(
 
     if profile.fixed:  # one pass is a window, too: two of them that lie a step apart are compared
         (a, b, first, last), (c, d, _, _) = spans
-        one, two = run(a, b), run(c, d)
+        first_pass, second_pass = run(a, b), run(c, d)
         yield (
-            one.narrow(dim, first - a - offset, last - first),
-            two.narrow(dim, first - c - offset, last - first),
+            first_pass.narrow(dim, first - a - offset, last - first),
+            second_pass.narrow(dim, first - c - offset, last - first),
         )
         return
     whole = run(start, start + length)
@@ -192,10 +192,12 @@ def _compare(pairs: Iterator[Pair]) -> tuple[int, float]:
         if whole.numel() == 0:
             continue
         count = whole[0, 0].numel()
-        for one, two in zip(window[0].flatten(1), whole[0].flatten(1), strict=True):
-            spread = float(two.max() - two.min())
-            size = float(two.abs().max())
-            differs = float((one - two).abs().max())
+        for window_channel, whole_channel in zip(
+            window[0].flatten(1), whole[0].flatten(1), strict=True
+        ):
+            spread = float(whole_channel.max() - whole_channel.min())
+            size = float(whole_channel.abs().max())
+            differs = float((window_channel - whole_channel).abs().max())
             if not math.isfinite(differs):
                 return voxels + count, math.inf
             varies = spread > 1e-12 * size
