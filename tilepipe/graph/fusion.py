@@ -1,4 +1,4 @@
-"""How a sweep goes through a graph: what is computed together, and what is never made."""
+"""How a sweep goes through a graph: which operations it computes together, and which never."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class Course:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.several = {item.node for item in graph.nodes if item.operation.several}
-        """Those that give several tensors of the same rows."""
+        """The operations that give several tensors of the same rows."""
         self.chains = _chains(graph)
-        """Operations that are computed together, by the last of them."""
+        """The operations that are computed together, by the last of them."""
         self.views = {
             item.node: item
             for item in graph.nodes
             if _is_crop(graph, item) and item.node is not graph.output
         }
-        """Crops along the image's axes: they are read from their source."""
+        """The crops along the image's axes, which are read from their source."""
         inner = {link.node for chain in self.chains.values() for link in chain[:-1]}
         self.computed = [i for i in graph.nodes if i.node not in inner and i.node not in self.views]
-        """Those that have rows, in order."""
+        """The operations whose rows are held, in the order in which they are computed."""
         heads = (chain[0] for chain in self.chains.values())
         self.unmade = {i.node for i in heads if i.operation.kind.joins} | set(self.views)
-        """What is read from its sources again, whenever it is read."""
+        """The nodes that are never made: whoever reads them reads their sources."""
         self.pieced = self._pieced(graph)
-        """What is read by concatenations alone, which take it piece by piece."""
+        """The nodes that only concatenations read, which take them piece by piece."""
         self.last_reads = self._last_reads(graph)
-        """Which nodes nothing reads after this one."""
+        """The nodes that nothing reads in a step after this one is computed."""
 
     def _pieced(self, graph: Graph) -> set[fx.Node]:
         pieced: set[fx.Node] = set()

@@ -59,7 +59,7 @@ class GraphNode:
     operation: Operation
     reading: Reading
     place: str
-    """Where in the network: layer and class, or the line of the user's code."""
+    """Where the operation is in the network: layer and class, or the line of the user's code."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,9 +75,9 @@ class Graph:
     shape: tuple[int, ...]
     """Input shape with batch and channels."""
     troubles: tuple[str, ...]
-    """What reads the whole image, with the layer; empty for a network of finite context."""
+    """The operations that read the whole image, each with its layer; empty if there are none."""
     off_lattice: tuple[str, ...]
-    """What samples by the size of the whole image, with the layer."""
+    """The operations that sample by the size of the whole image, each with its layer."""
     autocast: str = ""
     """The types that `torch.autocast` sets inside the network, which the operations do not say."""
 

@@ -50,42 +50,46 @@ UNKNOWN = Range(known=False)
 WITHIN = Range(0.0, 1.0)
 
 
-def unsummed(found: Range) -> Range:
+def unsummed(whole: Range) -> Range:
     """Return the range of some of the channels."""
-    return replace(found, total=None, log="apart" if found.log else "")
+    return replace(whole, total=None, log="apart" if whole.log else "")
 
 
-def times(one: Range, by: float) -> Range:
+def times(values: Range, factor: float) -> Range:
     """Return the range of values times a number.
 
     >>> times(Range(0.0, 1.0), -2.0).low
     -2.0
     """
-    if by == 1:
-        return one
-    low, high = sorted(0.0 if math.isnan(edge * by) else edge * by for edge in (one.low, one.high))
-    total = None if one.total is None else one.total * by
-    return Range(low, high, total, known=one.known, softmax=one.softmax)
+    if factor == 1:
+        return values
+    low, high = sorted(
+        0.0 if math.isnan(edge * factor) else edge * factor for edge in (values.low, values.high)
+    )
+    total = None if values.total is None else values.total * factor
+    return Range(low, high, total, known=values.known, softmax=values.softmax)
 
 
-def plus(one: Range, other: Range) -> Range:
+def plus(first: Range, second: Range) -> Range:
     """Return the range of a sum; too wide where the two depend on one another, never too narrow."""
-    for side, shift in ((one, other), (other, one)):
+    for side, shift in ((first, second), (second, first)):
         if shift.low == shift.high and abs(shift.low) <= SMALL and side.total is not None:
             return replace(side, low=side.low + shift.low, high=side.high + shift.low)
         if shift.low == shift.high == 0:
             return side
-    both = one.total is not None and other.total is not None
-    total = (one.total or 0) + (other.total or 0) if both else None
-    softmax, known = one.softmax or other.softmax, one.known and other.known
-    return Range(one.low + other.low, one.high + other.high, total, known=known, softmax=softmax)
+    both = first.total is not None and second.total is not None
+    total = (first.total or 0) + (second.total or 0) if both else None
+    softmax, known = first.softmax or second.softmax, first.known and second.known
+    return Range(
+        first.low + second.low, first.high + second.high, total, known=known, softmax=softmax
+    )
 
 
-def product(one: Range, other: Range) -> Range:
+def product(first: Range, second: Range) -> Range:
     """Return the range of a product."""
-    edges = [a * b for a in (one.low, one.high) for b in (other.low, other.high)]
+    edges = [a * b for a in (first.low, first.high) for b in (second.low, second.high)]
     edges = [0.0 if math.isnan(edge) else edge for edge in edges]
-    return replace(one.bounded(min(edges), max(edges)), known=one.known and other.known)
+    return replace(first.bounded(min(edges), max(edges)), known=first.known and second.known)
 
 
 def either(ranges: Iterable[Range]) -> Range:

@@ -44,7 +44,7 @@ class Access:
 
     source: fx.Node
     rules: tuple[AxisRule, ...]
-    """One per spatial axis of the volume."""
+    """One rule for each spatial axis of the volume."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +211,9 @@ class Call:
     kind: OperationKind
     """What the table says of operations of this name."""
     arguments: Mapping[str, object]
-    """Calls, numbers, lists of them and None, by the names in the operation's schema."""
+    """Its calls, numbers, lists of them and None, by the names in the operation's schema."""
     shape: tuple[int, ...] | None = None
-    """Of its first tensor; None where that is not known, as in TorchScript."""
+    """The shape of its first tensor; None where that is not known, as in TorchScript."""
     values: tuple[float, ...] = ()
     """The numbers of a small constant tensor; empty for all others."""
 

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from tilepipe.graph.graph import Graph, GraphNode
 
 PIECE_BYTES = 48 << 20
-"""Bytes of a tensor between two operations of a chain. Measured: less and more are slower."""
+"""The bytes of a tensor between two operations of a chain: less and more were slower."""
 PIECE_ROWS = 8
-"""Rows of it at least: a convolution of fewer reads too many rows of its source twice."""
+"""The least rows of it: a convolution of fewer reads too many rows of its source twice."""
 
 
 def piece_rows(rows: int, row: int) -> int:
@@ -48,10 +48,10 @@ def piece_rows(rows: int, row: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one slab computes along the axis, and what is still read after it."""
+    """What one slab computes along the axis, and which rows are still read after it."""
 
     new: Mapping[fx.Node, Rows]
-    """Rows that are computed, of each node that has any."""
+    """The rows that are computed, of each node that has any."""
     keep: Mapping[fx.Node, int]
     """The first row of each node that later steps read; the node's end where they read none."""
 
@@ -120,8 +120,8 @@ def _until(
                     item.operation.is_transposed
                 ):  # all that the rows read give, or they are read again
                     rule = item.reading.accesses[0].rules[axis]
-                    given = (high * rule.den - rule.last) // rule.num
-                    until[item.node] = max(until[item.node], min(given, final[item.node][1]))
+                    complete = (high * rule.den - rule.last) // rule.num
+                    until[item.node] = max(until[item.node], min(complete, final[item.node][1]))
     return until
 
 

@@ -57,7 +57,7 @@ def bounded(low: float, high: float) -> Values:
     return lambda range_of, call, axis: Range(low, high)
 
 
-def kept(range_of: RangeOf, call: Call, axis: Axis) -> Range:
+def unchanged(range_of: RangeOf, call: Call, axis: Axis) -> Range:
     """Return the range of the source: values are what they were, or means of those near them."""
     return range_of(call.source(), axis)
 
@@ -212,9 +212,9 @@ def _joined(range_of: RangeOf, call: Call, axis: Axis, *, along: bool) -> Range:
     return whole
 
 
-def _is_rest(one: object, other: object) -> bool:
+def _is_rest(first: object, second: object) -> bool:
     """Whether one of two values is 1 less the other."""
-    for whole, rest in ((one, other), (other, one)):
+    for whole, rest in ((first, second), (second, first)):
         if isinstance(rest, Call) and rest.kind.values in (subtracted, subtracted_from):
             pair = rest.source(), rest.arguments.get("other")
             less, begin = pair if rest.kind.values is subtracted_from else pair[::-1]
@@ -385,23 +385,23 @@ def chosen(range_of: RangeOf, call: Call, axis: Axis) -> Range:
     return either(range_of(call.arguments.get(name), axis) for name in ("self", "other"))
 
 
-def same(one: object, other: object, depth: int = 0) -> bool:
+def same(first: object, second: object, depth: int = 0) -> bool:
     """Whether two values are the same, as an expression that was written twice is."""
-    if one is other:
+    if first is second:
         return True
-    if isinstance(one, Call) and isinstance(other, Call):
+    if isinstance(first, Call) and isinstance(second, Call):
         return (
             depth < 20
-            and one.name == other.name not in ("input", "weight")
-            and one.values == other.values
-            and list(one.arguments) == list(other.arguments)
+            and first.name == second.name not in ("input", "weight")
+            and first.values == second.values
+            and list(first.arguments) == list(second.arguments)
             and all(
-                same(one.arguments[name], other.arguments[name], depth + 1)
-                for name in one.arguments
+                same(first.arguments[name], second.arguments[name], depth + 1)
+                for name in first.arguments
             )
         )
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(
-            same(a, b, depth + 1) for a, b in zip(one, other, strict=True)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(
+            same(a, b, depth + 1) for a, b in zip(first, second, strict=True)
         )
-    return type(one) is type(other) and not isinstance(one, Call) and one == other
+    return type(first) is type(second) and not isinstance(first, Call) and first == second

@@ -124,8 +124,8 @@ def _check_program_json(path: Path, value: object) -> None:
         refused = "a pickled tensor or object"
     elif isinstance(target, str) and "inputs" in value and not is_allowed(target):
         refused = f"a call of {target}"
-    elif isinstance(given := value.get("as_operator"), str) and not is_allowed(given):
-        refused = f"the function {given}"
+    elif isinstance(operator := value.get("as_operator"), str) and not is_allowed(operator):
+        refused = f"the function {operator}"
     elif isinstance(expression, str):
         # The name of a symbol, or a number that is not whole.
         expression = re.sub(r"'(\w+|[+-]?\d+\.\d*(e[+-]?\d+)?)'", "", expression)

@@ -152,10 +152,10 @@ def read_checkpoint(path: Path, content: Mapping[str, object]) -> Checkpoint:
 
 def needs_code(path: Path, checkpoint: Checkpoint) -> BadRequest:
     """Return the refusal of a checkpoint whose network's code was not given by the user."""
-    given = shlex.quote(str(checkpoint.network))
+    network = shlex.quote(str(checkpoint.network))
     return BadRequest(
         f"model (={path}) was trained with the network {checkpoint.network}, whose code the file"
-        f" does not hold; give --network {given} if you trust it"
+        f" does not hold; give --network {network} if you trust it"
     )
 
 
@@ -176,12 +176,12 @@ def _architecture(
 
 
 def _context(path: Path, context: object) -> Mapping[str, object]:
-    found = _mapping(path, "context", context)
-    sizes = [found.get(name) for name in ("before", "after", "step")]
+    mapping = _mapping(path, "context", context)
+    sizes = [mapping.get(name) for name in ("before", "after", "step")]
     whole = all(isinstance(n, list) and all(type(i) is int for i in n) for n in sizes)
     if not whole or len({len(cast("list[int]", n)) for n in sizes}) != 1:
         raise _damaged(path, "context", "must list the voxels before, after and step of each axis")
-    return found
+    return mapping
 
 
 def _mapping(path: Path, name: str, value: object) -> Mapping[str, object]:

@@ -111,10 +111,10 @@ def code_of(factory: Factory) -> dict[Path, str]:
     if not factory.roots:
         return {}
     top = factory.roots[0]
-    found = dict(_modules(top, factory.module.split(".")))
+    files = dict(_modules(top, factory.module.split(".")))
     if factory.file is not None:
-        found = {factory.file: factory.module}
-    todo = list(found)
+        files = {factory.file: factory.module}
+    todo = list(files)
     while todo:
         file = todo.pop()
         stat = file.stat()
@@ -124,11 +124,11 @@ def code_of(factory: Factory) -> dict[Path, str]:
                 base = file.parents[level - 1]
                 places = [(top, [*base.relative_to(top).parts, *parts])] * base.is_relative_to(top)
             for root, dotted in places:
-                new = {path: name for path, name in _modules(root, dotted) if path not in found}
-                found |= new
+                new = {path: name for path, name in _modules(root, dotted) if path not in files}
+                files |= new
                 todo += new
-    first = list(found)[:1]
-    return {file: found[file] for file in first + sorted(set(found) - set(first))}
+    first = list(files)[:1]
+    return {file: files[file] for file in first + sorted(set(files) - set(first))}
 
 
 def digest_of(factory: Factory) -> str:
@@ -233,12 +233,12 @@ def _imports(file: Path, changed: int, size: int) -> list[tuple[int, list[str]]]
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):  # which importing it would say, if it is imported at all
         return []
-    found: list[tuple[int, list[str]]] = []
+    imports: list[tuple[int, list[str]]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(0, alias.name.split(".")) for alias in node.names]
+            imports += [(0, alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parts = node.module.split(".") if node.module else []
-            found += [(node.level, [*parts, alias.name]) for alias in node.names]
+            imports += [(node.level, [*parts, alias.name]) for alias in node.names]
     skipped = {*sys.stdlib_module_names, "tilepipe"}
-    return [(level, parts) for level, parts in found if level or parts[0] not in skipped]
+    return [(level, parts) for level, parts in imports if level or parts[0] not in skipped]

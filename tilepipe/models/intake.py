@@ -46,8 +46,8 @@ def _find_axes(model: Model, shape: Shape | None, channels: int | None) -> None:
     weights = [p for p in model.module.parameters() if p.ndim in (4, 5)]
     if not weights:
         raise BadRequest(f"model (={model.path}) has no convolution in 2 or 3 dimensions")
-    told = [] if channels is None else [channels]
-    tried = dict.fromkeys((p.ndim - 2, n) for n in told for p in weights)
+    counts = [] if channels is None else [channels]
+    tried = dict.fromkeys((p.ndim - 2, n) for n in counts for p in weights)
     tried |= dict.fromkeys((p.ndim - 2, int(n)) for p in weights for n in p.shape[1::-1])
     first = next(iter(dict.fromkeys((p.ndim - 2, int(p.shape[1])) for p in weights)))
     for sizes in (USUAL, SINGLE):

@@ -178,8 +178,8 @@ class Model:
         if self._on_cpu:
             small = next(s for n in range(64, 2048) if self.output_shape(s := (n,) * self.axes))
             image = torch.zeros((1, self.channels, *small), dtype=self.dtype)
-            found, times = measure_cost(self.module, image), math.prod(shape) / math.prod(small)
-            return Cost(int(found.multiply_adds * times), int(found.peak * times))
+            cost, times = measure_cost(self.module, image), math.prod(shape) / math.prod(small)
+            return Cost(int(cost.multiply_adds * times), int(cost.peak * times))
         image = torch.empty((1, self.channels, *shape), device="meta", dtype=self.dtype)
         return measure_cost(self.on_meta(), image)
 
@@ -237,8 +237,8 @@ def load_model(
         )
     path = local_path(path, "model")
     if not path.is_file():
-        there = "a folder" if path.is_dir() else "nothing"
-        raise BadRequest(f"model (={path}) must be a file; there is {there}")
+        entry = "a folder" if path.is_dir() else "nothing"
+        raise BadRequest(f"model (={path}) must be a file; there is {entry}")
     if not path.stat().st_size:
         raise BadRequest(f"model (={path}) is empty")
     _check_head(head)
@@ -246,7 +246,7 @@ def load_model(
     _check_magic(path, content)
     digest, folder = hashlib.sha256(content), Path(folder or Path.cwd())
     names = _archive_names(content)
-    said: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     shape: Shape | None = None
     takes_network = False
     try:
@@ -261,9 +261,9 @@ def load_model(
             if not isinstance(saved, Mapping):
                 raise BadRequest(f"model (={path}) holds a {type(saved).__name__}, not weights")
             if "tilepipe" in saved:
-                kind, said = "checkpoint", read_checkpoint(path, saved)
-                takes_network = said.network is not None
-                module = _load_checkpoint(path, said, network, network_args, folder)
+                kind, checkpoint = "checkpoint", read_checkpoint(path, saved)
+                takes_network = checkpoint.network is not None
+                module = _load_checkpoint(path, checkpoint, network, network_args, folder)
             else:
                 kind, takes_network = "state dict", True
                 module = _load_state_dict(path, saved, network, network_args or {}, folder)
@@ -292,9 +292,10 @@ def load_model(
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, head)
-    if said is not None:
-        model.normalize, model.labels, model.answer = said.normalize, said.labels, said.answer
-        model.provenance, model.trained = said.provenance, said.context
+    if checkpoint is not None:
+        model.normalize, model.labels = checkpoint.normalize, checkpoint.labels
+        model.answer = checkpoint.answer
+        model.provenance, model.trained = checkpoint.provenance, checkpoint.context
     find_input(model, shape, channels)
     return model
 
@@ -343,28 +344,30 @@ def _load_script(path: str | Path, device: str) -> nn.Module:
 
 def _load_checkpoint(
     path: Path,
-    said: Checkpoint,
+    checkpoint: Checkpoint,
     network: str | None,
     arguments: Mapping[str, object] | None,
     folder: Path,
 ) -> nn.Module:
     """Build the paper's network, or by the user's factory, never by what the file names."""
     module: nn.Module
-    if said.network is None:
+    if checkpoint.network is None:
         try:
             with torch.device("meta"):  # a small file may not ask for all of the memory
-                module = UNet(**said.arguments)  # type: ignore[arg-type]
+                module = UNet(**checkpoint.arguments)  # type: ignore[arg-type]
         except (TypeError, RuntimeError) as error:
             raise BadRequest(
                 f"model (={path}) has an architecture that this tilepipe cannot build:"
                 f" {first_line(error)}; use the version that wrote it"
             ) from None
-        _fill(path, module, said.weights, assign=True)
+        _fill(path, module, checkpoint.weights, assign=True)
         return module.float()
     if network is None:
-        raise needs_code(path, said)
-    module = build_network(network, said.arguments if arguments is None else arguments, folder)
-    _fill(path, module, said.weights)
+        raise needs_code(path, checkpoint)
+    module = build_network(
+        network, checkpoint.arguments if arguments is None else arguments, folder
+    )
+    _fill(path, module, checkpoint.weights)
     return module
 
 

@@ -110,8 +110,8 @@ class Predictor:
         while True:
             self._set_threads()
             with torch.inference_mode():
-                found = next(swept, None)
-                now = found and (found[0], self._transfer.fetch(self._finish(found[1][0])))
+                part = next(swept, None)
+                now = part and (part[0], self._transfer.fetch(self._finish(part[1][0])))
             if before is not None:
                 yield before[0], before[1]()
             if now is None:

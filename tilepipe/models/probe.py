@@ -114,12 +114,12 @@ def _accepted(model: Model, sizes: Sequence[int]) -> list[tuple[int, int]]:
 
     Sizes that give more than they take are between those of the lattice: they come last.
     """
-    found = []
+    sizes_by_shrink = []
     for size in sizes:
         out = model.output_shape((size,) * model.axes)
         if out is not None and min(out) > 0:
-            found.append((size - out[0], size))
-    return sorted(found, key=lambda pair: (pair[0] < 0, pair))
+            sizes_by_shrink.append((size - out[0], size))
+    return sorted(sizes_by_shrink, key=lambda pair: (pair[0] < 0, pair))
 
 
 def _first(size: int) -> int:

@@ -57,7 +57,7 @@ def process_memory(network: str | None, arguments: Mapping[str, object] | None) 
 
 def _measure(network: str, arguments: Mapping[str, object]) -> int:
     places = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WORKER],
         input=json.dumps([network, arguments]),
         env={**os.environ, "PYTHONPATH": places, "CUDA_VISIBLE_DEVICES": ""},
@@ -65,13 +65,13 @@ def _measure(network: str, arguments: Mapping[str, object]) -> int:
         text=True,
         check=False,
     )
-    if ran.returncode:
-        said = [line for line in ran.stderr.splitlines() if line.strip()] or ["nothing"]
+    if process.returncode:
+        lines = [line for line in process.stderr.splitlines() if line.strip()] or ["nothing"]
         raise BadRequest(
             f"network (={network}) can be built here but not in a new process, as workers are:"
-            f" {said[-1].strip()[:300]}"
+            f" {lines[-1].strip()[:300]}"
         )
-    return int(ran.stdout.split()[-1])
+    return int(process.stdout.split()[-1])
 
 
 def main() -> None:

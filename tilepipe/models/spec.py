@@ -109,13 +109,13 @@ def find_profile(model: Model) -> Profile:
     best: Profile | None = None
     for shape in [model.fixed] if model.fixed else _shapes(model):
         try:
-            found = _graph_profile(model, shape)
+            profile = _graph_profile(model, shape)
         except (NotExported, NoRule) as reason:
             log.warning("the network's graph cannot be read (%s): it is probed instead", reason)
             return _probed(model, str(reason))
-        if best is None or not found.off_lattice:
-            best = found
-        if not found.off_lattice or any("align_corners" in why for why in found.off_lattice):
+        if best is None or not profile.off_lattice:
+            best = profile
+        if not profile.off_lattice or any("align_corners" in why for why in profile.off_lattice):
             break
     if best is None:
         raise BadRequest(
@@ -177,14 +177,14 @@ def _shapes(model: Model) -> Iterator[Shape]:
         if out == (base,) * model.axes:
             yield out
             return
-        found = []
+        accepted = []
         for size in range(base, base + SCAN):
             out = model.output_shape((size,) * model.axes)
             if out is not None:
                 shrink = size * model.axes - sum(out)
-                found.append((shrink < 0, shrink, size))
-        if found:
-            yield from ((size,) * model.axes for _, _, size in sorted(found)[:4])
+                accepted.append((shrink < 0, shrink, size))
+        if accepted:
+            yield from ((size,) * model.axes for _, _, size in sorted(accepted)[:4])
             return
     for size in model.sizes:
         if model.output_shape((size,) * model.axes) is not None:
@@ -197,18 +197,18 @@ def _probed(model: Model, reason: str) -> Profile:
 
     ``reason`` says why there is no graph to read, where one was looked for.
     """
-    found = probe(model)
-    step = _step(model, found.shape, found.shrink, found.step)
+    probing = probe(model)
+    step = _step(model, probing.shape, probing.shrink, probing.step)
     why = f"; its graph cannot be read: {reason}" if reason else ""
     profile = Profile(
         channels=model.channels,
-        classes=model.classes(found.shape),
-        context=found.context(step or found.step),
-        offset=tuple(n // 2 for n in found.shrink),
-        shrink=found.shrink,
-        smallest=found.shape,
+        classes=model.classes(probing.shape),
+        context=probing.context(step or probing.step),
+        offset=tuple(n // 2 for n in probing.shrink),
+        shrink=probing.shrink,
+        smallest=probing.shape,
         fixed=step is None,
-        troubles=(found.trouble + why,) if found.trouble else (),
+        troubles=(probing.trouble + why,) if probing.trouble else (),
         off_lattice=(),
         method="probe",
         meaning=_script_meaning(model),
@@ -277,48 +277,48 @@ def _grown(shape: Shape, own: Shape) -> Iterator[tuple[Shape, Shape]]:
         yield tuple(n + s for n, s in zip(shape, step, strict=True)), step
 
 
-def _check_resolution(model: Model, found: Profile) -> None:
+def _check_resolution(model: Model, profile: Profile) -> None:
     """Refuse a network that takes other sizes, but does not answer for as many voxels more."""
-    if not found.fixed or model.fixed:
+    if not profile.fixed or model.fixed:
         return
-    for grown, _ in _grown(found.smallest, found.context.step):
+    for grown, _ in _grown(profile.smallest, profile.context.step):
         if (out := model.output_shape(grown)) is not None:
-            small = model.output_shape(found.smallest) or ()
+            small = model.output_shape(profile.smallest) or ()
             raise BadRequest(
                 f"model (={model.path}) gives an output of another resolution than its input"
-                f" ({comma(found.smallest)} to {comma(small)}, {comma(grown)} to {comma(out)});"
+                f" ({comma(profile.smallest)} to {comma(small)}, {comma(grown)} to {comma(out)});"
                 " add upsampling to it"
             )
 
 
-def _overlapping(found: Profile) -> Profile:
+def _overlapping(profile: Profile) -> Profile:
     """Let windows overlap of a network that reads the whole image, but nothing by the way.
 
     A context of 0 would be untrue of it, and windows without any overlap show the worst seams.
     """
-    if not found.troubles:
-        return found
-    before, after = list(found.context.before), list(found.context.after)
-    for axis, (size, step) in enumerate(zip(found.smallest, found.context.step, strict=True)):
+    if not profile.troubles:
+        return profile
+    before, after = list(profile.context.before), list(profile.context.after)
+    for axis, (size, step) in enumerate(zip(profile.smallest, profile.context.step, strict=True)):
         if not before[axis] and not after[axis]:
-            most = (size - step) // 2 if found.fixed else OVERLAP
+            most = (size - step) // 2 if profile.fixed else OVERLAP
             before[axis] = after[axis] = min(ceil_to(OVERLAP, step), most // step * step)
-    return replace(found, context=Context(tuple(before), tuple(after), found.context.step))
+    return replace(profile, context=Context(tuple(before), tuple(after), profile.context.step))
 
 
-def _smallest(model: Model, found: Profile) -> Profile:
+def _smallest(model: Model, profile: Profile) -> Profile:
     """Find the smallest size on the lattice along each axis, by bisection."""
-    if found.fixed:
-        return found
-    shape, smallest = found.smallest, []
-    for axis, (size, step) in enumerate(zip(shape, found.context.step, strict=True)):
+    if profile.fixed:
+        return profile
+    shape, smallest = profile.smallest, []
+    for axis, (size, step) in enumerate(zip(shape, profile.context.step, strict=True)):
         low, high = -1, size // step  # in steps: refused, accepted
         while high - low > 1:
             middle = (low + high) // 2
             tried = list(shape)
             tried[axis] = size % step + middle * step
             out = model.output_shape(tuple(tried))
-            fits = out is not None and out[axis] == tried[axis] - found.shrink[axis] > 0
+            fits = out is not None and out[axis] == tried[axis] - profile.shrink[axis] > 0
             low, high = (low, middle) if fits else (middle, high)
         smallest.append(size % step + high * step)
-    return replace(found, smallest=tuple(smallest))
+    return replace(profile, smallest=tuple(smallest))

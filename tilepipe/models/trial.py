@@ -192,10 +192,12 @@ def _compare(pairs: Iterator[Pair]) -> tuple[int, float]:
         if whole.numel() == 0:
             continue
         count = whole[0, 0].numel()
-        for one, two in zip(window[0].flatten(1), whole[0].flatten(1), strict=True):
-            spread = float(two.max() - two.min())
-            size = float(two.abs().max())
-            differs = float((one - two).abs().max())
+        for window_channel, whole_channel in zip(
+            window[0].flatten(1), whole[0].flatten(1), strict=True
+        ):
+            spread = float(whole_channel.max() - whole_channel.min())
+            size = float(whole_channel.abs().max())
+            differs = float((window_channel - whole_channel).abs().max())
             if not math.isfinite(differs):
                 return voxels + count, math.inf
             varies = spread > 1e-12 * size

@@ -175,9 +175,9 @@ class Residual(nn.Module):
 
     def forward(self, image_BCS: Tensor) -> Tensor:
         """Return ``relu(body + shortcut)``, of the size that ``body`` gives."""
-        found = self.body(image_BCS)
-        beside = _crop(image_BCS, found) if self.crops else image_BCS
-        return F.relu(found + self.shortcut(beside))
+        answer = self.body(image_BCS)
+        beside = _crop(image_BCS, answer) if self.crops else image_BCS
+        return F.relu(answer + self.shortcut(beside))
 
 
 def initialise(network: nn.Module) -> None:
@@ -214,8 +214,8 @@ def _block(
         return nn.Sequential(*first, nn.ReLU(), *second, nn.ReLU())
     shortcut: nn.Module = nn.Identity()
     if inputs != channels:
-        one, none = (1,) * len(kernel), (0,) * len(kernel)
-        shortcut = nn.Sequential(*_convolution(inputs, channels, one, none, batch_norm))
+        ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+        shortcut = nn.Sequential(*_convolution(inputs, channels, ones, zeros, batch_norm))
     return Residual(nn.Sequential(*first, nn.ReLU(), *second), shortcut, crops=not same)
 
 
@@ -248,15 +248,15 @@ def _check(ndim: int, depth: int, padding: str, counts: Mapping[str, int]) -> No
 
 
 def _per_level(
-    name: str, given: Sequence[PerAxis] | None, default: int, *, ndim: int, levels: int
+    name: str, values: Sequence[PerAxis] | None, default: int, *, ndim: int, levels: int
 ) -> list[tuple[int, ...]]:
     """Return one tuple of ``ndim`` sizes for each level."""
-    sizes: Sequence[PerAxis] = [default] * levels if given is None else given
+    sizes: Sequence[PerAxis] = [default] * levels if values is None else values
     if len(sizes) != levels:
-        raise BadRequest(f"{name} (={given}) must have {levels} entries, one for each level")
+        raise BadRequest(f"{name} (={values}) must have {levels} entries, one for each level")
     full = [(size,) * ndim if isinstance(size, int) else tuple(size) for size in sizes]
     if any(len(size) != ndim or min(size) < 1 for size in full):
         raise BadRequest(
-            f"{name} (={given}) must have, in each entry, one number or {ndim}, each at least 1"
+            f"{name} (={values}) must have, in each entry, one number or {ndim}, each at least 1"
         )
     return full
