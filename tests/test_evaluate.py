@@ -18,7 +18,8 @@ from tests.support import noise, write_volume
 from tilepipe.cli import main
 from tilepipe.errors import BadRequest
 from tilepipe.evaluation.evaluate import evaluate
-from tilepipe.evaluation.scores import object_scores, partition_scores, pixel_scores, tabulate
+from tilepipe.evaluation.scores import object_scores, partition_scores, pixel_scores
+from tilepipe.evaluation.table import tabulate
 from tilepipe.instances import blocks
 from tilepipe.instances.growth import grow
 

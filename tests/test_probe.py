@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import tilepipe as tp
 from tests.support import assert_close, noise, read, write_volume
 from tilepipe.errors import BadRequest
-from tilepipe.models.model import load_model, tensors_of
+from tilepipe.models.heads import tensors_of
+from tilepipe.models.model import load_model
 from tilepipe.models.spec import find_profile
 from tilepipe.models.trial import Trial, try_windows
 from tilepipe.options import Options

@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tilepipe.evaluation.scores import (
-    TWENTIETHS,
-    Table,
-    add,
-    object_scores,
-    partition_scores,
-    pixel_scores,
-    tabulate,
-)
+from tilepipe.evaluation.scores import TWENTIETHS, object_scores, partition_scores, pixel_scores
+from tilepipe.evaluation.table import Table, add, tabulate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

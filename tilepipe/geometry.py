@@ -249,14 +249,14 @@ def parse_region(text: str, shape: Shape, *, name: str = "region") -> Region:
     '20:24,0:512,256:512'
     """
     parts = text.replace(" ", "").split(",")
-    found = [re.fullmatch(r"(-?\d+)?:(-?\d+)?", part) for part in parts]
-    if len(parts) != len(shape) or None in found:
+    matches = [re.fullmatch(r"(-?\d+)?:(-?\d+)?", part) for part in parts]
+    if len(parts) != len(shape) or None in matches:
         raise BadRequest(
             f"{name} (={text}) must be slices for each of the {len(shape)} axes of the volume,"
             f" {comma(shape)}; as in {','.join(['0:16', *[':'] * (len(shape) - 1)])}"
         )
     start, stop = [], []
-    for match, length in zip(found, shape, strict=True):
+    for match, length in zip(matches, shape, strict=True):
         assert match is not None
         first, last = (int(end) if end else None for end in match.groups())
         a = 0 if first is None else first + length * (first < 0)

@@ -93,8 +93,10 @@ def describe_file(
         "scale": volume.scale, "units": volume.units, "translation": volume.translation,
         "channel_names": volume.channel_names, "nbytes": volume.nbytes, "notices": notices,
     }  # fmt: skip
-    made, text = _output(str(path))
-    return {**values, **made}, "\n".join(filter(None, [describe_volume(volume, notices), text]))
+    output_values, text = _output(str(path))
+    return {**values, **output_values}, "\n".join(
+        filter(None, [describe_volume(volume, notices), text])
+    )
 
 
 def _output(path: str) -> tuple[dict[str, object], str]:
@@ -227,14 +229,14 @@ def describe_live(progress: LogSummary, *, done: int, tiles: int, voxels: float)
                 f" about {duration(left)} left",
             )
         )
-    told = describe_devices(
+    devices = describe_devices(
         len(progress.workers),
         seconds=sum(share.seconds for share in shares),
         computing=sum(share.compute for share in shares),
         starved=sum(share.starved for share in shares),
         voxels=round(computed * voxels),
     )
-    rows.append(("devices", told))
+    rows.append(("devices", devices))
     latest = sorted(progress.workers.items(), key=lambda item: -item[1].ended)
     for name, share in latest[:WORKERS]:
         rate = share.tiles * voxels / max(share.seconds, 1.0) / 1e6

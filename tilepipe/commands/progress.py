@@ -19,7 +19,7 @@ TERMINAL_SECONDS = 1.0
 """The same on a terminal, of what has no bar."""
 
 
-class Pace:
+class LineTimer:
     """Says when it is time for another line."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class SegmentProgress:
     """Shows how far a segmentation is."""
 
     def __init__(self) -> None:
-        self._pace = Pace()
+        self._timer = LineTimer()
         self._bar: tqdm[NoReturn] | None = None
 
     def __call__(self, report: Report) -> None:
@@ -47,7 +47,7 @@ class SegmentProgress:
         failed = f"{len(report.failures)} failed" if report.failures else ""
         if sys.stderr.isatty():
             self._draw(report, finished, ", ".join(filter(None, [rate, failed])))
-        elif self._pace.is_due():
+        elif self._timer.is_due():
             left = report.seconds / finished * report.left
             click.echo(
                 f"{report.before + finished} of {report.tiles} tiles"
@@ -73,7 +73,7 @@ class SegmentProgress:
 
     def stage(self, what: str, done: int, blocks: int) -> None:
         """Show how far a pass over the volume is."""
-        if self._pace.is_due():
+        if self._timer.is_due():
             click.echo(f"{what}: {done / blocks:.0%} of the volume read", err=True)
 
     def end(self) -> None:

@@ -12,7 +12,7 @@ from click_option_group import optgroup
 
 from tilepipe.commands.exits import Command, refusing
 from tilepipe.commands.progress import SegmentProgress
-from tilepipe.commands.types import Arguments, ArrayTaskType, Bytes, Channels, Place, Sizes
+from tilepipe.commands.types import Arguments, ArrayTaskType, Bytes, Channels, Place, VoxelSizes
 from tilepipe.engines.jobs import Jobs, parse_jobs, read_jobs
 from tilepipe.host.allocator import keep_memory
 from tilepipe.options import CHOICES, ENGINES, Options
@@ -89,9 +89,9 @@ _OPTIONS = (
         "--threshold", type=float, metavar="X",
         help="The probability above which a voxel is foreground. [0.5]",
     ),
-    optgroup.option("--chunks", type=Sizes(), help="The voxels of a chunk of the output."),
+    optgroup.option("--chunks", type=VoxelSizes(), help="The voxels of a chunk of the output."),
     optgroup.option(
-        "--shards", type=Sizes(), help="The voxels of a shard of the output, in whole chunks."
+        "--shards", type=VoxelSizes(), help="The voxels of a shard of the output, in whole chunks."
     ),
     _choice("ome_version", "The version of OME-Zarr: 0.5 is Zarr v3, 0.4 is Zarr v2."),
     optgroup.option(
@@ -105,7 +105,9 @@ _OPTIONS = (
         "--inexact", is_flag=True,
         help="Accept differences at the seams where no tiling of this network is exact.",
     ),
-    optgroup.option("--tile", type=Sizes(), help="The voxels of a tile. [chosen by the memory]"),
+    optgroup.option(
+        "--tile", type=VoxelSizes(), help="The voxels of a tile. [chosen by the memory]"
+    ),
     optgroup.option(
         "--memory", type=Bytes(),
         help="The memory that each worker may use. [4GB, or less if there is less]",
@@ -176,14 +178,14 @@ def _options(values: dict[str, object]) -> Options:
 def _jobs(values: dict[str, object]) -> Jobs | None:
     """Take the jobs of a segmentation out of a command's values; None where it needs none."""
     path = values.pop("cluster")
-    asked = {name: values.pop(name) for name in ("partition", "account", "walltime", "cores")}
-    asked |= {name: values.pop(name) for name in ("gpus", "interface", "tls")}
-    asked |= {"memory": values.pop("job_memory"), "directives": values.pop("directive")}
+    settings = {name: values.pop(name) for name in ("partition", "account", "walltime", "cores")}
+    settings |= {name: values.pop(name) for name in ("gpus", "interface", "tls")}
+    settings |= {"memory": values.pop("job_memory"), "directives": values.pop("directive")}
     jobs = values.pop("jobs")
-    asked["jobs"] = None if jobs is None else parse_jobs(jobs)
-    if values["engine"] != "slurm" and not path and not any(asked.values()):
+    settings["jobs"] = None if jobs is None else parse_jobs(jobs)
+    if values["engine"] != "slurm" and not path and not any(settings.values()):
         return None
-    return read_jobs(str(path) if path else None, asked)
+    return read_jobs(str(path) if path else None, settings)
 
 
 @click.command()
@@ -248,8 +250,8 @@ def describe_plan(plan: Plan) -> str:
     source, sizes, costs, context = plan.source, plan.sizes, plan.costs, plan.context
     grid = " x ".join(map(str, plan.grid.counts))
     chunks = comma(sizes.chunks) + (f" in shards of {comma(sizes.shards)}" if sizes.shards else "")
-    asked = plan.options.channels
-    picked = "" if asked is None else f": {', '.join(map(str, asked))}"
+    channels = plan.options.channels
+    picked = "" if channels is None else f": {', '.join(map(str, channels))}"
     amplified = costs.read_bytes / max(source.nbytes, 1)
     rows = [
         ("source", f"{source.path} ({source.kind}, {source.dtype})"),
@@ -390,10 +392,10 @@ def _activation(plan: Plan) -> str:
     """Return what makes probabilities, and labels of them."""
     if plan.options.write in ("logits", "values"):
         return f"none: {plan.options.write} are written"
-    found = str(plan.activation)
+    text = str(plan.activation)
     if not plan.activation.name:
-        found += ": the network's values are taken for probabilities"
+        text += ": the network's values are taken for probabilities"
     if plan.options.write == "labels" and plan.activation.apart:
         least = 0.5 if plan.options.threshold is None else plan.options.threshold
-        found += f"; a mask for each of {plan.answer.channels} channels, above {least:g}"
-    return found
+        text += f"; a mask for each of {plan.answer.channels} channels, above {least:g}"
+    return text

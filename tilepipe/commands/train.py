@@ -12,8 +12,8 @@ import click
 from click_option_group import optgroup
 
 from tilepipe.commands.exits import Command, refusing
-from tilepipe.commands.progress import Pace
-from tilepipe.commands.types import Arguments, Bytes, Channels, Names, PerLevel, Place, Sizes
+from tilepipe.commands.progress import LineTimer
+from tilepipe.commands.types import Arguments, Bytes, Channels, Names, PerLevel, Place, VoxelSizes
 from tilepipe.errors import BadRequest
 from tilepipe.host.allocator import keep_memory
 from tilepipe.text import comma, counted, describe_bytes, table
@@ -138,7 +138,7 @@ _OPTIONS = (
     _option("network_args", "The arguments of that factory, as JSON.", kind=Arguments()),
     optgroup.group("Patches and augmentation"),
     _option("patch", "The voxels of a patch that the loss sees; the network reads its context"
-            " round them. [256,256 or 48,48,48]", kind=Sizes()),
+            " round them. [256,256 or 48,48,48]", kind=VoxelSizes()),
     _option("balance", "Whether patches lie round every class equally often, and not as often as"
             " it occurs."),
     _option("augment", "Whether patches are deformed and their grey values are changed at all."),
@@ -288,16 +288,16 @@ class TrainProgress:
     """A line for every validation, and now and then."""
 
     def __init__(self) -> None:
-        self._pace = Pace()
+        self._timer = LineTimer()
 
     def __call__(self, report: TrainReport) -> None:
         """Show how a training goes."""
-        if self._pace.is_due(5.0) or report.score is not None:
+        if self._timer.is_due(5.0) or report.score is not None:
             click.echo(describe_progress(report), err=True)
 
     def scan(self, what: str, done: int, total: int) -> None:
         """Show how far something is read before the training."""
-        if self._pace.is_due():
+        if self._timer.is_due():
             click.echo(f"{what}: {done / total:.0%} read", err=True)
 
 

@@ -21,7 +21,7 @@ class Place(click.Path):
     name = "path"
 
 
-class Sizes(click.ParamType["Shape"]):
+class VoxelSizes(click.ParamType["Shape"]):
     """Voxels along each of the volume's axes."""
 
     name = "Z,Y,X"
@@ -123,12 +123,12 @@ class Arguments(click.ParamType[dict[str, object]]):
     ) -> dict[str, object]:
         """Return the object as a dict."""
         try:
-            found = json.loads(str(value))
+            arguments = json.loads(str(value))
         except json.JSONDecodeError as error:
             self.fail(f"{value!r} is no JSON: {error}", param, ctx)
-        if not isinstance(found, dict):
+        if not isinstance(arguments, dict):
             self.fail(f'{value!r} must be a JSON object, as in {{"base": 16}}', param, ctx)
-        return found
+        return arguments
 
 
 class PerLevel(click.ParamType["list[int | Shape]"]):

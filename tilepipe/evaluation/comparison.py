@@ -10,7 +10,7 @@ import numpy as np
 
 from tilepipe.errors import BadRequest
 from tilepipe.evaluation.position import place_on
-from tilepipe.evaluation.scores import Table, add, tabulate
+from tilepipe.evaluation.table import Table, add, tabulate
 from tilepipe.geometry import Region, TileGrid, parse_region
 from tilepipe.instances.blocks import block_of
 from tilepipe.text import comma, counted

@@ -15,7 +15,8 @@ import numpy as np
 
 from tilepipe.errors import BadRequest
 from tilepipe.evaluation.comparison import Comparison, Labelling, open_comparison
-from tilepipe.evaluation.scores import Scores, Table, object_scores, partition_scores, pixel_scores
+from tilepipe.evaluation.scores import Scores, object_scores, partition_scores, pixel_scores
+from tilepipe.evaluation.table import Table
 from tilepipe.evaluation.warping import LARGEST_PLANE, warping_mismatches
 from tilepipe.geometry import Region, TileGrid
 from tilepipe.host.process import borrowed

@@ -17,30 +17,30 @@ from distributed.system import memory_limit
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-GROUPS, MINE = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where Linux shows the limits of control groups, and to which of them this process belongs."""
 
 
-def cores(groups: Path = GROUPS, mine: Path = MINE) -> int:
+def cores(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> int:
     """Return the cores that this process may use, a part of one as a whole one."""
-    found = [float(cpu_count())]
-    for folder in _groups("cpu", groups, mine):
+    counts = [float(cpu_count())]
+    for folder in _groups("cpu", groups, own_group):
         limits = _numbers(folder / "cpu.max")  # of version 2: microseconds in so many
         limits = limits or [
             *_numbers(folder / "cpu.cfs_quota_us"), *_numbers(folder / "cpu.cfs_period_us")
         ]  # fmt: skip
         if len(limits) == 2 and limits[0] > 0:
-            found.append(limits[0] / limits[1])
-    return max(1, math.ceil(min(found)))
+            counts.append(limits[0] / limits[1])
+    return max(1, math.ceil(min(counts)))
 
 
-def memory(groups: Path = GROUPS, mine: Path = MINE) -> int:
+def memory(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> int:
     """Return the bytes that this process may use, with all others of its container or job."""
-    found = [memory_limit(), *_rlimits()]
-    for folder in _groups("memory", groups, mine):
+    limits = [memory_limit(), *_rlimits()]
+    for folder in _groups("memory", groups, own_group):
         for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            found += [limit for limit in _numbers(folder / name) if limit > 0]
-    return min(found)
+            limits += [limit for limit in _numbers(folder / name) if limit > 0]
+    return min(limits)
 
 
 def _rlimits() -> Iterator[int]:
@@ -54,13 +54,13 @@ def _rlimits() -> Iterator[int]:
             yield limit
 
 
-def _groups(controller: str, groups: Path, mine: Path) -> Iterator[Path]:
+def _groups(controller: str, groups: Path, own_group: Path) -> Iterator[Path]:
     """Yield the folders of the control group of this process and of those that it lies in.
 
     Each line is ``NUMBER:CONTROLLERS:PATH``; version 2 names no controllers and has one tree.
     """
     try:
-        lines = mine.read_text().splitlines()
+        lines = own_group.read_text().splitlines()
     except OSError:  # no Linux
         return
     for line in lines:

@@ -30,6 +30,7 @@ from tilepipe.models.archive import load_program, load_tensors
 from tilepipe.models.checkpoint import Checkpoint, needs_code, read_checkpoint
 from tilepipe.models.cost import Cost, measure_cost
 from tilepipe.models.factory import build_network, digest_of, find_factory
+from tilepipe.models.heads import Head, tensors_of
 from tilepipe.models.intake import SINGLE, find_input
 from tilepipe.models.unet import UNet
 from tilepipe.storage.objects import local_path
@@ -39,32 +40,6 @@ if TYPE_CHECKING:
     from tilepipe.geometry import Shape
 
 log = logging.getLogger(__name__)
-
-
-class _Head(nn.Module):
-    """A network that returns several tensors, with one of them chosen."""
-
-    def __init__(self, network: nn.Module, head: int) -> None:
-        super().__init__()
-        self.network, self.head = network, head
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Return output number ``head``, counted through nested tuples, lists and dicts."""
-        outputs = list(tensors_of(self.network(image)))
-        if self.head >= len(outputs):
-            raise IndexError(f"head (={self.head}) must be below the {len(outputs)} outputs")
-        return outputs[self.head]
-
-
-def tensors_of(value: object) -> list[torch.Tensor]:
-    """Return the tensors that a network gives, counted through nested tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_of(item)]
-    return []
 
 
 @dataclass(eq=False, slots=True)
@@ -121,7 +96,7 @@ class Model:
             return copy.deepcopy(self.on_meta()).to(dtype)
         if self._meta is None:
             if self.kind == "TorchScript":
-                self._meta = _Head(_load_script(self.path, "meta").eval(), self.head)
+                self._meta = Head(_load_script(self.path, "meta").eval(), self.head)
             else:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of torch about parts of its own programs
@@ -131,7 +106,7 @@ class Model:
     def in_double(self) -> nn.Module:
         """Return a copy of the network in double precision."""
         if self.kind == "TorchScript":
-            return _Head(_load_script(self.path, "cpu").eval().double(), self.head)
+            return Head(_load_script(self.path, "cpu").eval().double(), self.head)
         return copy.deepcopy(self.module).double()
 
     def output_shape(self, shape: Shape) -> Shape | None:
@@ -159,7 +134,7 @@ class Model:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                chosen = cast("_Head", self.module if self._on_cpu else self.on_meta(dtype))
+                chosen = cast("Head", self.module if self._on_cpu else self.on_meta(dtype))
                 outputs = tensors_of(chosen.network(image))
         except (NotImplementedError, RuntimeError) as error:
             looks = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
@@ -186,7 +161,7 @@ class Model:
     @property
     def script(self) -> torch.jit.ScriptModule | None:
         """The network where it is TorchScript, else None."""
-        network = cast("_Head", self.module).network
+        network = cast("Head", self.module).network
         return network if isinstance(network, torch.jit.ScriptModule) else None
 
     @property
@@ -286,7 +261,7 @@ def load_model(
     digest.update(f"head {head}".encode())
     if kind != "exported program":  # which is in the mode that it was exported in
         module.eval()
-    module = _Head(module, head)
+    module = Head(module, head)
     if kind != "TorchScript":
         register_tensors(module)
     for parameter in module.parameters():
@@ -306,7 +281,7 @@ def wrap(module: nn.Module, *, head: int = 0, channels: int | None = None) -> Mo
     register_tensors(module)
     # Code is not seen, so that a network is like no other, whatever weights they share.
     digest = hashlib.sha256(f"head {head} {uuid.uuid4()}".encode())
-    model = Model("network", "module", _Head(module.eval(), head), digest.hexdigest(), 0, 0, head)
+    model = Model("network", "module", Head(module.eval(), head), digest.hexdigest(), 0, 0, head)
     find_input(model, None, channels)
     return model
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tilepipe.errors import BadRequest
 from tilepipe.models.checkpoint import save_whole
-from tilepipe.models.model import tensors_of
+from tilepipe.models.heads import tensors_of
 from tilepipe.training.losses import LOSSES
 
 if TYPE_CHECKING:

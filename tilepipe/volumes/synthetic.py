@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from tilepipe.errors import BadRequest
 from tilepipe.geometry import Region, TileGrid
+from tilepipe.volumes.coordinate_noise import field, field_at, random_bits, uniform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -219,8 +219,8 @@ def _block(
         glow *= glow
         glow *= np.float32(brightness)
         signal[seen.within(region.start)] += glow
-    signal += _field(region, HAZE_CELL, seed, layer=11) * np.float32(9)
-    signal *= _field(region, LIGHT_CELL, seed, layer=12) * np.float32(0.6) + np.float32(0.6)
+    signal += field(region, HAZE_CELL, seed, layer=11) * np.float32(9)
+    signal *= field(region, LIGHT_CELL, seed, layer=12) * np.float32(0.6) + np.float32(0.6)
     return _camera(signal, region, seed), truth
 
 
@@ -237,8 +237,8 @@ def _camera(signal: Floats, region: Region, seed: int) -> NDArray[np.uint8]:
     The 64 bits of a voxel's hash, counted, are binomial with deviation 4: close to a Gaussian.
     """
     *leading, x = (np.arange(a, b) for a, b in zip(region.start, region.stop, strict=True))
-    rows = _hash(seed, 13, *np.meshgrid(*leading, indexing="ij"))
-    columns = _hash(seed, 14, x)
+    rows = random_bits(seed, 13, *np.meshgrid(*leading, indexing="ij"))
+    columns = random_bits(seed, 14, x)
     noise = np.empty(region.shape, np.uint8)
     for row in np.ndindex(noise.shape[:-2]):
         bits = rows[row][:, None] ^ columns
@@ -258,8 +258,8 @@ def _camera(signal: Floats, region: Region, seed: int) -> NDArray[np.uint8]:
 def _nuclei(region: Region, lattice: tuple[int, ...], seed: int) -> Iterator[_Nucleus]:
     """Yield the nuclei that may be seen in ``region``, in the order of their cells."""
     cells = _cells(region, NUCLEUS_CELL, NUCLEUS_CELL, lattice)
-    random = _uniform(seed, 1, cells, draws=16)
-    crowd = _field_at(cells * NUCLEUS_CELL, DENSITY_CELL, seed, layer=10)
+    random = uniform(seed, 1, cells, draws=16)
+    crowd = field_at(cells * NUCLEUS_CELL, DENSITY_CELL, seed, layer=10)
     table = _grain(cells.shape[1]).shape[0] - 2 * NUCLEUS_CELL
     for cell, u, crowded in zip(cells.tolist(), random.tolist(), crowd.tolist(), strict=True):
         if u[0] > 0.1 + crowded:
@@ -292,7 +292,7 @@ def _nuclei(region: Region, lattice: tuple[int, ...], seed: int) -> Iterator[_Nu
 def _blobs(region: Region, seed: int) -> Iterator[tuple[_Ellipse, float]]:
     """Yield the nuclei far out of focus, with their brightness: light without an edge."""
     cells = _cells(region, BLOB_CELL, BLOB_RADIUS)
-    for cell, u in zip(cells.tolist(), _uniform(seed, 2, cells, draws=8).tolist(), strict=True):
+    for cell, u in zip(cells.tolist(), uniform(seed, 2, cells, draws=8).tolist(), strict=True):
         if u[0] < 0.7:
             radius = 22 + (BLOB_RADIUS - 22) * u[1]
             yield _round(cell, u[5:], BLOB_CELL, radius, 0.7 + 0.3 * u[2]), 14 + 70 * u[3] * u[4]
@@ -301,7 +301,7 @@ def _blobs(region: Region, seed: int) -> Iterator[tuple[_Ellipse, float]]:
 def _debris(region: Region, seed: int) -> Iterator[tuple[_Ellipse, float]]:
     """Yield the bright specks, with their brightness."""
     cells = _cells(region, DEBRIS_CELL, 2 * DEBRIS_RADIUS)
-    for cell, u in zip(cells.tolist(), _uniform(seed, 3, cells, draws=8).tolist(), strict=True):
+    for cell, u in zip(cells.tolist(), uniform(seed, 3, cells, draws=8).tolist(), strict=True):
         if u[0] < 0.45:
             radius = 1.4 + (DEBRIS_RADIUS - 1.4) * u[1]
             yield _round(cell, u[5:], DEBRIS_CELL, radius, 0.6 + 0.4 * u[2]), 50 + 190 * u[3]
@@ -335,72 +335,12 @@ def _cells(
     return np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")], axis=1)
 
 
-def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the splitmix64 finaliser of each number."""
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
-
-
-def _hash(seed: int, layer: int, *axes: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return 64 random bits for each point; ``axes`` are its coordinates, of one shape."""
-    key = np.array([seed % 2**64, layer], np.uint64) + np.uint64(1)
-    first, second = _mix(_mix(key) + key)  # mixed, or a seed would be another one's shift
-    bits = np.full(axes[0].shape, first ^ (second >> np.uint64(1)), np.uint64)
-    for axis in axes:
-        bits = _mix(bits + axis.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return bits
-
-
-def _uniform(seed: int, layer: int, cells: NDArray[np.int64], *, draws: int) -> NDArray[np.float64]:
-    """Return ``draws`` numbers in ``0:1`` for each row of ``cells``."""
-    bits = _hash(seed, layer, *cells.T)[:, None]
-    step = np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
-    return (_mix(bits + step) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _smooth(points: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], Doubles]:
-    """Return the lattice point before each of ``points`` and the weight of the one after it."""
-    before = points // size
-    t = (points - before * size) / size
-    return before, t * t * (3 - 2 * t)
-
-
-def _field(region: Region, size: int, seed: int, *, layer: int) -> Floats:
-    """Return a smooth random field in ``0:1``: hashed lattice points ``size`` apart, interpolated.
-
-    In 3D it does not change along z, as light does not.
-    """
-    (y0, x0), (y1, x1) = region.start[-2:], region.stop[-2:]
-    y, y_weight = _smooth(np.arange(y0, y1), size)
-    x, x_weight = _smooth(np.arange(x0, x1), size)
-    grid = np.meshgrid(np.arange(y[0], y[-1] + 2), np.arange(x[0], x[-1] + 2), indexing="ij")
-    points = (_hash(seed, layer, *grid) >> np.uint64(40)).astype(np.float32)
-    points *= np.float32(2.0**-24)
-    for weight, place in ((y_weight, y - y[0]), (x_weight, x - x[0])):
-        after = weight.astype(np.float32)[:, None]
-        points = (points[place] + (points[place + 1] - points[place]) * after).T
-    return points
-
-
-def _field_at(points: NDArray[np.int64], size: int, seed: int, *, layer: int) -> Doubles:
-    """Return a smooth random field in ``0:1`` at each row of ``points``, in all axes."""
-    before, weight = _smooth(points, size)
-    total = np.zeros(len(points))
-    for corner in product((0, 1), repeat=points.shape[1]):
-        value = (_hash(seed, layer, *(before + corner).T) >> np.uint64(11)).astype(np.float64)
-        for axis, after in enumerate(corner):
-            value *= weight[:, axis] if after else 1 - weight[:, axis]
-        total += value * 2.0**-53
-    return total
-
-
 @lru_cache(maxsize=2)
 def _grain(ndim: int) -> Floats:
     """Return a table of chromatin texture, about -1 to 1; each nucleus takes a piece of it."""
     edge = {2: 256, 3: 112}[ndim]
     axes = np.meshgrid(*[np.arange(edge)] * ndim, indexing="ij")
-    table = (_hash(0, 20, *axes) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    table = (random_bits(0, 20, *axes) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     for axis in range(ndim):
         for width in (3, 5):
             table = np.stack([np.roll(table, shift, axis) for shift in range(width)]).mean(axis=0)
