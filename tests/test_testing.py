@@ -15,7 +15,7 @@ from tests.support import noise, read, write_unet, write_volume
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import TileError
 from tilepipe.options import Options
-from tilepipe.storage.guarded import Granted, GuardedStore
+from tilepipe.storage.guarded import NoGuard, GuardedStore
 from tilepipe.testing.engines import FileJob, check_engine
 from tilepipe.testing.storage import FailingStore, unavailable
 from tilepipe.testing.strategies import regions, volumes
@@ -130,7 +130,7 @@ def test_what_fails_in_a_store_is_as_asked() -> None:
 def test_a_guarded_store_counts_only_what_was_written() -> None:
     """What has failed is not among what would have to be forced to disk."""
     store = FailingStore(zarr.storage.MemoryStore())
-    guarded = GuardedStore(store, Granted(), None, durable=True)
+    guarded = GuardedStore(store, NoGuard(), None, durable=True)
     array = zarr.create_array(guarded, shape=(8,), chunks=(4,), dtype="uint8")
     guarded.sync()
     with store.failing("c/1", directions={"writing"}), pytest.raises(OSError, match="c/1"):
