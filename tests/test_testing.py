@@ -15,7 +15,7 @@ from tests.support import noise, read, write_unet, write_volume
 from tilepipe.engines import TileFailure, TileResult, serial
 from tilepipe.errors import TileError
 from tilepipe.options import Options
-from tilepipe.storage.guarded import NoGuard, GuardedStore
+from tilepipe.storage.guarded import GuardedStore, NoGuard
 from tilepipe.testing.engines import FileJob, check_engine
 from tilepipe.testing.storage import FailingStore, unavailable
 from tilepipe.testing.strategies import regions, volumes
