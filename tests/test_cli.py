@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.commands import ROOT
 from tests.support import noise, write_unet, write_volume
 from tilepipe.cli import main
 
@@ -103,6 +108,32 @@ def test_bad_requests_end_with_2_and_a_line(
     assert found.output.startswith("tilepipe: ")
     assert found.output.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_log_file_holds_what_happened_with_its_time(
+    source: Path, model: Path, tmp_path: Path
+) -> None:
+    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tilepipe", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    log = tmp_path / "run.log"
+    request = ["segment", str(source), "--model", str(model), "-o", str(tmp_path / "o")]
+    assert start("--log-file", str(log), *request, "--tile", "32,32").returncode == 0
+    refused = start("--log-file", str(log), *request, "--tile", "0,0")
+    assert refused.returncode == 2
+    assert refused.stderr.count("tile (=0,0)") == 1  # once on the terminal
+    lines = log.read_text().splitlines()
+    stamp = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) tilepipe")
+    assert all(map(stamp.match, lines))
+    assert re.search(r"worker: tile 0, voxels 0:32,0:32: ", log.read_text())
+    assert "ERROR tilepipe.commands.exits: exit code 2: tile (=0,0)" in lines[-1]
+    nowhere = start("--log-file", str(tmp_path / "none" / "run.log"), *request)
+    assert nowhere.returncode == 2
+    assert "cannot be written" in nowhere.stderr.splitlines()[-1]
 
 
 def test_the_demo_writes_over_no_picture(tmp_path: Path) -> None:

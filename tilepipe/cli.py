@@ -11,11 +11,13 @@ import click
 from tilepipe import __version__
 from tilepipe.commands.demo import demo
 from tilepipe.commands.evaluate import evaluate
-from tilepipe.commands.exits import Commands
+from tilepipe.commands.exits import SHOWN, Commands
 from tilepipe.commands.inspect import inspect
 from tilepipe.commands.segment import plan, segment
 from tilepipe.commands.train import train
 from tilepipe.commands.types import Place
+
+log = logging.getLogger("tilepipe")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,6 +34,7 @@ def main(verbose: bool, log_file: str | None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setLevel(logging.INFO if verbose else logging.WARNING)
+    terminal.addFilter(lambda record: not getattr(record, SHOWN, False))
     terminal.setFormatter(logging.Formatter("tilepipe: %(message)s"))
     handlers: list[logging.Handler] = [terminal]
     if log_file is not None:
@@ -47,6 +50,7 @@ def main(verbose: bool, log_file: str | None) -> None:
         handler.addFilter(lambda record: record.name.split(".")[0] == "tilepipe")
     level = logging.INFO if verbose or log_file is not None else logging.WARNING
     logging.basicConfig(level=level, handlers=handlers)
+    log.info("version %s: %s", __version__, click.get_current_context().invoked_subcommand)
 
 
 for _command in (segment, plan, inspect, train, evaluate, demo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,11 @@ import click
 
 from tilepipe.errors import BadRequest, TileError
 from tilepipe.storage.objects import explain
+
+log = logging.getLogger(__name__)
+
+SHOWN = "is_shown"
+"""The attribute of a log record that is on the terminal already."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -40,6 +46,8 @@ def refusing(command: Command) -> Command:
 
 def _leave(message: str, code: int) -> NoReturn:
     click.echo(f"tilepipe: {message}", err=True)
+    if logging.getLogger().hasHandlers():
+        log.error("exit code %d: %s", code, message, extra={SHOWN: True})
     sys.exit(code)
 
 

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
-import json
 import logging
 import math
-import re
 import uuid
 import warnings
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -26,17 +22,16 @@ from torch import nn
 from tilepipe.errors import BadRequest
 from tilepipe.graph.graph import register_tensors
 from tilepipe.host.process import borrowed
-from tilepipe.models.archive import load_program, load_tensors
-from tilepipe.models.checkpoint import Checkpoint, needs_code, read_checkpoint
 from tilepipe.models.cost import Cost, measure_cost
-from tilepipe.models.factory import build_network, digest_of, find_factory
 from tilepipe.models.heads import Head, tensors_of
 from tilepipe.models.intake import SINGLE, find_input
-from tilepipe.models.unet import UNet
+from tilepipe.models.loading import NetworkCode, _load_script, check_magic, read_model
 from tilepipe.storage.objects import local_path
 from tilepipe.text import first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tilepipe.geometry import Shape
 
 log = logging.getLogger(__name__)
@@ -218,60 +213,36 @@ def load_model(
         raise BadRequest(f"model (={path}) is empty")
     _check_head(head)
     content = path.read_bytes()
-    _check_magic(path, content)
-    digest, folder = hashlib.sha256(content), Path(folder or Path.cwd())
-    names = _archive_names(content)
-    checkpoint: Checkpoint | None = None
-    shape: Shape | None = None
-    takes_network = False
+    check_magic(path, content)
+    code = NetworkCode(network, network_args, Path(folder or Path.cwd()))
     try:
-        if any(name.endswith("constants.pkl") for name in names) and any(
-            "/code/" in name for name in names
-        ):
-            kind, module = "TorchScript", _load_script(path, "cpu")
-        elif any(re.search(r"(^|/)models/[^/]+\.json$|exported_program\.json$", n) for n in names):
-            kind, (module, shape) = "exported program", load_program(path, content)
-        else:
-            saved = load_tensors(path, content)
-            if not isinstance(saved, Mapping):
-                raise BadRequest(f"model (={path}) holds a {type(saved).__name__}, not weights")
-            if "tilepipe" in saved:
-                kind, checkpoint = "checkpoint", read_checkpoint(path, saved)
-                takes_network = checkpoint.network is not None
-                module = _load_checkpoint(path, checkpoint, network, network_args, folder)
-            else:
-                kind, takes_network = "state dict", True
-                module = _load_state_dict(path, saved, network, network_args or {}, folder)
-            if takes_network:
-                place, _, name = (network or "").rpartition(":")
-                where = ".py" if place.endswith(".py") else place  # wherever the file lies
-                arguments = json.dumps(network_args or {}, sort_keys=True)
-                digest.update(f"{where}:{name} {arguments}".encode())
-                if network:
-                    digest.update(digest_of(find_factory(network, folder)).encode())
+        contents = read_model(path, content, code)
+        digest = hashlib.sha256(content)
+        if contents.has_own_code:
+            digest.update(code.identity())
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, BadRequest):
             raise
         raise BadRequest(f"model (={path}) cannot be read: {first_line(error)}") from error
-    if network is not None and not takes_network:
+    if network is not None and not contents.has_own_code:
         raise BadRequest(
             f"network (={network}) is for state dicts and checkpoints of one's own network; {path}"
-            f" is neither ({kind}): leave it out"
+            f" is neither ({contents.kind}): leave it out"
         )
     digest.update(f"head {head}".encode())
-    if kind != "exported program":  # which is in the mode that it was exported in
-        module.eval()
-    module = Head(module, head)
-    if kind != "TorchScript":
+    if contents.kind != "exported program":  # which is in the mode that it was exported in
+        contents.module.eval()
+    module = Head(contents.module, head)
+    if contents.kind != "TorchScript":
         register_tensors(module)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    model = Model(str(path), kind, module, digest.hexdigest(), 0, 0, head)
-    if checkpoint is not None:
+    model = Model(str(path), contents.kind, module, digest.hexdigest(), 0, 0, head)
+    if (checkpoint := contents.checkpoint) is not None:
         model.normalize, model.labels = checkpoint.normalize, checkpoint.labels
         model.answer = checkpoint.answer
         model.provenance, model.trained = checkpoint.provenance, checkpoint.context
-    find_input(model, shape, channels)
+    find_input(model, contents.shape, channels)
     return model
 
 
@@ -289,95 +260,3 @@ def wrap(module: nn.Module, *, head: int = 0, channels: int | None = None) -> Mo
 def _check_head(head: int) -> None:
     if head < 0:
         raise BadRequest(f"head (={head}) must not be negative")
-
-
-def _check_magic(path: Path, content: bytes) -> None:
-    """Refuse what no version of `torch.save` wrote: neither an archive nor a pickle."""
-    if content[:1] == b"\x80" or (content[:2] == b"PK" and zipfile.is_zipfile(io.BytesIO(content))):
-        return
-    if content[:2] == b"PK":
-        raise BadRequest(f"model (={path}) is an archive that is not whole; copy it again")
-    raise BadRequest(
-        f"model (={path}) must be a file of torch.save, torch.export.save or torch.jit.save;"
-        f" it is none of them{': export the network to a .pt2' if path.suffix == '.onnx' else ''}"
-    )
-
-
-def _archive_names(content: bytes) -> list[str]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.namelist()
-    except zipfile.BadZipFile:
-        return []
-
-
-def _load_script(path: str | Path, device: str) -> nn.Module:
-    with warnings.catch_warnings():  # torch.jit is deprecated; files of its kind live on
-        warnings.simplefilter("ignore")
-        return cast("nn.Module", torch.jit.load(str(path), map_location=device))
-
-
-def _load_checkpoint(
-    path: Path,
-    checkpoint: Checkpoint,
-    network: str | None,
-    arguments: Mapping[str, object] | None,
-    folder: Path,
-) -> nn.Module:
-    """Build the paper's network, or by the user's factory, never by what the file names."""
-    module: nn.Module
-    if checkpoint.network is None:
-        try:
-            with torch.device("meta"):  # a small file may not ask for all of the memory
-                module = UNet(**checkpoint.arguments)  # type: ignore[arg-type]
-        except (TypeError, RuntimeError) as error:
-            raise BadRequest(
-                f"model (={path}) has an architecture that this tilepipe cannot build:"
-                f" {first_line(error)}; use the version that wrote it"
-            ) from None
-        _fill(path, module, checkpoint.weights, assign=True)
-        return module.float()
-    if network is None:
-        raise needs_code(path, checkpoint)
-    module = build_network(
-        network, checkpoint.arguments if arguments is None else arguments, folder
-    )
-    _fill(path, module, checkpoint.weights)
-    return module
-
-
-def _load_state_dict(
-    path: Path,
-    saved: Mapping[str, object],
-    network: str | None,
-    arguments: Mapping[str, object],
-    folder: Path,
-) -> nn.Module:
-    for key in ("state_dict", "model_state_dict", "model", "weights"):
-        inner = saved.get(key)
-        if isinstance(inner, Mapping):
-            saved = cast("Mapping[str, object]", inner)
-    weights = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}
-    if not weights:
-        raise BadRequest(f"model (={path}) holds no weights")
-    if network is None:
-        raise BadRequest(
-            f"model (={path}) is a state dict of {len(weights)} tensors without its architecture;"
-            " give it with --network package.module:factory or file.py:factory"
-        )
-    torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, "module.")
-    module = build_network(network, arguments, folder)
-    _fill(path, module, weights)
-    return module
-
-
-def _fill(
-    path: Path, module: nn.Module, weights: Mapping[str, torch.Tensor], *, assign: bool = False
-) -> None:
-    try:
-        module.load_state_dict(dict(weights), assign=assign)
-    except RuntimeError as error:
-        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
-        more = f", and {len(lines) - 2} more" if len(lines) > 2 else ""
-        detail = lines[min(1, len(lines) - 1)].rstrip(". ")[:200]
-        raise BadRequest(f"model (={path}) does not fit the network: {detail}{more}") from None
