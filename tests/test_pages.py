@@ -100,6 +100,7 @@ def test_the_exported_network_of_the_readme_is_a_model(folder: Path) -> None:
     assert (folder / "unet.pt2").exists()
 
 
+@pytest.mark.long
 def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     parsers = [PYTHON, CodeBlockParser("sh", run_commands)]
@@ -132,6 +133,7 @@ def pool(folder: Path) -> ModuleType:
     return pool
 
 
+@pytest.mark.long
 def test_the_engine_of_the_page_segments(
     pool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,7 +111,7 @@ def test_steps_are_alike_and_as_large_in_the_middle_as_at_the_start(name: str, s
     assert all(one.get(graph.source, 0) <= middle[0][graph.source] for one in sizes)
 
 
-@pytest.mark.parametrize("slab", [16, 64])
+@pytest.mark.parametrize("slab", [16, pytest.param(64, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "name",
     ["valid unet", "same unet", "bilinear", "nearest", "bicubic", "residual", "even", "milesial",
@@ -139,7 +139,15 @@ def test_memory_is_predicted_within_a_quarter(name: str, slab: int) -> None:
     assert 0.8 * alive.peak <= regions.swept(spans, 0, slab).peak <= 1.25 * alive.peak
 
 
-@pytest.mark.parametrize("name", [*zoo.FLAT, *zoo.SOLID])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name in ("bicubic", *zoo.SOLID)))
+        for name in (*zoo.FLAT, *zoo.SOLID)
+        if name != "valid unet 3d"
+    ]
+    + ["valid unet 3d"],
+)
 def test_the_bytes_that_are_counted_are_those_of_the_tensors_that_are_held(name: str) -> None:
     model = zoo.build(name)
     profile, shape = find_profile(model), ((96, 80) if model.axes == 2 else (40, 36, 28))

@@ -50,7 +50,7 @@ def run(files: Path, output: Path, engine: str = "serial") -> tp.Report:
     )
 
 
-@pytest.mark.parametrize("engine", ["serial", "dask"])
+@pytest.mark.parametrize("engine", ["serial", pytest.param("dask", marks=pytest.mark.long)])
 def test_tiles_that_cannot_be_written_are_set_aside_and_done_later(
     files: Path, tmp_path: Path, engine: str
 ) -> None:
