@@ -108,6 +108,10 @@ class FailingStore(WrapperStore[Store]):
         other._faults, other._lock = self._faults, self._lock
         return other
 
+    def with_read_only(self, read_only: bool = False) -> FailingStore:
+        """Return the same store, with the same faults, that may or may not be written to."""
+        return self._with_store(self._store.with_read_only(read_only))
+
     def _check(self, key: str, direction: Direction) -> None:
         with self._lock:
             for fault in self._faults:
