@@ -110,6 +110,36 @@ def test_bad_requests_end_with_2_and_a_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+PLAIN = """
+import sys
+for name in ("obstore", "dask_jobqueue", "cryptography", "tensorboard", "hypothesis", "bokeh"):
+    sys.modules[name] = None  # as where no extra is installed
+from tilepipe.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_nothing_of_an_extra_is_needed_without_it(tmp_path: Path) -> None:
+    """Segmenting, overwriting and training with what is held out, as after a plain install."""
+
+    def start(*arguments: str) -> None:
+        ran = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PLAIN, *arguments],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+
+    write_volume(tmp_path / "v.zarr", noise(64, 80), "yx")
+    write_volume(tmp_path / "l.zarr", (noise(64, 80) > 128).astype("uint8"), "yx")
+    sizes = ["--patch", "12,12", "--base", "2", "--depth", "2", "--elastic", "0"]
+    training = ["train", "v.zarr", "l.zarr", "-o", "u.pt", "--steps", "2", *sizes]
+    start(*training, "--val-region", ":,40:80", "--validate-every", "1", "--target", "classes")
+    start("segment", "v.zarr", "--model", "u.pt", "-o", "o.zarr")
+    start("segment", "v.zarr", "--model", "u.pt", "-o", "o.zarr", "--overwrite")
+    start("evaluate", "o.zarr", "l.zarr", "--kind", "classes")
+
+
 def test_a_log_file_holds_what_happened_with_its_time(
     source: Path, model: Path, tmp_path: Path
 ) -> None:
