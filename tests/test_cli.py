@@ -173,6 +173,19 @@ def test_the_demo_writes_over_no_picture(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["overlay.png"]
 
 
+def test_the_demo_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("of a thesis")
+    ended = CliRunner().invoke(main, ["demo", "--size", "64", "-o", str(tmp_path / "file")])
+    assert (ended.exit_code, "must be a folder" in ended.output) == (2, True)
+    assert (tmp_path / "file").read_text() == "of a thesis"
+
+
+def test_the_plan_refuses_shards_of_zarr_v2(source: Path, model: Path) -> None:
+    shards = ["--ome-version", "0.4", "--chunks", "16,16", "--shards", "32,32"]
+    ended = run("plan", source, "--model", model, *shards)
+    assert (ended.exit_code, "give --ome-version 0.5" in ended.output) == (2, True)
+
+
 def test_the_demo_segments_well_and_makes_a_picture(tmp_path: Path) -> None:
     found = run("demo", "--size", "300", "-o", tmp_path / "demo")
     assert found.exit_code == 0, found.output

@@ -98,6 +98,11 @@ class Options:
             sizes = getattr(self, name)
             if sizes is not None and min(sizes, default=0) <= 0:
                 raise BadRequest(f"{name} (={comma(sizes)}) must be positive along every axis")
+        if self.shards is not None and self.ome_version == "0.4":
+            raise BadRequest(
+                f"shards (={comma(self.shards)}) need Zarr v3, and ome_version (=0.4) is Zarr v2:"
+                " leave out --shards, or give --ome-version 0.5"
+            )
         for name in ("memory", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:

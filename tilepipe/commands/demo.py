@@ -59,6 +59,8 @@ def _demonstrate(
 
     if size < 64:
         raise BadRequest(f"size (={size}) must be at least 64")
+    if folder.exists() and not folder.is_dir():
+        raise BadRequest(f"output (={folder}) must be a folder; a file of that name exists")
     picture = folder / "overlay.png"
     if picture.exists() or picture.is_symlink():
         raise BadRequest(f"output (={folder}) holds {picture.name} already; name another folder")

@@ -114,28 +114,24 @@ def _output(path: str) -> tuple[dict[str, object], str]:
     if "plan" not in attributes:
         return {"made_with": attributes}, ""
     plan = cast("Mapping[str, Mapping[str, object]]", attributes["plan"])
-    lines = [f"made from      {plan['source']['path']}", f"with           {plan['model']['path']}"]
+    rows = [("made from", plan["source"]["path"]), ("with", plan["model"]["path"])]
+    live = ""
     values: dict[str, object] = {"made_with": attributes}
     if ledger is not None:
         with ledger:
             failed = ledger.failures
-            lines.append(f"tiles          {ledger.done} of {ledger.tiles} done")
-            lines += [f"failed         tile {failure.index}, {failure.cause}" for failure in failed]
+            rows.append(("tiles", f"{ledger.done} of {ledger.tiles} done"))
+            rows += [("failed", f"tile {failure.index}, {failure.cause}") for failure in failed]
             values |= {"tiles": ledger.tiles, "done": ledger.done}
             values["failures"] = [asdict(failure) for failure in failed]
             progress = read_logs(output.ledger)
             shape = cast("list[int]", plan["source"]["shape"])
-            lines.append(
-                describe_live(
-                    progress,
-                    done=ledger.done,
-                    tiles=ledger.tiles,
-                    voxels=math.prod(shape) / max(ledger.tiles, 1),
-                )
-            )
+            voxels = math.prod(shape) / max(ledger.tiles, 1)
+            live = describe_live(progress, done=ledger.done, tiles=ledger.tiles, voxels=voxels)
             values |= {"tiles_per_second": progress.rate, "retries": progress.retries}
             values["workers"] = {name: asdict(share) for name, share in progress.workers.items()}
-    return values, "\n".join(filter(None, lines))
+    named = [(name, str(value)) for name, value in rows]
+    return values, "\n".join(filter(None, [table(named), live]))
 
 
 WORKERS = 20

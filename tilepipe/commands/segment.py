@@ -112,7 +112,8 @@ _OPTIONS = (
         "--memory", type=Bytes(),
         help="The memory that each worker may use. [4GB, or less if there is less]",
     ),
-    _choice("strategy", "How a tile is computed."),
+    _choice("strategy", "How a tile is computed: swept slab by slab along one axis (sweep), at once"
+            " (direct), or whichever costs less (auto)."),
     optgroup.option(
         "--threads", type=int, metavar="N", help="The compute threads of each worker."
     ),
@@ -300,6 +301,10 @@ def describe_report(report: Report) -> str:
     """Return how a segmentation went."""
     task = "" if report.task is None else f"task {report.task}: "
     whole = [] if report.task is None else [_whole(report)]
+    if not report.tiles:
+        return "\n".join(
+            [task + "no tile is left for this task: there are more tasks than tiles", *whole]
+        )
     if not report.done and not report.failures:
         nothing = f"all {report.tiles} tiles were done before; nothing was left to do"
         return "\n".join([task + nothing, *whole])

@@ -176,7 +176,7 @@ def load_model(
     folder: str | Path | None = None,
     channels: int | None = None,
 ) -> Model:
-    """Load a model file of any of the four kinds that the README lists.
+    """Load a model file: a checkpoint, an exported program, TorchScript, or a state dict.
 
     No code is imported that ``network`` does not name.
 

@@ -79,9 +79,9 @@ def _cheapest(choices: Sequence[Choice]) -> Choice | None:
 
 def _compared(best: Choice, other: Choice | None) -> str:
     """Return how the other strategy compares with the best choice, in words."""
-    name = "boxes" if best.sweep is not None else "a sweep"
+    name = "tiles computed at once" if best.sweep is not None else "a sweep"
     if other is None:
-        return f"{name} were not asked for, or do not fit"
+        return f"{name} cannot be had with these options and this memory"
     return (
         f"{name} would take {other.work.time / best.work.time:.2f} times as long and"
         f" {describe_bytes(other.work.memory)}"

@@ -64,8 +64,8 @@ def segment(
 
     Args:
         source: The volume: a Zarr array, an OME-Zarr image, a TIFF or an SVS, by path or by address
-            (``s3://...``). Its axes are ``(t) (c) z y x`` or ``(t) (c) y x``, in any order that the
-            file or ``options.axes`` says.
+            (``s3://...``). Its spatial axes are ``z y x`` or ``y x``, in that order; axes ``t`` and
+            ``c`` lie where the file or ``options.axes`` says.
         model: The model file; see `load_model`.
         output: Where the OME-Zarr is written; by default ``SOURCE-segmented.zarr`` beside the
             source.

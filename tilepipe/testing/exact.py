@@ -9,6 +9,7 @@ A test of a network of one's own draws sizes and compares:
 
     model = load_model("my-network.pt2")
     profile = find_profile(model)
+    model.module.double()  # after its profile, which looks at the network as it was saved
 
     @given(sizes=strategies.tiling_sizes(profile.context.step, largest=90))
     def test_my_network_is_tiled_exactly(sizes):

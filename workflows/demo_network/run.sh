@@ -9,7 +9,7 @@ mkdir -p "$out"
 
 "$bin/python" - "$out" <<'MAKE'
 import pathlib, sys
-from tilepipe.synthetic import write_synthetic
+from tilepipe import write_synthetic
 out = pathlib.Path(sys.argv[1])
 for name, size, seed in (("learned", 4096, 1_000_000), ("held-out", 1024, 7)):
     if not (out / f"{name}.zarr").exists():
