@@ -62,7 +62,7 @@ def reference(folder: Path) -> Path:
     target, began = folder / "serial.zarr", time.monotonic()
     if not target.exists() or Output.at(target).read_attributes().get("state") != "done":
         where = (str(folder / "image.zarr"), "--model", str(folder / "unet.pt"), "-o", str(target))
-        command = (sys.executable, "-m", "tilepipe.cli", "segment", *where, *TOLD)
+        command = (sys.executable, "-m", "tilepipe", "segment", *where, *TOLD)
         halves = [
             subprocess.Popen([*command, "--engine", "serial", "--task", f"{n}/2"]) for n in (1, 2)
         ]
@@ -131,10 +131,11 @@ def stress(folder: Path, *, every: float, seconds: float) -> None:
     import tilepipe as tp
     from tilepipe.engines.jobs import Jobs
     from tilepipe.segmentation.slurm import job_name, log_folder
+    from tilepipe.volumes.output import Output
 
     target = folder / "stressed.zarr"
     shutil.rmtree(target, ignore_errors=True)
-    losses, killer = Losses(), Killer(every, seconds, job_name(str(target)))
+    losses, killer = Losses(), Killer(every, seconds, job_name(Output.at(target)))
     told = logging.getLogger("tilepipe.engines.dask")
     told.setLevel(logging.INFO)
     told.addHandler(losses)
@@ -166,7 +167,7 @@ def stress(folder: Path, *, every: float, seconds: float) -> None:
     thread.join()
     logs = {
         path.stem.rpartition("-")[2]: path.read_text()
-        for path in log_folder(str(target)).glob("*.out")
+        for path in log_folder(Output.at(target)).glob("*.out")
     }
     lines = [
         line for text in logs.values() for line in re.findall(r"tile (\d+), voxels .*: .* s", text)

@@ -116,11 +116,11 @@ def at(tiles: int, act: Callable[[], object]) -> Callable[[Report], None]:
 
 def submitted(target: Path) -> int:
     """Return how many jobs have run."""
-    return len(list(log_folder(str(target)).glob("*.out")))
+    return len(list(log_folder(Output.at(target)).glob("*.out")))
 
 
 def logs(target: Path | str) -> str:
-    return "\n".join(path.read_text() for path in sorted(log_folder(str(target)).glob("*.out")))
+    return "\n".join(path.read_text() for path in sorted(log_folder(Output.at(target)).glob("*.out")))
 
 
 def test_jobs_of_one_gpu_each_give_the_same_bytes(case: Case, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_jobs_of_one_gpu_each_give_the_same_bytes(case: Case, tmp_path: Path) ->
     assert "PRIVATE" not in told
     assert listening
     assert listening <= {"127.0.0.1"}
-    assert not list(log_folder(str(target)).glob(".*"))
+    assert not list(log_folder(Output.at(target)).glob(".*"))
     until(lambda: not ids())
 
 
@@ -155,7 +155,7 @@ def test_jobs_write_to_a_bucket(
     assert (report.done, report.failures) == (TILES, [])
     assert voxels(objects(target)) == case.chunks
     [folder] = tmp_path.iterdir()
-    assert folder == log_folder(target)
+    assert folder == log_folder(Output.at(target))
     assert len(re.findall(r"tile \d+, voxels .*: .* s", logs(target))) >= TILES
     kept = [path.read_bytes() for path in folder.iterdir()] + [*objects(target).values()]
     assert not any(SECRET.encode() in content for content in kept)
