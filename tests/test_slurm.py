@@ -120,7 +120,9 @@ def submitted(target: Path) -> int:
 
 
 def logs(target: Path | str) -> str:
-    return "\n".join(path.read_text() for path in sorted(log_folder(Output.at(target)).glob("*.out")))
+    return "\n".join(
+        path.read_text() for path in sorted(log_folder(Output.at(target)).glob("*.out"))
+    )
 
 
 def test_jobs_of_one_gpu_each_give_the_same_bytes(case: Case, tmp_path: Path) -> None:
