@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from click_option_group import optgroup
 
-from tilepipe.commands.exits import Command, refusing
+from tilepipe.commands.exits import Command, end_process, refusing
 from tilepipe.commands.progress import LineTimer
 from tilepipe.commands.types import Arguments, Bytes, Channels, Names, PerLevel, Place, VoxelSizes
 from tilepipe.errors import BadRequest
@@ -282,6 +283,8 @@ def train(
         progress=progress,
     )
     click.echo(describe_training(report, output))
+    if "WORLD_SIZE" in os.environ:  # torchrun would take what follows for a failure
+        end_process()
 
 
 class TrainProgress:
