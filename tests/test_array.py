@@ -242,7 +242,7 @@ def test_tasks_at_once_one_killed_and_the_last_ends_it(
     assert [tasks.end(pids[n]) for n in (0, 2)] == [0, 0]
     said = "".join((tmp_path / f"log-{n}-3").read_text() for n in (1, 3))
     assert said.count("task 2/3 died: its tiles are done here") == 1
-    assert "all shards are done: the output is whole" in said
+    assert "all tasks are done: the output is whole" in said
     check_whole(made, target)
 
 

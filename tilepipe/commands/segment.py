@@ -354,7 +354,7 @@ def describe_report(report: Report) -> str:
 def _whole(report: Report) -> str:
     """Return how far the whole is that a task belongs to."""
     if not report.unfinished:
-        return "all shards are done: the output is whole"
+        return "all tasks are done: the output is whole"
     left = counted(report.unfinished, "tile")
     return f"{left} of the output not done yet; the last task, or a later call, ends it"
 

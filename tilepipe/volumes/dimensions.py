@@ -33,18 +33,20 @@ def name_axes(
         letters = tuple(_ASSUMED[len(shape)])
     else:
         raise BadRequest(f"source (={path}) of shape {shape} must have 2 to 5 dimensions")
-    shown = axes if axes is not None else "".join(letter or "t" for letter in letters)
+    axes_text = axes if axes is not None else "".join(letter or "t" for letter in letters)
     named = [letter for letter in letters if letter is not None]
     if len(letters) != len(shape) or (stated is not None and len(stated) != len(shape)):
         raise BadRequest(
-            f"axes (={shown}) must name the {len(shape)} dimensions of {path}, shape {shape}"
+            f"axes (={axes_text}) must name the {len(shape)} dimensions of {path}, shape {shape}"
         )
     if len(set(named)) != len(named) or not all(letter in tuple(AXES) for letter in named):
-        raise BadRequest(f"axes (={shown}) must be letters of {AXES}, each once; name them anew")
+        raise BadRequest(
+            f"axes (={axes_text}) must be letters of {AXES}, each once; name them anew"
+        )
     if not {"y", "x"} <= set(named):
-        raise BadRequest(f"axes (={shown}) must contain y and x; name them with axes")
+        raise BadRequest(f"axes (={axes_text}) must contain y and x; name them with axes")
     if "".join(named).replace("c", "") not in _ORDERS:
-        raise BadRequest(f"axes (={shown}) must end in (z)yx; transpose the array")
+        raise BadRequest(f"axes (={axes_text}) must end in (z)yx; transpose the array")
     return letters, axes is None and stated is None
 
 
